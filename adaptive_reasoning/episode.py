@@ -1,0 +1,43 @@
+"""Episode: the only currency between rollout, reward, advantage and update.
+
+Token ids in, token ids out. `text` is made once for grading and tables and is never tokenised again. Masks come from
+lengths, never from token values: a pad id may equal EOS, and EOS is an action that gets gradient.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from adaptive_reasoning.tasks.question import Question
+
+
+@dataclass(eq=False)
+class Episode:
+    """One prompt and one response to it.
+
+    Legend of shapes: P prompt tokens, T response tokens.
+    """
+
+    question: Question
+    group: int  # index of the question within the step, the same on every rank: samples of one question share it
+    prompt_ids: torch.Tensor  # [P] int64
+    response_ids: torch.Tensor  # [T] int64, EOS included when it was generated
+    behaviour_logprobs: torch.Tensor  # [T] fp32, log-prob under the distribution sampled from; log q for a forced token
+    action_mask: torch.Tensor  # [T] bool, False for tokens that nobody chose (budget closer, user turns)
+    finish_reason: str  # "stop" or "length"
+    mode: str = ""  # which way of answering, from token ids, never from text
+    stage: str = ""  # turn of a multi-turn dialogue
+    text: str = ""  # decoded response, for grading and tables only
+    reward: float = 0.0
+    advantage: float = 0.0
+    old_logprobs: torch.Tensor | None = None  # [T] fp32, log-probs the ratio is taken against; None: the behaviour's
+    info: dict = field(default_factory=dict)  # what a metric or a sample table wants to show beside the above
+
+    def __post_init__(self):
+        T = len(self.response_ids)
+        assert len(self.behaviour_logprobs) == len(self.action_mask) == T, "one log-prob and one mask entry per token"
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens, the forced first token and EOS included: the length every table reports."""
+        return len(self.response_ids)

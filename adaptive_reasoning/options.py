@@ -1,0 +1,227 @@
+"""Options: one dataclass, one YAML file, overrides on the command line.
+
+    python -m adaptive_reasoning.adaptthink --config experiments/adaptthink_1_5b.yaml --max_steps 2
+
+Every option is a field of the algorithm's `Args`; the string below a field is its help text. The YAML file sets
+defaults, the command line wins. An unknown option or YAML key is an error: a misspelt option cannot go unnoticed.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+from adaptive_reasoning.errors import UserError
+
+
+@dataclass
+class RunArgs:
+    """Options every algorithm shares: where things are, how much of them, and how they are run."""
+
+    # --- where
+    model: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    """Model to start from: a Hugging Face folder or a hub name (Qwen2, Qwen3 or Llama)."""
+    output_dir: str = "runs/unnamed"
+    """Folder of the run. The same command again continues the run found there."""
+    task: str = "math"
+    """Kind of question: "math" (data files or data sets) or "chain" (arithmetic made by code)."""
+    data: str = "agentica-org/DeepScaleR-Preview-Dataset"
+    """Training questions: a JSONL or Parquet file with `problem` and `answer`, or a hub data set (task "math")."""
+    eval_data: str = ""
+    """Evaluation questions, comma separated: files, hub data sets, or the names of the built-in benchmarks."""
+    eval_limit: int = 0
+    """Use only the first so many questions of every evaluation set (0: all of them)."""
+    eval_samples: int = 1
+    """Responses per evaluation question (the built-in AIME benchmarks always take 16)."""
+    chain_mix: str = "0.4,0.2,0.1,0.1,0.1,0.1"
+    """Share of the questions with 1, 2, ... operations (task "chain")."""
+    chain_eval_questions: int = 600
+    """Number of evaluation questions (task "chain")."""
+
+    # --- how long
+    seed: int = 0
+    """Seed of everything random: the data order and every sampled token."""
+    max_steps: int = 314
+    """Training steps: one rollout batch each."""
+    eval_every: int = 10
+    """Evaluate every so many steps (0: only before and after training)."""
+    save_every: int = 10
+    """Write a checkpoint every so many steps (0: only at the end)."""
+    keep_checkpoints: int = 0
+    """Keep only the newest so many checkpoints (0: all of them)."""
+
+    # --- rollout
+    temperature: float = 0.6
+    """Sampling temperature of training and evaluation; log-probs are taken at the same temperature."""
+    eval_top_p: float = 0.95
+    """Nucleus of the evaluation sampler (training always samples from the whole distribution)."""
+    max_prompt_tokens: int = 1024
+    """Questions with a longer prompt are left out of training, and counted."""
+    max_new_tokens: int = 16384
+    """Longest response in tokens, first token and EOS included."""
+    rollout_rows: int = 256
+    """Rows that decode side by side on one process."""
+
+    # --- learner
+    learning_rate: float = 2e-6
+    """AdamW learning rate, constant."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float = 0.01
+    """AdamW weight decay."""
+    adam_beta1: float = 0.9
+    """AdamW first-moment decay."""
+    adam_beta2: float = 0.999
+    """AdamW second-moment decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm over all parameters."""
+    tokens_per_micro_batch: int = 32768
+    """Most tokens (padding included) in one forward pass of the learner."""
+    dtype: str = "bf16"
+    """Compute type of learner and rollout: "bf16" or "fp32". Master weights are fp32 either way."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass to save memory."""
+
+    # --- grading, logging
+    grader_workers: int = 8
+    """Processes that check answers (task "math")."""
+    grader_timeout: float = 10.0
+    """Seconds one answer may take before its worker is killed and the answer counts as not verified."""
+    samples_per_step: int = 4
+    """Training responses per step that go into samples.jsonl."""
+    report_to: str = ""
+    """Trackers beside metrics.jsonl, comma separated: tensorboard, wandb, trackio."""
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Return {field name: the string literal below it} for a dataclass and its bases."""
+    docs = {}
+    for klass in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(klass):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(klass))).body[0].body
+        for node, below in zip(body, body[1:]):
+            is_text = isinstance(below, ast.Expr) and isinstance(getattr(below.value, "value", None), str)
+            if isinstance(node, ast.AnnAssign) and is_text:
+                docs[node.target.id] = " ".join(below.value.value.split())
+    return docs
+
+
+def documented(cls: type) -> type:
+    """Return the dataclass with the strings below its fields as help texts of the command line."""
+    docs = field_docs(cls)
+    fields = []
+    for f in dataclasses.fields(cls):
+        if f.name not in docs:
+            raise AssertionError(f"option {cls.__name__}.{f.name} has no line of documentation below it")
+        default = (
+            {"default": f.default} if f.default is not dataclasses.MISSING else {"default_factory": f.default_factory}
+        )
+        # argparse formats help texts with %, so a literal percent sign is doubled.
+        fields.append((f.name, f.type, field(**default, metadata={"help": docs[f.name].replace("%", "%%")})))
+    return dataclasses.make_dataclass(cls.__name__, fields)
+
+
+def parse_args(cls: type, argv: list[str] | None = None):
+    """Return `cls` filled from `--config FILE.yaml` and the command line (which wins).
+
+    Raises:
+        UserError: an unknown option, a YAML file that is missing, is no mapping or has a key that is no option, or a
+            value out of range.
+        SystemExit: argparse's own error (code 2) for a value of the wrong type.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(
+        documented(cls), allow_abbrev=False, description=(inspect.getdoc(cls) or "").split("\n")[0]
+    )
+    parser.add_argument("--config", default="", help="YAML file with options; the command line wins over it.")
+    config = parser.parse_known_args(argv)[0].config
+    if config:
+        parser.set_defaults(**read_yaml(Path(config), cls))
+    parsed, *_, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-"), [f.name for f in dataclasses.fields(cls)], n=1)
+        raise UserError(
+            f"unknown option {unknown[0]}." + (f" Did you mean --{near[0]}?" if near else " --help lists all of them.")
+        )
+    args = cls(**vars(parsed))
+    check(args)
+    return args
+
+
+def read_yaml(path: Path, cls: type) -> dict:
+    """Return the options in a YAML file, checked against the fields of `cls`."""
+    if not path.is_file():
+        raise UserError(
+            f"--config {path}: no such file. Give the path of a YAML file, for example one of experiments/*.yaml."
+        )
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of options, found {type(values).__name__}.")
+    types = {f.name: f.type for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in types:
+            raise UserError(f"{path}: unknown option '{key}'. Known options: {', '.join(sorted(types))}.")
+        kind = types[key]
+        if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+            # YAML 1.1 reads 2e-6 as a string: the one trap worth mending for the user.
+            try:
+                value = values[key] = float(value)
+            except ValueError:
+                pass
+        if kind in (int, float, str, bool) and (
+            not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+        ):
+            raise UserError(f"{path}: option '{key}' needs a value of type {kind.__name__}, found {value!r}.")
+    return values
+
+
+POSITIVE = (
+    "max_new_tokens",
+    "max_prompt_tokens",
+    "max_steps",
+    "rollout_rows",
+    "tokens_per_micro_batch",
+    "grader_workers",
+    "learning_rate",
+    "grader_timeout",
+    "max_grad_norm",
+    "eval_samples",
+)
+NOT_NEGATIVE = (
+    "temperature",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "eval_limit",
+    "warmup_steps",
+    "weight_decay",
+)
+
+
+def check(args) -> None:
+    """Raise ValueError for values no run could work with; the message names the option and what it takes."""
+    for name in POSITIVE:
+        if hasattr(args, name) and not getattr(args, name) > 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must be greater than 0.")
+    for name in NOT_NEGATIVE:
+        if hasattr(args, name) and not getattr(args, name) >= 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must not be negative.")
+    if getattr(args, "dtype", "fp32") not in ("bf16", "fp32"):
+        raise UserError(f"--dtype {args.dtype}: takes bf16 or fp32.")
+    if getattr(args, "task", "math") not in ("math", "chain"):
+        raise UserError(f"--task {args.task}: takes math or chain.")
+    if not 0 < getattr(args, "eval_top_p", 1.0) <= 1:
+        raise UserError(f"--eval_top_p {args.eval_top_p}: must lie in (0, 1].")
