@@ -1,0 +1,81 @@
+"""Sampling: one token a row, and its log-prob under the very distribution it was drawn from."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from adaptive_reasoning.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: softmax(logits / temperature), cut to the top k, then to the nucleus top_p, renormalised.
+
+    temperature 0 is greedy; its log-probs are those of the untempered softmax, because a point mass says nothing.
+    top_k 0 and top_p 1 mean no cut. Train with no cut: the learner scores under the full vocabulary.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise UserError(f"{self}: needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0.")
+
+
+def uniforms(seed: int, n: int) -> np.ndarray:
+    """Return n numbers in [0, 1), fp32: the random stream of one request. Number i decides token i.
+
+    Philox is counter-based: the stream is a function of the seed alone, so a sample depends neither on its batch mates
+    nor on what ran before.
+    """
+    return np.random.Generator(np.random.Philox(key=seed % 2**64)).random(n, dtype=np.float32)
+
+
+def request_seed(*parts: int) -> int:
+    """Mix small integers (run seed, step, question, sample ...) into one 64-bit request seed."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+
+def restrict(logprobs: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
+    """Return log-probs [B, V] cut to the top k and the nucleus, renormalised; -inf outside.
+
+    The nucleus is the smallest set of most likely tokens whose probability reaches top_p (the token that crosses the
+    line belongs to it), as in vLLM and `transformers`.
+    """
+    if top_k:
+        kth = logprobs.topk(min(top_k, logprobs.shape[-1]), dim=-1).values[:, -1:]
+        logprobs = logprobs.masked_fill(logprobs < kth, float("-inf")).log_softmax(-1)
+    if top_p < 1:
+        ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
+        probs = ordered.exp()
+        outside = probs.cumsum(-1) - probs >= top_p  # mass before this token already reaches top_p
+        logprobs = logprobs.masked_fill(outside.scatter(-1, order, outside), float("-inf")).log_softmax(-1)
+    return logprobs
+
+
+def sample(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token a row by inverting the cumulative distribution.
+
+    Args:
+        logits: [B, V] fp32; -inf marks a token that is not allowed.
+        uniform: [B] fp32 in [0, 1), one random number a row. An exponential race would need V of them.
+
+    Returns:
+        tokens [B] int64 and log-probs [B] fp32.
+    """
+    if sampling.temperature == 0:
+        logprobs = logits.log_softmax(-1)
+        tokens = logits.argmax(-1)
+    else:
+        logprobs = logits.div(sampling.temperature).log_softmax(-1)
+        if sampling.top_k or sampling.top_p < 1:
+            logprobs = restrict(logprobs, sampling.top_p, sampling.top_k)
+        cumulative = logprobs.exp().cumsum(-1)
+        total = cumulative[:, -1:]
+        # The target stays strictly below the total, so the first column that exceeds it has a positive probability.
+        target = torch.minimum(uniform.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
+        tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
