@@ -1,0 +1,1 @@
+"""Learner: token log-probs, packing, the optimiser step, ZeRO-3 and checkpoints."""

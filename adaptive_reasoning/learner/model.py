@@ -1,0 +1,102 @@
+"""Model: loading a policy, and log-probs out of it without ever holding the logits of a whole micro-batch."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_flash_attn_2_available
+
+from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.kernels import token_logprobs
+
+FAMILIES = ("qwen2", "qwen3", "llama")
+
+
+def load_model(name_or_path: str, args):
+    """Return (model, tokenizer) of a Hugging Face folder or hub name, weights in fp32, ready for `Learner`.
+
+    Under ZeRO-3 the weights are sharded while they are loaded; all ranks must call this after `make_accelerator`.
+
+    Args:
+        name_or_path: folder with config.json, safetensors and tokenizer files, or a hub name.
+        args: `dtype` ("bf16" or "fp32") decides whether flash attention can be used.
+
+    Raises:
+        UserError: nothing there, a model that is not Qwen2, Qwen3 or Llama, or one with sliding-window attention.
+    """
+    path = Path(name_or_path).expanduser()
+    looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"--model {name_or_path}: the folder has no config.json (looked for {path / 'config.json'}). "
+                "Give the folder that holds config.json, the safetensors and the tokenizer files."
+            )
+        name_or_path = str(path)
+    elif looks_like_path or path.exists():
+        raise UserError(
+            f"--model {name_or_path}: no such folder (looked for {path.absolute()}). "
+            "Give a folder with a Hugging Face model, or a hub name such as deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B."
+        )
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        where = "its config.json cannot be read" if path.is_dir() else f"no folder {path.absolute()}, and as a hub name"
+        raise UserError(f"--model {name_or_path}: {where}: {error}") from error
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"--model {name_or_path}: models of type {config.model_type} are not supported. Use Qwen2, Qwen3 or Llama."
+        )
+    if getattr(config, "use_sliding_window", False):
+        raise UserError(
+            f"--model {name_or_path}: sliding-window attention is not supported. "
+            "Set use_sliding_window to false in its config.json."
+        )
+    flash = torch.cuda.is_available() and args.dtype == "bf16" and is_flash_attn_2_available()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            dtype=torch.float32,
+            attn_implementation="flash_attention_2" if flash else "sdpa",
+            attention_dropout=0.0,  # with dropout the first update would already be off-policy
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {name_or_path}: cannot load the model or its tokenizer: {error}") from error
+    return model, tokenizer
+
+
+class LogprobHead(nn.Linear):
+    """The output embedding, which also turns hidden states straight into log-probs of given tokens.
+
+    It has to happen inside the forward pass of the module that owns the weight: that is when ZeRO-3 gathers it.
+    """
+
+    def forward(self, hidden, targets=None, temperature=1.0, with_entropy=False):
+        """Return logits as nn.Linear does or, given targets [N] for hidden [N, H], (logprobs, entropy or None)."""
+        if targets is None:
+            return super().forward(hidden)
+        dtype = self.weight.dtype
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+        return token_logprobs(hidden.to(dtype), self.weight.to(dtype), targets, temperature, with_entropy=with_entropy)
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward pass returns log-probs of given tokens."""
+
+    def __init__(self, model):
+        super().__init__()
+        assert type(model.lm_head) in (nn.Linear, LogprobHead) and model.lm_head.bias is None
+        model.lm_head.__class__ = LogprobHead  # same parameters, same names in checkpoints, one more way to call it
+        self.model = model
+
+    def forward(self, input_ids, position_ids, predict_index, targets, temperature, with_entropy):
+        """Return (logprobs [N] fp32, entropy [N] fp32 or None) of `targets`.
+
+        Args: as in `packing.MicroBatch`; hidden states of B * W positions, of which N predict a target.
+        """
+        hidden = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predict_index)  # [N, H]
+        return self.model.lm_head(hidden, targets, temperature, with_entropy)

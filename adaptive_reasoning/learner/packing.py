@@ -1,0 +1,205 @@
+"""Packing: episodes into minibatches (one optimiser step) and micro-batches (one forward pass).
+
+Nothing about the split may change the loss: every loss is divided by `Counts` of the whole minibatch over all ranks,
+and every micro-batch holds whole sequences. Only action tokens are scored, so a loss needs no mask.
+
+Legend of shapes: B rows of the input, W their width, S sequences of the micro-batch, N action tokens of the
+micro-batch, P and T prompt and response tokens of one episode.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from adaptive_reasoning.episode import Episode
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Denominators of one optimiser step, over all ranks, episodes with zero advantage included."""
+
+    tokens: int  # action tokens
+    sequences: int  # episodes
+    groups: int  # questions
+
+
+@dataclass(eq=False)
+class MicroBatch:
+    """One forward pass: whole sequences, and what a loss has to know about each of their N action tokens.
+
+    A filler (`weight` 0.0, S = N = 0) keeps the number of forward passes equal on all ranks. Sums over its tokens are
+    zero, so a loss made of sums and whole-step counts needs no special case; `max()` of an empty tensor raises.
+    """
+
+    input_ids: torch.Tensor  # [B, W] int64: one sequence a row, padded at the right; or all in one row (B = 1)
+    position_ids: torch.Tensor | None  # [1, W] int64 restarting with each sequence if they share a row, else None
+    predict_index: torch.Tensor  # [N] int64, index into the B * W positions: the position that predicts the token
+    targets: torch.Tensor  # [N] int64, the token
+    sequence: torch.Tensor  # [N] int64, 0 .. S-1
+    position: torch.Tensor  # [N] int64, 0 .. T-1: place of the token within its response
+    old_logprobs: torch.Tensor  # [N] fp32, what the ratio is taken against (the behaviour's where not recomputed)
+    behaviour_logprobs: torch.Tensor  # [N] fp32
+    forced: torch.Tensor  # [N] bool, tokens that the behaviour policy was made to take (info["forced"] leading ones)
+    advantages: torch.Tensor  # [N] fp32, advantage of the token's sequence
+    sequence_advantages: torch.Tensor  # [S] fp32
+    lengths: torch.Tensor  # [S] int64, action tokens of each sequence, at least one
+    response_index: torch.Tensor  # [N] int64, index of the token in the concatenated responses of `episodes`
+    episodes: list[Episode]  # S of them
+    weight: float = 1.0  # 0.0 for a filler; `learner.backward` applies it
+    last: bool = True  # last micro-batch of its minibatch: gradients are exchanged between ranks after this one
+
+    def flatten(self, per_token: list[torch.Tensor]) -> torch.Tensor:
+        """Return any per-token quantity, one [T] tensor per episode, as [N] beside `targets`."""
+        if not per_token:
+            return self.advantages.new_zeros(0)
+        return torch.cat(per_token).to(self.targets.device)[self.response_index]
+
+
+@dataclass(eq=False)
+class Minibatch:
+    """The micro-batches of one optimiser step. Iterating builds them one at a time, on `device`."""
+
+    counts: Counts
+    micro_batches: list[list[Episode]]  # an empty list stands for a filler
+    zero_advantage: float  # share of the sequences of all ranks whose advantage is exactly zero
+    device: torch.device
+    one_row: bool
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for i, episodes in enumerate(self.micro_batches):
+            yield pack(episodes, self.device, self.one_row, last=i == len(self.micro_batches) - 1)
+
+
+def group_chunks(groups: int, minibatches: int, seed: int) -> np.ndarray:
+    """Return the minibatch of each group: [groups] int64, sizes equal to within one.
+
+    A function of the numbers alone, so every rank finds the same answer and a group is never torn apart, whichever
+    ranks its episodes are on.
+    """
+    chunk = np.empty(groups, dtype=np.int64)
+    chunk[np.random.default_rng(seed).permutation(groups)] = np.arange(groups) * minibatches // groups
+    return chunk
+
+
+def fill(episodes: list[Episode], budget: int, one_row: bool) -> list[list[Episode]]:
+    """Return the episodes in micro-batches of at most `budget` tokens, padding included, longest first.
+
+    An episode longer than the budget is a micro-batch of its own: nothing is ever dropped. Ties keep their order.
+    """
+    lengths = np.array([len(e.prompt_ids) + len(e.response_ids) for e in episodes], dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        if one_row:  # no padding: as many as add up to the budget
+            count = int(np.searchsorted(np.cumsum(lengths[order[start:]]), budget, side="right"))
+        else:  # the first is the longest, so it is the width of the rows
+            count = budget // int(lengths[order[start]])
+        stop = start + max(1, count)
+        batches.append([episodes[i] for i in order[start:stop]])
+        start = stop
+    return batches
+
+
+def pack(episodes: list[Episode], device="cpu", one_row: bool = False, last: bool = True) -> MicroBatch:
+    """Return the micro-batch of these episodes on `device`; of none: a filler.
+
+    Padding stands at the right and causal attention never looks there, so no attention mask is needed and SDPA takes
+    its causal path. With `one_row` the sequences share one row without padding; positions restart at each sequence,
+    which transformers turns into variable-length flash attention, or a block-diagonal mask for SDPA. The
+    flash-attention path is not measured on a GPU.
+
+    Example: prompts [5] and [6, 7], responses [8, 9] and [1], all of them actions:
+        input_ids [[5, 8, 9], [6, 7, 1]], predict_index [0, 1, 4], targets [8, 9, 1], sequence [0, 0, 1],
+        position [0, 1, 0], lengths [2, 1]
+    """
+    if not episodes:
+        return filler(device, last)
+    P = torch.tensor([len(e.prompt_ids) for e in episodes])  # [S]
+    T = torch.tensor([len(e.response_ids) for e in episodes])  # [S]
+    assert int(P.min()) > 0, "a response needs at least one prompt token that predicts its first token"
+    L = P + T
+    ends = L.cumsum(0)
+    S, total, width = len(episodes), int(ends[-1]), int(L.max())
+    starts = ends - L if one_row else torch.arange(S) * width  # [S] flat index of each sequence's first token
+    ids = torch.cat([x for e in episodes for x in (e.prompt_ids, e.response_ids)])
+    within = torch.arange(total) - torch.repeat_interleave(ends - L, L)  # [total] position within the sequence
+    if one_row:
+        input_ids, position_ids = ids[None], within[None]
+    else:
+        input_ids = torch.zeros(S * width, dtype=torch.int64)
+        input_ids[torch.repeat_interleave(starts, L) + within] = ids
+        input_ids, position_ids = input_ids.view(S, width), None
+
+    row = torch.repeat_interleave(torch.arange(S), T)  # [sum T]
+    t = torch.arange(len(row)) - torch.repeat_interleave(T.cumsum(0) - T, T)  # [sum T] place within the response
+    index = torch.cat([e.action_mask for e in episodes]).nonzero()[:, 0]  # [N]
+    row, t = row[index], t[index]
+    behaviour = torch.cat([e.behaviour_logprobs for e in episodes])
+    old = torch.cat([e.behaviour_logprobs if e.old_logprobs is None else e.old_logprobs for e in episodes])
+    advantage = torch.tensor([e.advantage for e in episodes], dtype=torch.float32)
+    forced = torch.tensor([e.info.get("forced", 0) for e in episodes])
+    batch = MicroBatch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        predict_index=(starts + P)[row] + t - 1,
+        targets=torch.cat([e.response_ids for e in episodes])[index],
+        sequence=row,
+        position=t,
+        old_logprobs=old[index],
+        behaviour_logprobs=behaviour[index],
+        forced=t < forced[row],
+        advantages=advantage[row],
+        sequence_advantages=advantage,
+        lengths=torch.bincount(row, minlength=S),
+        response_index=index,
+        episodes=episodes,
+        last=last,
+    )
+    return to_device(batch, device)
+
+
+def filler(device="cpu", last: bool = True) -> MicroBatch:
+    """Return the micro-batch without sequences that a rank runs while others still have work."""
+    ints, floats = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    batch = MicroBatch(
+        input_ids=torch.zeros(1, 1, dtype=torch.int64),
+        position_ids=None,
+        predict_index=ints,
+        targets=ints,
+        sequence=ints,
+        position=ints,
+        old_logprobs=floats,
+        behaviour_logprobs=floats,
+        forced=ints.bool(),
+        advantages=floats,
+        sequence_advantages=floats,
+        lengths=ints,
+        response_index=ints,
+        episodes=[],
+        weight=0.0,
+        last=last,
+    )
+    return to_device(batch, device)
+
+
+def to_device(batch: MicroBatch, device) -> MicroBatch:
+    if torch.device(device).type != "cpu":
+        for name, value in vars(batch).items():
+            if isinstance(value, torch.Tensor):
+                setattr(batch, name, value.to(device, non_blocking=True))
+    return batch
+
+
+def logprob_gap(mb: MicroBatch, logprobs: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
+    """Return (sum, number, maximum) of |learner - behaviour log-prob| over the action tokens that were not forced.
+
+    Sums and numbers add up over micro-batches and ranks, maxima take their maximum. On the first update after a
+    rollout this is the error of the rollout engine against the learner; 0 where there is no such token.
+    """
+    gap = (logprobs.detach() - mb.behaviour_logprobs).abs()[~mb.forced]
+    return gap.sum(), len(gap), gap.max() if len(gap) else gap.new_zeros(())

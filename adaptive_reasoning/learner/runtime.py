@@ -1,0 +1,75 @@
+"""Runtime: the one Accelerator, and the few collective operations that the learner needs.
+
+The same code runs in one CPU process, on one GPU, and under `accelerate launch` with data parallelism or DeepSpeed
+ZeRO-3. Every rank must call the functions of this file in the same order.
+"""
+
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+from adaptive_reasoning.errors import UserError
+
+# Ranks wait for each other's longest response; the default of 10 minutes kills healthy runs.
+PATIENCE = timedelta(hours=2)
+
+
+def make_accelerator(args) -> Accelerator:
+    """Return the Accelerator for `args.dtype` ("bf16" or "fp32"), configured by `accelerate launch` where used.
+
+    Raises:
+        UserError: the launch asks for a way of distributing that the learner does not know.
+    """
+    wants_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if wants_deepspeed and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes"):
+        # accelerate would quietly train with plain data parallelism instead.
+        raise UserError(
+            "ACCELERATE_USE_CPU switches DeepSpeed off. For ZeRO-3 on the CPU leave it out and set DS_ACCELERATOR=cpu."
+        )
+    group = {"timeout": PATIENCE}
+    if wants_deepspeed and not torch.cuda.is_available():
+        group["backend"] = "gloo"  # without it accelerate believes that there is one process only
+    accelerator = Accelerator(
+        mixed_precision="bf16" if args.dtype == "bf16" else "no", kwargs_handlers=[InitProcessGroupKwargs(**group)]
+    )
+    kind = accelerator.distributed_type
+    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
+    if kind not in known:
+        raise UserError(f"accelerate is set to {kind}: use one process, plain data parallelism or DeepSpeed ZeRO-3.")
+    if kind == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        if stage != 3:
+            raise UserError(f"the DeepSpeed configuration has ZeRO stage {stage}: set zero_stage to 3.")
+        # DeepSpeed 0.19 calls two functions that torch 2.13 wants renamed: one warning for each gathered weight.
+        warnings.filterwarnings("ignore", r".*(reduce_scatter|all_gather_into)_tensor` is deprecated", FutureWarning)
+    return accelerator
+
+
+def is_zero3(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def all_reduce(accelerator: Accelerator, values, op: str) -> torch.Tensor:
+    """Return the elementwise "sum", "max" or "min" over all ranks of `values`: numbers or a tensor, fp64, on the CPU.
+
+    fp64 counts exactly to 2**53, and non-finite values stay non-finite in a sum.
+    """
+    values = torch.as_tensor(values, dtype=torch.float64, device=accelerator.device)
+    if accelerator.num_processes > 1:
+        values = values.clone()
+        dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op])
+    return values.cpu()
+
+
+def all_gather(accelerator: Accelerator, value) -> list:
+    """Return the list of every rank's `value`, any small picklable object, in order of ranks."""
+    if accelerator.num_processes == 1:
+        return [value]
+    values = [None] * accelerator.num_processes
+    dist.all_gather_object(values, value)
+    return values

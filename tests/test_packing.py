@@ -1,0 +1,97 @@
+"""Episodes into minibatches and micro-batches: nothing lost, nothing doubled, every index where it belongs."""
+
+import numpy as np
+import pytest
+import torch
+from distributed_worker import make_episodes
+
+from adaptive_reasoning.learner.packing import fill, filler, group_chunks, logprob_gap, pack
+
+
+def tiny(prompt, response, **changes):
+    """Return one episode with the given token ids."""
+    episode = make_episodes(1)[0]
+    episode.prompt_ids, episode.response_ids = torch.tensor(prompt), torch.tensor(response)
+    episode.behaviour_logprobs = -torch.arange(1.0, len(response) + 1)
+    episode.action_mask = torch.ones(len(response), dtype=torch.bool)
+    for name, value in changes.items():
+        setattr(episode, name, value)
+    return episode
+
+
+def test_pack_by_hand():
+    """The example of the docstring, with one token that is no action and one that was forced."""
+    first = tiny([5], [8, 9, 3], advantage=2.0, action_mask=torch.tensor([True, False, True]))
+    second = tiny([6, 7], [1], advantage=-1.0, info={"forced": 1}, old_logprobs=torch.tensor([-0.5]))
+    mb = pack([first, second])
+    assert mb.input_ids.tolist() == [[5, 8, 9, 3], [6, 7, 1, 0]] and mb.position_ids is None
+    assert mb.predict_index.tolist() == [0, 2, 5] and mb.targets.tolist() == [8, 3, 1]
+    assert mb.sequence.tolist() == [0, 0, 1] and mb.position.tolist() == [0, 2, 0]
+    assert mb.lengths.tolist() == [2, 1] and mb.forced.tolist() == [False, False, True]
+    assert mb.behaviour_logprobs.tolist() == [-1.0, -3.0, -1.0] and mb.old_logprobs.tolist() == [-1.0, -3.0, -0.5]
+    assert mb.advantages.tolist() == [2.0, 2.0, -1.0] and mb.sequence_advantages.tolist() == [2.0, -1.0]
+    assert mb.flatten([torch.tensor([10.0, 11.0, 12.0]), torch.tensor([13.0])]).tolist() == [10.0, 12.0, 13.0]
+    assert mb.weight == 1.0
+
+    row = pack([first, second], one_row=True)
+    assert row.input_ids.tolist() == [[5, 8, 9, 3, 6, 7, 1]] and row.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert row.predict_index.tolist() == [0, 2, 5] and row.targets.tolist() == [8, 3, 1]
+
+
+@pytest.mark.parametrize("one_row", [False, True])
+def test_each_target_is_the_token_after_its_predicting_position(one_row):
+    mb = pack(make_episodes(12), one_row=one_row)
+    flat = mb.input_ids.flatten()
+    assert torch.equal(flat[mb.predict_index + 1], mb.targets)
+    assert len(mb.targets) == sum(int(e.action_mask.sum()) for e in mb.episodes) == int(mb.lengths.sum())
+
+
+def test_eos_is_scored_even_if_it_equals_the_padding_id():
+    """A mask made from token values would drop it, and the policy would never learn to stop."""
+    mb = pack([tiny([4, 4], [7, 0]), tiny([4], [7, 7, 7, 0])])
+    assert mb.targets.tolist() == [7, 0, 7, 7, 7, 0]
+
+
+@pytest.mark.parametrize("one_row", [False, True])
+def test_fill_keeps_the_budget_and_every_episode(one_row):
+    episodes = make_episodes(40)
+    batches = fill(episodes, 60, one_row)
+    assert sorted(id(e) for batch in batches for e in batch) == sorted(map(id, episodes))
+    for batch in batches:
+        mb = pack(batch, one_row=one_row)
+        assert mb.input_ids.numel() <= 60
+    assert len(batches) < 20, "several episodes have to share a micro-batch"
+
+
+@pytest.mark.parametrize("one_row", [False, True])
+def test_episode_longer_than_the_budget_is_a_micro_batch_of_its_own(one_row):
+    long, short = tiny([1] * 50, [2] * 50), [tiny([1], [2]) for _ in range(3)]
+    batches = fill([*short, long], 10, one_row)
+    assert [len(b) for b in batches] == [1, 3] and batches[0][0] is long
+
+
+def test_fill_breaks_ties_by_order():
+    episodes = [tiny([1], [2, 3]) for _ in range(5)]
+    assert [id(e) for b in fill(episodes, 6, False) for e in b] == [id(e) for e in episodes]
+
+
+def test_group_chunks_deal_all_groups_evenly_and_by_seed():
+    chunks = group_chunks(10, 3, seed=1)
+    assert sorted(np.bincount(chunks).tolist()) == [3, 3, 4]
+    assert (chunks == group_chunks(10, 3, seed=1)).all() and (chunks != group_chunks(10, 3, seed=2)).any()
+    assert group_chunks(4, 1, seed=5).tolist() == [0, 0, 0, 0]
+
+
+def test_filler_has_no_tokens_and_sums_to_zero():
+    mb = filler()
+    assert mb.weight == 0.0 and mb.input_ids.shape == (1, 1)
+    mean = torch.zeros(0).index_add(0, mb.sequence, mb.old_logprobs) / mb.lengths
+    assert float((mean.exp() * mb.sequence_advantages).sum()) == 0.0
+    assert mb.flatten([]).shape == (0,)
+    assert [float(x) for x in logprob_gap(mb, mb.old_logprobs)] == [0.0, 0.0, 0.0]
+
+
+def test_logprob_gap_leaves_forced_tokens_out():
+    mb = pack([tiny([5], [8, 9, 3], info={"forced": 1})])
+    total, number, largest = logprob_gap(mb, torch.tensor([50.0, -2.25, -2.5]))
+    assert (float(total), number, float(largest)) == (0.75, 2, 0.5)
