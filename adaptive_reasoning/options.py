@@ -42,6 +42,8 @@ class RunArgs:
     """Responses per evaluation question (the built-in AIME benchmarks always take 16)."""
     chain_mix: str = "0.4,0.2,0.1,0.1,0.1,0.1"
     """Share of the questions with 1, 2, ... operations (task "chain")."""
+    chain_questions: int = 960
+    """Number of training questions (task "chain")."""
     chain_eval_questions: int = 600
     """Number of evaluation questions (task "chain")."""
 

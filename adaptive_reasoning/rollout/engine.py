@@ -80,6 +80,27 @@ class Engine:
         return done
 
     @torch.no_grad()
+    def first_logprobs(self, prompts: list[list[int]], token: int, temperature: float) -> torch.Tensor:
+        """Return log pi(token | prompt) [B] fp32 of a first token, at a temperature: one prefill, nothing sampled."""
+        self.decoder.reserve_positions(max(map(len, prompts)))
+        out = torch.empty(len(prompts))
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        while order:
+            width = len(prompts[order[-1]])
+            take = max(1, self.prefill_tokens // width)
+            batch, order = order[-take:], order[:-take]
+            logits, _ = self.decoder.prefill(*self._padded([prompts[i] for i in batch]))
+            out[batch] = (logits / temperature).log_softmax(-1)[:, token].cpu()
+        return out
+
+    def _padded(self, rows: list) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token rows as one right-padded tensor [B, n], and their lengths [B]."""
+        tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+        for b, row in enumerate(rows):
+            tokens[b, : len(row)] = torch.tensor(row)
+        return tokens.to(self.decoder.device), torch.tensor([len(row) for row in rows], device=self.decoder.device)
+
+    @torch.no_grad()
     def stream(
         self, requests: list[Request], sampling: Sampling, progress: str = ""
     ) -> Iterator[tuple[int, Completion]]:
@@ -233,11 +254,7 @@ class Engine:
             width = len(batch[0])
             while missing and (len(batch) + 1) * width <= self.prefill_tokens:
                 batch.append(missing.pop())
-            tokens = torch.zeros(len(batch), width, dtype=torch.int64, device=self.decoder.device)
-            for b, key in enumerate(batch):
-                tokens[b, : len(key)] = torch.tensor(key)
-            lengths = torch.tensor([len(key) for key in batch], device=tokens.device)
-            logits, kv = self.decoder.prefill(tokens, lengths)
+            logits, kv = self.decoder.prefill(*self._padded(batch))
             for b, key in enumerate(batch):
                 prompts[key] = Prompt(kv[:, b, : len(key)], logits[b], counts[key])
 
@@ -248,12 +265,9 @@ class Engine:
         new = [contexts[i][s:] for (_, i), s in zip(turns, start)]
         width = max(map(len, new))
         past = self.decoder.new_cache(len(turns), max(start) + width)
-        tokens = torch.zeros(len(turns), width, dtype=torch.int64, device=past.device)
-        for b, (cache, ids) in enumerate(zip(kept, new)):
+        for b, cache in enumerate(kept):
             past[:, b, : start[b]] = cache
-            tokens[b, : len(ids)] = torch.tensor(ids)
-        lengths = torch.tensor([len(ids) for ids in new], device=past.device)
-        out, past = self.decoder.extend(tokens, lengths, torch.tensor(start, device=past.device), past)
+        out, past = self.decoder.extend(*self._padded(new), torch.tensor(start, device=past.device), past)
         for b, (offset, i) in enumerate(turns):
             n = len(contexts[i])
             self.cache[:, first + offset, :n] = past[:, b, :n]

@@ -1,0 +1,375 @@
+"""AdaptThink: teach a reasoning model when to skip its thinking, by reinforcement.
+
+Paper: "AdaptThink: Reasoning Models Can Learn When to Think", arXiv 2505.13417. Code: THU-KEG/AdaptThink @ 84cf948.
+
+    make train-adaptthink-1.5b             # the paper's run on 8 GPUs
+    make toy-adaptthink SEED=0             # the same file on arithmetic chains, minutes on a laptop
+
+The prompt x ends in an opened thinking block. A response y that starts with `</think>` is NoThinking, any other one is
+Thinking. The policy shall skip the thinking as often as it can without losing accuracy against the model it started
+from (Eq. 2); with the constraint as a penalty of fixed weight 1/delta that is (Eq. 6)
+
+    maximise  E[ delta 1(y_1 = </think>) + R(x, y) - Rbar_ref(x) ]
+
+What differs from plain GRPO:
+ 1. Half of the samples of a question are forced to start with `</think>`, half with "Alright" (Eq. 8), so both ways of
+    answering are tried on every question even while the policy would never choose one. The behaviour probability of
+    that first token is 0.5, and this is what its ratio is taken against: importance sampling.
+ 2. The advantage is A = delta 1(NoThinking) + R - Rbar_ref(x): not normalised, not centred, no group statistics. The
+    baseline is the accuracy of the starting model on the question, measured once before training (Eq. 5).
+ 3. One ratio per sequence, the geometric mean of its token ratios, clipped; the loss is the plain mean over sequences.
+ 4. No KL, no entropy bonus, no critic; one optimiser step per rollout batch.
+
+Where paper and official code disagree (default first; every switch is an option below):
+ - ratio: the code's length-normalised exp(mean log ratio); the paper's Eq. 9 is the product. The product pins the mode
+   probability near 0.5: once p(</think>) passes 0.6 every good NoThinking response is clipped. `ratio`.
+ - forcing: the code's exact half per question; the paper's coin flip per sample. `forcing`.
+ - NoThinking is cut at 4096 tokens in training; the paper says 16K for both. `nothinking_max_new_tokens`.
+ - a right answer needs exactly one `</think>`, no `<think>`, and a literal \\boxed{} after it (code). `extract_answer`.
+ - delta is paid to wrong NoThinking answers too, so giving up on what the reference never solves has advantage +delta;
+   `delta_on` "correct" withholds it (neither paper nor code).
+ - reference samples: nucleus 0.95 and a free first token in the code, unlike the rollouts they are compared with.
+   `ref_top_p` 1.0 removes half of that bias.
+ - epochs: 1 in the paper (314 steps), 10 in the script, stopped by hand. `max_steps`.
+ - log-probs are those of the temperature-0.6 distribution (code); w_start is one fixed word (code). Followed.
+ - a NoThinking response cut at its limit gets a padding token counted as EOS in the code. Not copied: masks here come
+   from lengths.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from adaptive_reasoning.episode import Episode
+from adaptive_reasoning.errors import UserError, run_cli
+from adaptive_reasoning.evaluate import Protocol
+from adaptive_reasoning.learner.packing import Counts, MicroBatch
+from adaptive_reasoning.options import RunArgs, parse_args
+from adaptive_reasoning.pass_rate import pass_rates, read_authors_table
+from adaptive_reasoning.rollout import Request, Sampling, request_seed
+from adaptive_reasoning.run import Run
+from adaptive_reasoning.tasks import prompts
+from adaptive_reasoning.tasks.answers import boxed_answer
+
+
+@dataclass
+class Args(RunArgs):
+    """Options of AdaptThink. The defaults are the official 1.5B run."""
+
+    delta: float = 0.05
+    """delta of Eq. 4: how much accuracy one skipped thinking may cost."""
+    prompts_per_step: int = 128
+    """Questions per rollout batch, over all processes."""
+    num_generations: int = 16
+    """Responses per question."""
+    nothinking_share: float = 0.5
+    """Share of the responses forced into NoThinking, and the behaviour probability of that first token (Eq. 8)."""
+    forcing: str = "exact"
+    """"exact" (code): the same number for every question. "coin" (Eq. 8): drawn per sample. "off": first token free."""
+    first_word: str = "Alright"
+    """w_start of Eq. 8: the word that forced Thinking responses start with."""
+    nothinking_max_new_tokens: int = 4096
+    """Longest NoThinking response in training."""
+    baseline: str = "reference"
+    """"reference" (Eq. 5): measured once before training. "online": mean Thinking reward of the question right now."""
+    delta_on: str = "all"
+    """"all": delta for every NoThinking response. "correct": only for right ones."""
+    ratio: str = "sequence_mean"
+    """"sequence_mean" (code), "sequence_product" (Eq. 9 to the letter), or "token" (plain PPO)."""
+    token_average: str = "token_mean"
+    """Normaliser with ratio "token": "token_mean", "seq_mean_token_sum" or "seq_mean_token_mean"."""
+    clip_low: float = 0.2
+    """epsilon below 1."""
+    clip_high: float = 0.2
+    """epsilon above 1."""
+    minibatches_per_step: int = 1
+    """Optimiser steps per rollout batch."""
+    old_logprobs: str = "learner"
+    """pi_old: "learner" recomputes it before the update (code), "behaviour" takes the sampler's own log-probs."""
+    ref_samples: int = 16
+    """K of Eq. 5: responses per question for the reference accuracy."""
+    ref_top_p: float = 0.95
+    """Nucleus of those responses."""
+    ref_results: str = ""
+    """Read the reference accuracies from a table in the authors' JSON layout instead of measuring them."""
+    ref_cache: str = "runs/reference"
+    """Folder in which measured reference accuracies are kept."""
+
+    def __post_init__(self):
+        choices = {
+            "forcing": ("exact", "coin", "off"),
+            "baseline": ("reference", "online"),
+            "delta_on": ("all", "correct"),
+            "ratio": ("sequence_mean", "sequence_product", "token"),
+            "token_average": ("token_mean", "seq_mean_token_sum", "seq_mean_token_mean"),
+            "old_logprobs": ("learner", "behaviour"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"--{name} {getattr(self, name)}: takes {', '.join(allowed)}.")
+        for name in ("prompts_per_step", "num_generations", "nothinking_max_new_tokens", "minibatches_per_step",
+                     "ref_samples"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1.")
+        if not 0 <= self.nothinking_share <= 1:
+            raise UserError(f"--nothinking_share {self.nothinking_share}: must lie in [0, 1].")
+
+
+# ------------------------------------------------------------------------------------------ control tokens and prompts
+
+
+@dataclass
+class Control:
+    """The tokens that decide the mode."""
+
+    eot: int  # `</think>`
+    word: list[int]  # w_start; its first token is the choice, the others (if any) follow from it
+    share: float  # probability of NoThinking under the behaviour policy
+    ends_in: str = ""  # how the prompt ends
+
+    def forced(self, mode: str) -> tuple[tuple[int, float], ...]:
+        """Return the first tokens of a mode with their behaviour probabilities (Eq. 8)."""
+        if mode == "nothinking":
+            return ((self.eot, self.share),)
+        return ((self.word[0], 1 - self.share), *((token, 1.0) for token in self.word[1:]))
+
+    def mode_of(self, response_ids) -> str:
+        """Return the mode of a response from its first token."""
+        return "nothinking" if response_ids[0] == self.eot else "thinking"
+
+    def protocol(self) -> Protocol:
+        """Return how evaluation forces and tells modes apart."""
+        certain = Control(self.eot, self.word, 0.5)
+        settings = {
+            "adaptive": (),
+            "always_think": certain.forced("thinking"),
+            "never_think": certain.forced("nothinking"),
+        }
+        return Protocol(settings, self.mode_of, extract_answer, ("thinking", "nothinking"))
+
+
+def control_tokens(tokenizer, args) -> Control:
+    """Look the control tokens up; UserError if the template or the vocabulary does not fit the method."""
+    ends_in = prompts.check_opens_thinking(tokenizer)
+    word = tokenizer.encode(args.first_word, add_special_tokens=False)
+    if not word:
+        raise UserError(f"--first_word {args.first_word!r} has no token.")
+    return Control(prompts.control_token(tokenizer, "</think>"), word, args.nothinking_share, ends_in)
+
+
+# --------------------------------------------------------------------------------------------------------- the method
+
+
+def plan_rollouts(questions, control: Control, args, stop_ids, step: int) -> list[Request]:
+    """Return the requests of one step: for every question, some samples forced to skip thinking, the others to think.
+
+    `questions` holds (index in the task, question, prompt ids); the index is the group of the samples.
+    """
+    requests = []
+    for i, question, prompt_ids in questions:
+        n = args.num_generations
+        coins = np.random.default_rng([args.seed, step, i]).random(n) < args.nothinking_share
+        for k in range(n):
+            skip = bool(coins[k]) if args.forcing == "coin" else k < round(n * args.nothinking_share)
+            mode = "nothinking" if skip else "thinking"
+            cut = skip and args.forcing != "off"
+            requests.append(
+                Request(
+                    prompt_ids,
+                    min(args.nothinking_max_new_tokens, args.max_new_tokens) if cut else args.max_new_tokens,
+                    stop_ids,
+                    request_seed(args.seed, step, i, k),
+                    forced=() if args.forcing == "off" else control.forced(mode),
+                    tag=(question, i),
+                )
+            )
+    return requests
+
+
+def extract_answer(response: str) -> str | None:
+    """Return the answer to grade, None if the response breaks the format: then R = 0 (official adapt_think_rm)."""
+    if "<think>" in response or response.count("</think>") != 1:
+        return None
+    return boxed_answer(response.split("</think>")[1])
+
+
+def reward(e: Episode) -> float:
+    """Return R(x, y): 1 for a well-formed right answer, else 0."""
+    return float(e.info["correct"])
+
+
+def advantage(e: Episode, baseline: float, args) -> float:
+    """Return A(x, y) = delta 1(y_1 = </think>) + R(x, y) - Rbar_ref(x)   (Eq. 6)."""
+    pays = e.mode == "nothinking" and (args.delta_on == "all" or e.reward == 1)
+    return args.delta * pays + e.reward - baseline
+
+
+def baselines(episodes: list[Episode], reference: list[float] | None) -> dict[int, float]:
+    """Return {group: baseline}: Rbar_ref(x) of Eq. 5, or without one the mean Thinking reward of the group."""
+    groups = {e.group for e in episodes}
+    if reference is not None:
+        return {g: reference[g] for g in groups}
+    thinking = {g: [e.reward for e in episodes if e.group == g and e.mode == "thinking"] for g in groups}
+    return {g: sum(rewards) / len(rewards) if rewards else 0.0 for g, rewards in thinking.items()}
+
+
+def loss(logprobs: torch.Tensor, mb: MicroBatch, counts: Counts, args) -> tuple[torch.Tensor, dict]:
+    """Return this micro-batch's share of the loss (Eq. 9) and of the metrics.
+
+    Shapes: logprobs [N] of all tokens of S sequences; `counts` are those of the whole step over all processes, so the
+    shares of all micro-batches add up to the loss whatever the split. mb.old_logprobs holds log pi_IS: pi_old, and
+    log 0.5 for the forced first token.
+    """
+    log_ratio = logprobs - mb.old_logprobs  # [N]
+    if args.ratio == "token":
+        A, weight = mb.advantages, 1 / mb.lengths[mb.sequence]
+        if args.token_average == "token_mean":
+            weight = torch.full_like(A, 1 / counts.tokens)
+        else:
+            weight = (weight if args.token_average == "seq_mean_token_mean" else torch.ones_like(A)) / counts.sequences
+    else:
+        A = mb.sequence_advantages  # [S]
+        log_ratio = torch.zeros_like(A).index_add(0, mb.sequence, log_ratio)  # sum over the tokens of a sequence
+        if args.ratio == "sequence_mean":
+            log_ratio = log_ratio / mb.lengths
+        weight = torch.full_like(A, 1 / counts.sequences)
+    ratio = log_ratio.exp()
+    free = -A * ratio
+    clipped = -A * ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+    value = (torch.maximum(free, clipped) * weight).sum()
+    with torch.no_grad():
+        stats = {
+            "loss/policy": value.detach(),
+            "loss/clip_fraction": ((clipped > free) * weight).sum(),
+            "loss/approx_kl": (-log_ratio * weight).sum(),
+        }
+    return value, stats
+
+
+def metrics(rows: list[dict], args) -> dict[str, float | None]:
+    """Return AdaptThink's metrics over the episodes of all processes (official names; p(</think>) is the headline)."""
+    n = args.num_generations
+
+    def mean(key, mode=None):
+        values = [r[key] for r in rows if mode in (None, r["mode"]) and r[key] is not None]
+        return sum(values) / len(values) if values else None
+
+    share = sum(r["mode"] == "nothinking" for r in rows) / len(rows)
+    asked = args.nothinking_share if args.forcing == "coin" else round(n * args.nothinking_share) / n
+    out = {"forced_nothinking_share": share, "forced_share_gap": 0.0 if args.forcing == "off" else abs(share - asked)}
+    for mode in ("nothinking", "thinking"):
+        for name, key in (("accuracy", "correct"), ("reward", "reward"), ("tokens", "tokens")):
+            out[f"{mode}_{name}"] = mean(key, mode)
+    if out["nothinking_reward"] is not None and out["thinking_reward"] is not None:
+        out["reward_gap"] = out["nothinking_reward"] - out["thinking_reward"]
+    out["first_eot_prob"] = mean("first_prob", "nothinking")
+    out["first_eot_logprob"] = mean("first_logprob", "nothinking")
+    out["first_ratio_mean"] = mean("first_ratio")
+    out["advantage_mean"], out["ref_accuracy_mean"] = mean("advantage"), mean("baseline")
+    return {f"adapt_think/{key}": value for key, value in out.items()}
+
+
+def metric_rows(episodes: list[Episode], base: dict[int, float]) -> list[dict]:
+    """Return what `metrics` needs of each episode, as plain numbers that can travel between processes."""
+    rows = []
+    for e in episodes:
+        first = e.info.get("first_logprob")  # log pi(y_1 | x) before the update; None where the episode taught nothing
+        rows.append(
+            {
+                "mode": e.mode,
+                "reward": e.reward,
+                "correct": float(e.info["correct"]),
+                "tokens": e.num_tokens,
+                "advantage": e.advantage,
+                "baseline": base[e.group],
+                "first_logprob": first,
+                "first_prob": None if first is None else float(np.exp(first)),
+                "first_ratio": None if first is None else float(np.exp(first - e.behaviour_logprobs[0].item())),
+            }
+        )
+    return rows
+
+
+def reference_accuracy(run: Run, control: Control, args) -> list[float] | None:
+    """Return Rbar_ref(x) of every training question (Eq. 5): K free Thinking samples of the starting model, graded.
+
+    A resumed run reads the table it started with. None with the online baseline.
+    """
+    if args.baseline == "online":
+        return None
+
+    def make_requests(i: int) -> list[Request]:
+        question, prompt_ids = run.task.questions[i], run.task.prompts[i]
+        seeds = [request_seed(args.seed, REFERENCE_STREAM, i, k) for k in range(args.ref_samples)]
+        return [Request(prompt_ids, args.max_new_tokens, run.stop_ids, s, tag=(question, i)) for s in seeds]
+
+    def measure() -> list[float]:
+        if args.ref_results:
+            return read_authors_table(args.ref_results, run.task.questions)
+        sampling = Sampling(args.temperature, args.ref_top_p)
+        return pass_rates(run, make_requests, sampling, extract_answer, args.ref_cache)
+
+    return run.table("reference.json", measure)
+
+
+REFERENCE_STREAM = 104_729  # keeps the random numbers of the reference samples apart from those of training
+
+
+def main() -> None:
+    args = parse_args(Args)
+    run = Run(args, "adaptthink")
+    control = control_tokens(run.tokenizer, args)
+    protocol = control.protocol()
+    run.preflight(
+        {
+            "template": f"ends in {control.ends_in!r}",
+            "</think>": f"token {control.eot}",
+            "w_start": f"{args.first_word!r}, tokens {control.word}",
+        }
+    )
+    with run:
+        learner = run.learner
+        reference = reference_accuracy(run, control, args)
+        run.first_token_metrics("adapt_think/first_eot", control.eot)
+        run.evaluate_if_due(protocol)
+
+        for step in run.steps():
+            # --- roll out: half of the samples forced into each mode; grading overlaps decoding
+            questions = run.next_questions()
+            episodes = run.rollout(plan_rollouts(questions, control, args, run.stop_ids, step), extract_answer)
+
+            # --- reward and advantage
+            for e in episodes:
+                e.mode, e.reward = control.mode_of(e.response_ids), reward(e)
+            base = baselines(episodes, reference)
+            for e in episodes:
+                e.advantage = advantage(e, base[e.group], args)
+
+            # --- update: one optimiser step per minibatch
+            on_policy = args.old_logprobs == "learner" and args.minibatches_per_step == 1
+            if args.old_logprobs == "learner" and not on_policy:
+                learner.recompute_logprobs(episodes)
+            losses, updates = [], []
+            minibatches = learner.minibatches(episodes, args.minibatches_per_step, step, skip_zero_advantage=True)
+            for minibatch in minibatches:
+                for mb in minibatch:
+                    logprobs, _ = learner.score(mb)
+                    if on_policy:  # pi_old is the policy itself: recomputing it would give these very numbers
+                        mb.old_logprobs = torch.where(mb.forced, mb.old_logprobs, logprobs.detach())
+                    value, stats = loss(logprobs, mb, minibatch.counts, args)
+                    learner.backward(value)
+                    losses.append(stats)
+                    run.observe(mb, logprobs)
+                updates.append(learner.step())
+            run.refresh()
+
+            # --- log, evaluate, save
+            run.log(episodes, metrics(run.gather(metric_rows(episodes, base)), args), losses, updates, minibatches)
+            run.evaluate_if_due(protocol)
+            run.save_if_due()
+        run.finish()
+
+
+if __name__ == "__main__":
+    run_cli(main)

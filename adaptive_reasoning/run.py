@@ -1,0 +1,495 @@
+"""Run: everything around an algorithm's loop. Where it writes, what it runs on, how it continues, what it reports.
+
+An algorithm file decides what to sample, what it is worth and what to minimise; a run carries that out: the folder of
+the run, the model on its runtime, rollouts with grading in the background, metrics, evaluations, checkpoints. Nothing
+here knows any algorithm. Every random number is a function of (seed, step, question, sample), so a resumed run needs no
+state but weights, optimiser and step number.
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import yaml
+
+from adaptive_reasoning.episode import Episode
+from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.evaluate import Protocol, evaluate
+from adaptive_reasoning.learner.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    prune,
+    save_checkpoint,
+)
+from adaptive_reasoning.learner.learner import Learner
+from adaptive_reasoning.learner.model import load_model
+from adaptive_reasoning.learner.packing import MicroBatch
+from adaptive_reasoning.learner.runtime import all_gather, all_reduce, is_zero3, make_accelerator
+from adaptive_reasoning.preflight import preflight
+from adaptive_reasoning.report import glossary
+from adaptive_reasoning.report.console import Console, say
+from adaptive_reasoning.report.files import (
+    append_jsonl,
+    read_jsonl,
+    truncate_jsonl,
+    write_json_atomic,
+    write_text_atomic,
+)
+from adaptive_reasoning.report.page import write_report
+from adaptive_reasoning.rollout import Completion, Decoder, Engine, Request, Sampling
+from adaptive_reasoning.tasks import prompts
+from adaptive_reasoning.tasks.question import Question
+from adaptive_reasoning.tasks.task import load_task
+
+CPU_CACHE_BYTES = 4 << 30  # on a GPU the preflight finds what is left
+GPU_SYNC_EVERY = 8
+
+
+class Run:
+    """One training run; a context manager.
+
+    Args:
+        args: the algorithm's options (RunArgs and its own).
+        algorithm: name for summary.json.
+
+    Raises:
+        UserError: whatever is wrong with model, data, template or folder, before anything heavy starts.
+    """
+
+    def __init__(self, args, algorithm: str):
+        self.args, self.algorithm, self.started = args, algorithm, time.perf_counter()
+        self.folder = Path(args.output_dir)
+        self.accelerator = make_accelerator(args)
+        self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        self.model, self.tokenizer = load_model(args.model, args)
+        self.stop_ids = prompts.stop_tokens(self.tokenizer, self.model.generation_config)
+        self.task = load_task(args, self.tokenizer)
+        self.grader = self.task.grader(args.grader_workers, args.grader_timeout)
+        self.step = 0
+        self.spent = 0.0  # seconds of earlier parts of a resumed run
+        self.clock: dict[str, float] = {}
+        self.cache_bytes = CPU_CACHE_BYTES
+        self.latest: dict | None = None  # adaptive result of the newest evaluation
+
+    def preflight(self, control: dict[str, str]) -> None:
+        """Print what was found and what memory it will take; stop with the mend where something will not work.
+
+        Args:
+            control: the algorithm's control tokens in words, e.g. {"</think>": "token 151649"}.
+        """
+        device = self.accelerator.device
+        cuda = device.type == "cuda"
+        root = self.folder / "checkpoints"
+        newest = newest_checkpoint(root)
+        plan = preflight(
+            self.args,
+            model_config=self.model.config,
+            device=torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+            world_size=self.ranks,
+            zero3=is_zero3(self.accelerator),
+            device_memory=torch.cuda.get_device_properties(device).total_memory if cuda else None,
+            arena=None if cuda else CPU_CACHE_BYTES,
+            questions=len(self.task.questions),
+            skipped=self.task.skipped,
+            longest_prompt=max(map(len, self.task.prompts)),
+            findings={
+                **control,
+                "evaluation": ", ".join(f"{b.name} ({len(b.questions)})" for b in self.task.benchmarks),
+            },
+            disk_free=shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free,
+            steps_done=int(newest.name.split("_")[1]) if newest else 0,
+            checkpoints_there=len(checkpoints(root)),
+        )
+        self.say(plan.table)
+        self.cache_bytes = plan.cache_bytes
+
+    def __enter__(self) -> "Run":
+        """Distribute the model, continue from the newest checkpoint if there is one, and open the folder."""
+        args = self.args
+        self._open_folder()
+        self.learner = Learner(args, self.model, self.accelerator)
+        checkpoint = newest_checkpoint(self.folder / "checkpoints")
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, self.learner)
+            self.step, self.spent = state["step"], state["wall_s"]
+            self.say(f"continuing {self.folder} after step {self.step}")
+        if self.main:
+            for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
+                if (self.folder / name).is_file():
+                    truncate_jsonl(self.folder / name, self.step if checkpoint else -1)
+        device = self.accelerator.device
+        dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+        self.engine = Engine(
+            Decoder(self.model.config, device, dtype),
+            args.rollout_rows,
+            cache_bytes=self.cache_bytes,
+            sync_every=1 if device.type == "cpu" else GPU_SYNC_EVERY,
+        )
+        self.engine.refresh(self.learner.named_weights())
+        rows = read_jsonl(self.folder / "metrics.jsonl") if checkpoint and self.main else []
+        self.console = Console(args.max_steps, rows)
+        if args.report_to:
+            self._open_trackers()
+        self.grader.__enter__()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.grader.__exit__(kind, error, trace)
+        if self.args.report_to:
+            self.accelerator.end_training()
+
+    # ------------------------------------------------------------------------------------------------- the loop
+
+    def steps(self) -> Iterator[int]:
+        """Yield the step numbers still to do, after the evaluation of the untrained model."""
+        while self.step < self.args.max_steps:
+            self.step += 1
+            self.clock |= {"step": time.perf_counter()}
+            self.gap = [0.0, 0, 0.0]
+            yield self.step
+
+    def next_questions(self) -> list[tuple[int, Question, list[int]]]:
+        """Return this process's share of the step's questions as (index in the task, question, prompt ids)."""
+        batch = self.task.batch(self.step, self.args.prompts_per_step, self.args.seed)
+        return [(i, self.task.questions[i], self.task.prompts[i]) for i in batch[self.rank :: self.ranks]]
+
+    def rollout(
+        self,
+        requests: list[Request],
+        extract_answer: Callable[[str], str | None],
+        sampling: Sampling | None = None,
+        progress: str = "rollout",
+    ) -> list[Episode]:
+        """Generate responses and grade them as they end.
+
+        Each request's tag is (question, group). Every episode comes back with its text and info["correct"], which is
+        False where `extract_answer` found no answer; info["forced"] counts its forced first tokens.
+        """
+        start = time.perf_counter()
+        texts: dict[int, str] = {}
+
+        def on_finish(i: int, completion: Completion) -> None:
+            texts[i] = prompts.decode(self.tokenizer, completion.response_ids.tolist(), self.stop_ids)
+            answer = extract_answer(texts[i])
+            if answer is not None:
+                self.grader.submit(answer, requests[i].tag[0].answer, i)
+
+        sampling = sampling or Sampling(self.args.temperature)
+        completions = self.engine.run(requests, sampling, on_finish, progress if self.main else "")
+        self.clock["rollout"] = time.perf_counter() - start
+        start = time.perf_counter()
+        grades = self.grader.drain()
+        self.clock["grade_wait"] = time.perf_counter() - start
+        episodes = []
+        for i, c in enumerate(completions):
+            question, group = c.request.tag
+            info = {"forced": len(c.request.forced), "correct": i in grades and grades[i].correct}
+            if i in grades and grades[i].status != "ok":
+                info["grader"] = f"{grades[i].status}: {grades[i].detail}"
+            episodes.append(
+                Episode(
+                    question=question,
+                    group=group,
+                    prompt_ids=torch.tensor(c.context_ids),
+                    response_ids=c.response_ids,
+                    behaviour_logprobs=c.logprobs,
+                    action_mask=c.action_mask,
+                    finish_reason=c.finish_reason,
+                    text=texts[i],
+                    info=info,
+                )
+            )
+        self.clock["update"] = time.perf_counter()
+        return episodes
+
+    def observe(self, mb: MicroBatch, logprobs: torch.Tensor) -> None:
+        """Note what only the forward pass of the update knows.
+
+        The distance of the learner's log-probs from the sampler's (they saw the same tokens under the same weights, so
+        anything but rounding is a bug), and each episode's info["first_logprob"].
+        """
+        with torch.no_grad():
+            distance = (logprobs - mb.behaviour_logprobs)[~mb.forced].abs()
+            if len(distance):
+                gap = self.gap
+                self.gap = [gap[0] + float(distance.sum()), gap[1] + len(distance), max(gap[2], float(distance.max()))]
+            first = mb.position == 0
+            rows, values = mb.sequence[first].tolist(), logprobs[first].tolist()
+        for row, value in zip(rows, values):
+            mb.episodes[row].info["first_logprob"] = value
+
+    def refresh(self) -> None:
+        """Bring the new weights into the rollout replica, layer by layer."""
+        self.engine.refresh(self.learner.named_weights())
+
+    def table(self, name: str, measure: Callable[[], list[float]]) -> list[float]:
+        """Return numbers that belong to the start of the run: measured by a new run, read back by a resumed one."""
+        path = self.folder / name
+        if self.step == 0:
+            values = measure()
+            if self.main:
+                write_json_atomic(path, values)
+        elif not path.is_file():
+            raise UserError(f"{path} is missing: it holds numbers measured before step 1. Start the run anew.")
+        self.accelerator.wait_for_everyone()
+        return load_json(path)
+
+    def first_token_metrics(self, name: str, token: int) -> None:
+        """Log the probability of a first token over the questions of the first benchmark, as metrics of step 0."""
+        if self.step or not self.task.benchmarks:
+            return
+        asked = [prompts.render(self.tokenizer, q.problem) for q in self.task.benchmarks[0].questions[:512]]
+        logprobs = self.engine.first_logprobs(asked, token, self.args.temperature)
+        row = {"step": 0, f"{name}_prob": float(logprobs.exp().mean()), f"{name}_logprob": float(logprobs.mean())}
+        self._write_metrics(row)
+
+    def log(self, episodes: list[Episode], own: dict, losses: list[dict], updates: list[dict], minibatches) -> None:
+        """Write and print the metrics of one step.
+
+        Args:
+            episodes: of this process.
+            own: the algorithm's metrics, already over all processes.
+            losses: per micro-batch, additive shares {"loss/...": tensor} that sum to the step's value over all ranks.
+            updates: what learner.step() returned.
+            minibatches: what learner.minibatches() returned.
+        """
+        now = time.perf_counter()
+        sums: dict[str, float] = {}
+        for share in losses:
+            for key, value in share.items():
+                sums[key] = sums.get(key, 0.0) + float(value)
+        keys = sorted(set().union(*all_gather(self.accelerator, list(sums))))
+        total = all_reduce(self.accelerator, [sums.get(key, 0.0) for key in keys], "sum").tolist()
+        everyone = all_gather(
+            self.accelerator,
+            {
+                "tokens": sum(e.num_tokens for e in episodes),
+                "episodes": len(episodes),
+                "cut": sum(e.finish_reason == "length" for e in episodes),
+                "correct": sum(e.info["correct"] for e in episodes),
+                "reward": sum(e.reward for e in episodes),
+                "gap": self.gap,
+                "grader": self.grader.rates(),
+            },
+        )
+
+        def over(key):
+            return sum(part[key] for part in everyone)
+
+        n = over("episodes")
+        row = {
+            "step": self.step,
+            "reward/accuracy": over("correct") / n,
+            "reward/mean": over("reward") / n,
+            "rollout/response_tokens_mean": over("tokens") / n,
+            "rollout/truncated_share": over("cut") / n,
+            "rollout/tokens": over("tokens"),
+            "rollout/tokens_per_s": over("tokens") / self.clock["rollout"],
+            **{key: value / len(minibatches) for key, value in zip(keys, total)},
+            "loss/grad_norm": max(u["grad_norm"] for u in updates),
+            "loss/learning_rate": updates[-1]["learning_rate"],
+            "learner/zero_advantage_share": sum(m.zero_advantage for m in minibatches) / len(minibatches),
+            "learner/micro_batches": sum(map(len, minibatches)),
+            "data/epoch": self.task.epoch(self.step, self.args.prompts_per_step),
+            "data/skipped_prompts": self.task.skipped,
+            "time/step_s": now - self.clock["step"],
+            "time/rollout_s": self.clock["rollout"],
+            "time/grade_wait_s": self.clock["grade_wait"],
+            "time/update_s": now - self.clock["update"],
+            **own,
+        }
+        if sum(part["gap"][1] for part in everyone):
+            row["check/logprob_gap_mean"] = sum(p["gap"][0] for p in everyone) / sum(p["gap"][1] for p in everyone)
+            row["check/logprob_gap_max"] = max(part["gap"][2] for part in everyone)
+        row |= everyone[0]["grader"]
+        if self.latest is not None:
+            row |= {f"eval/{mode}_share": part["share"] for mode, part in self.latest["modes"].items()}
+        if "eval" in self.clock:
+            row["time/eval_s"] = self.clock.pop("eval")
+        self._write_metrics(row)
+        if self.main:
+            for e in pick(episodes, self.args.samples_per_step, self.step):
+                append_jsonl(self.folder / "samples.jsonl", sample_row(e, self.step, "train"))
+
+    def _write_metrics(self, row: dict) -> None:
+        if self.main:
+            glossary.check(row)
+            append_jsonl(self.folder / "metrics.jsonl", row)
+            if row["step"]:
+                self.console.step(row)
+        if self.args.report_to:
+            self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
+
+    def gather(self, rows: list[dict]) -> list[dict]:
+        """Return the rows of all processes, in order of process."""
+        return [row for part in all_gather(self.accelerator, rows) for row in part]
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate_if_due(self, protocol: Protocol) -> None:
+        """Evaluate before the first step, every `eval_every` steps and after the last one.
+
+        Before and after training all settings of the protocol are measured, in between the adaptive one alone.
+        """
+        first, last = self.step == 0, self.step == self.args.max_steps
+        due = first or last or (self.args.eval_every and self.step % self.args.eval_every == 0)
+        if not due or not self.task.benchmarks:
+            return
+        start = time.perf_counter()
+        settings = list(protocol.settings) if first or last else list(protocol.settings)[:1]
+        rows = []
+        for benchmark in self.task.benchmarks:
+            for setting in settings:
+                result, samples = evaluate(
+                    self.engine, self.grader, self.tokenizer, self.stop_ids, benchmark, protocol, setting, self.args,
+                    self.accelerator, progress=f"evaluate {benchmark.name} {setting}",
+                )  # fmt: skip
+                rows.append({"step": self.step, "setting": setting, "benchmark": benchmark.name, "result": result})
+                if self.main:
+                    for sample in samples:
+                        append_jsonl(self.folder / "samples.jsonl", {"step": self.step, "split": "eval", **sample})
+        self.latest = rows[0]["result"]
+        if self.main:
+            for row in rows:
+                append_jsonl(self.folder / "evaluations.jsonl", row)
+            self.console.evaluation(rows)
+            if not last:
+                write_report(self.folder)
+        self.clock["eval"] = time.perf_counter() - start
+
+    def evaluations(self, step: int) -> list[dict]:
+        """Return the rows of evaluations.jsonl of one step."""
+        return [row for row in read_jsonl(self.folder / "evaluations.jsonl") if row["step"] == step]
+
+    # ------------------------------------------------------------------------------------------------- keeping
+
+    def save_if_due(self) -> None:
+        """Write a checkpoint every `save_every` steps and after the last one."""
+        last = self.step == self.args.max_steps
+        if not (last or (self.args.save_every and self.step % self.args.save_every == 0)):
+            return
+        root = self.folder / "checkpoints"
+        if self.main:
+            root.mkdir(exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        state = {"step": self.step, "wall_s": self.spent + time.perf_counter() - self.started}
+        save_checkpoint(root / f"step_{self.step:06d}", self.learner, self.tokenizer, state)
+        if self.main:
+            prune(root, self.args.keep_checkpoints)
+
+    def finish(self) -> None:
+        """Write summary.json, the curves and the page."""
+        if not self.main:
+            return
+        before, after = self._adaptive(0), self._adaptive(self.args.max_steps)
+        summary = {
+            "algorithm": self.algorithm,
+            "task": self.args.task,
+            "seed": self.args.seed,
+            "steps": self.step,
+            "wall_s": round(self.spent + time.perf_counter() - self.started, 1),
+            "before": before,
+            "after": after,
+        }
+        write_json_atomic(self.folder / "summary.json", summary)
+        write_report(self.folder)
+        say(f"wrote {self.folder / 'summary.json'} and {self.folder / 'report.html'}")
+
+    def _adaptive(self, step: int) -> dict | None:
+        """Return the adaptive result of the first benchmark at a step."""
+        rows = [row for row in self.evaluations(step) if row["setting"] == "adaptive"]
+        return rows[0]["result"] if rows else None
+
+    def say(self, text: str) -> None:
+        """Print a line, once."""
+        if self.main:
+            say(text)
+
+    # ------------------------------------------------------------------------------------------------- folder
+
+    def _open_folder(self) -> None:
+        """Create the folder, or check that what is in it is this run."""
+        config = {k: v for k, v in dataclasses.asdict(self.args).items()}
+        path = self.folder / "config.yaml"
+        if self.main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if path.is_file() and newest_checkpoint(self.folder / "checkpoints") is not None:
+                    self._check_same(yaml.safe_load(path.read_text()) or {}, config)
+                write_text_atomic(path, yaml.safe_dump({"algorithm": self.algorithm, **config}, sort_keys=False))
+            except OSError as error:
+                raise UserError(f"--output_dir {self.folder}: cannot write there: {error}") from error
+        self.accelerator.wait_for_everyone()
+
+    def _check_same(self, old: dict, new: dict) -> None:
+        """Raise UserError if the folder holds a run with other options; how long it runs may change."""
+        if old.pop("algorithm", self.algorithm) != self.algorithm:
+            raise UserError(f"{self.folder} holds a run of another algorithm. Choose another --output_dir.")
+        differ = [k for k in new if k in old and old[k] != new[k] and k not in MAY_CHANGE]
+        if differ:
+            k = differ[0]
+            raise UserError(
+                f"{self.folder} holds a run with {k} = {old[k]!r}, now it is {new[k]!r}. Choose another --output_dir, "
+                "or give the old value to continue that run."
+            )
+
+    def _open_trackers(self) -> None:
+        trackers = [name.strip() for name in self.args.report_to.split(",") if name.strip()]
+        self.accelerator.log_with = self.accelerator.log_with or []
+        from accelerate.tracking import filter_trackers
+
+        self.accelerator.log_with = filter_trackers(trackers, str(self.folder / "trackers"))
+        if len(self.accelerator.log_with) < len(trackers):
+            raise UserError(
+                f"--report_to {self.args.report_to}: install these trackers first, e.g. pip install tensorboard."
+            )
+        flat = {k: v for k, v in dataclasses.asdict(self.args).items() if isinstance(v, (int, float, str, bool))}
+        self.accelerator.init_trackers(self.algorithm, config=flat)
+
+
+MAY_CHANGE = {
+    "max_steps", "save_every", "keep_checkpoints", "grader_workers", "grader_timeout", "samples_per_step", "report_to",
+    "tokens_per_micro_batch", "rollout_rows", "gradient_checkpointing", "output_dir",
+}  # fmt: skip
+
+
+def pick(episodes: list[Episode], n: int, step: int) -> list[Episode]:
+    """Return n episodes spread over the step, other ones at every step."""
+    if not episodes or n < 1:
+        return []
+    stride = max(1, len(episodes) // n)
+    return episodes[step % stride :: stride][:n]
+
+
+def sample_row(e: Episode, step: int, split: str) -> dict:
+    """Return the row of samples.jsonl for an episode."""
+    row = {
+        "step": step,
+        "split": split,
+        "mode": e.mode,
+        "difficulty": e.question.difficulty,
+        "problem": e.question.problem,
+        "answer": e.question.answer,
+        "response": e.text,
+        "reward": e.reward,
+        "tokens": e.num_tokens,
+        "finish_reason": e.finish_reason,
+        "advantage": e.advantage,
+    }
+    if "grader" in e.info:
+        row["grader"] = e.info["grader"]
+    return row
+
+
+def load_json(path: Path):
+    """Return the content of a JSON file; UserError with file and place where it is broken."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error

@@ -1,0 +1,242 @@
+"""Supervised fine-tuning: the cold start that gives a model the formats before reinforcement learns when to use which.
+
+    python -m adaptive_reasoning.sft --config experiments/cold_start_adaptthink.yaml
+
+The loss is the mean negative log-prob over the response tokens of the batch, EOS included; prompts carry no loss. It
+runs on the same learner as reinforcement: same packing, same log-probs, same checkpoints. LoRA through peft on request,
+merged into full weights at the end.
+
+Training rows come from a file (JSONL or Parquet with `problem` and `response`), or, for the laboratory, from arithmetic
+chains made by code. A row's mode token is supervised like any other, except where the recipe below says otherwise:
+
+  formats "adaptthink": half of the chains are answered after thinking, half at once. Models such as R1 hardly ever
+  choose to skip their thinking, and learning to is the point of the algorithm, so `</think>` as a first token is
+  supervised in a few of the direct rows only (`nothinking_supervised`): the model can answer directly but seldom does.
+"""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from adaptive_reasoning.episode import Episode
+from adaptive_reasoning.errors import UserError, run_cli
+from adaptive_reasoning.learner.checkpoint import load_checkpoint, newest_checkpoint, prune, save_checkpoint
+from adaptive_reasoning.learner.learner import Learner
+from adaptive_reasoning.learner.model import load_model
+from adaptive_reasoning.learner.runtime import all_reduce, make_accelerator
+from adaptive_reasoning.options import RunArgs, parse_args
+from adaptive_reasoning.report.console import say
+from adaptive_reasoning.report.files import append_jsonl, truncate_jsonl, write_json_atomic
+from adaptive_reasoning.tasks import chain, prompts
+from adaptive_reasoning.tasks.question import Question
+
+
+@dataclass
+class Args(RunArgs):
+    """Options of supervised fine-tuning."""
+
+    formats: str = "adaptthink"
+    """Recipe for chain rows: "adaptthink"."""
+    batch_size: int = 128
+    """Rows per optimiser step, over all processes."""
+    lr_schedule: str = "cosine"
+    """"cosine" to zero, or "constant"."""
+    nothinking_rows: float = 0.5
+    """Share of the chain rows that are answered at once."""
+    nothinking_supervised: float = 0.05
+    """Share of those rows in which the choice to answer at once is supervised too."""
+    hidden_size: int = 96
+    """Width of the laboratory's model (task "chain" with an empty --model)."""
+    layers: int = 3
+    """Depth of the laboratory's model."""
+    lora_rank: int = 0
+    """Rank of LoRA on all linear layers (0: train all weights)."""
+    lora_alpha: int = 16
+    """Scale of LoRA."""
+
+    # --- defaults that differ from reinforcement
+    task: str = "chain"
+    """"chain": rows made by code. "math": rows from --data, with `problem` and `response`."""
+    model: str = ""
+    """Model to start from; empty with task "chain": a new small one."""
+    temperature: float = 1.0
+    """Log-probs of supervised rows are taken at temperature 1."""
+    chain_mix: str = "0.2,0.2,0.15,0.15,0.15,0.15"
+    """Share of the rows with 1, 2, ... operations (task "chain")."""
+
+    def __post_init__(self):
+        if self.formats not in RECIPES:
+            raise UserError(f"--formats {self.formats}: takes {', '.join(RECIPES)}.")
+        if self.lr_schedule not in ("cosine", "constant"):
+            raise UserError(f"--lr_schedule {self.lr_schedule}: takes cosine or constant.")
+        if self.task == "math" and not self.model:
+            raise UserError("--model is empty: name the model to fine-tune.")
+
+
+@dataclass
+class Row:
+    """One supervised example: the loss falls on response tokens from `start` on."""
+
+    question: Question
+    response: str
+    start: int = 0
+
+
+def adaptthink_rows(args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
+    """Return chains answered in both modes of AdaptThink (recipe "adaptthink" above)."""
+    shares = chain.parse_mix(args.chain_mix)
+    rows = []
+    for i in range(n):
+        question = chain.make_question(rng, int(rng.choice(len(shares), p=shares)) + 1, f"chain/sft/{step}/{i}")
+        mode = "nothinking" if rng.random() < args.nothinking_rows else "thinking"
+        masked = mode == "nothinking" and rng.random() >= args.nothinking_supervised
+        rows.append(Row(question, chain.response(question, mode, rng), int(masked)))
+    return rows
+
+
+RECIPES = {"adaptthink": adaptthink_rows}
+
+
+def load_rows(path: str) -> list[Row]:
+    """Return the rows of a JSONL or Parquet file with `problem` and `response`.
+
+    Raises:
+        UserError: the file is missing or empty, or a row lacks a field; the message names file and row.
+    """
+    from adaptive_reasoning.tasks.math import read_rows
+
+    rows = []
+    for where, row in read_rows(path):
+        for key in ("problem", "response"):
+            if not isinstance(row.get(key), str) or not row[key]:
+                raise UserError(f"{where}: a supervised row needs '{key}' as a non-empty text, found {row.get(key)!r}.")
+        rows.append(Row(Question(where, row["problem"], ""), row["response"]))
+    return rows
+
+
+def episodes_of(rows: list[Row], tokenizer, limit: int) -> list[Episode]:
+    """Return rows as episodes with advantage 1, which the learner packs and scores; cut at `limit` tokens."""
+    asked = tokenizer([prompts.prompt_text(tokenizer, r.question.problem) for r in rows], add_special_tokens=False)
+    answered = tokenizer([r.response for r in rows], add_special_tokens=False)
+    episodes = []
+    for i, (row, p, r) in enumerate(zip(rows, asked["input_ids"], answered["input_ids"])):
+        ids = torch.tensor((r + [tokenizer.eos_token_id])[:limit])
+        mask = torch.arange(len(ids)) >= row.start
+        zeros = torch.zeros(len(ids))
+        episodes.append(Episode(row.question, i, torch.tensor(p), ids, zeros, mask, "stop", advantage=1.0))
+    return episodes
+
+
+def loss(logprobs: torch.Tensor, counts) -> torch.Tensor:
+    """Return this micro-batch's share of the mean negative log-prob over the supervised tokens of the step."""
+    return -logprobs.sum() / counts.tokens
+
+
+def rate(args, highest: float, step: int) -> float:
+    """Return the learning rate of step 1, 2, ... before the learner's warm-up."""
+    if args.lr_schedule == "constant":
+        return highest
+    return highest * 0.5 * (1 + np.cos(np.pi * (step - 1) / args.max_steps))
+
+
+def start_model(args, accelerator):
+    """Return (model to train, tokenizer, function that returns the model to save)."""
+    if args.model:
+        model, tokenizer = load_model(args.model, args)
+    else:
+        tokenizer = chain.tokenizer()
+        model = chain.tiny_model(tokenizer, args.hidden_size, args.layers, args.seed)
+    if not args.lora_rank:
+        return model, tokenizer, lambda: model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("--lora_rank needs the package peft: pip install 'adaptive-reasoning[peft]'.") from error
+    config = LoraConfig(
+        r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    wrapped = get_peft_model(model, config)
+    return model, tokenizer, wrapped.merge_and_unload
+
+
+def main() -> None:
+    args = parse_args(Args)
+    folder, options = Path(args.output_dir), json.loads(json.dumps(vars(args)))
+    base_rate = args.learning_rate
+    done = folder / "done.json"
+    if done.is_file():
+        if json.loads(done.read_text())["options"] != options:
+            raise UserError(
+                f"{folder} holds a cold start with other options. Choose another --output_dir or delete it."
+            )
+        say(f"{folder / 'model'} is complete")
+        return
+    accelerator = make_accelerator(args)
+    rank, ranks, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    model, tokenizer, to_save = start_model(args, accelerator)
+    learner = Learner(args, model, accelerator, trainable="marked" if args.lora_rank else "all")
+    file_rows = load_rows(args.data) if args.task == "math" else None
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    step = 0
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    if checkpoint is not None:
+        step = load_checkpoint(checkpoint, learner)["step"]
+        say(f"continuing {folder} after step {step}")
+    if main_process and (folder / "metrics.jsonl").is_file():
+        truncate_jsonl(folder / "metrics.jsonl", step)
+    started = time.perf_counter()
+
+    while step < args.max_steps:
+        step += 1
+        if file_rows is None:
+            rows = RECIPES[args.formats](args, np.random.default_rng([args.seed, step]), args.batch_size, step)
+        else:
+            order = np.random.default_rng([args.seed, (step - 1) * args.batch_size // len(file_rows)])
+            first = (step - 1) * args.batch_size % len(file_rows)
+            rows = [file_rows[i] for i in np.roll(order.permutation(len(file_rows)), -first)[: args.batch_size]]
+        episodes = episodes_of(rows[rank::ranks], tokenizer, args.max_new_tokens)
+        args.learning_rate = rate(args, base_rate, step)
+        (minibatch,) = learner.minibatches(episodes, 1, step)
+        total = 0.0
+        for mb in minibatch:
+            logprobs, _ = learner.score(mb)
+            value = loss(logprobs, minibatch.counts)
+            learner.backward(value)
+            total += float(value.detach()) * mb.weight
+        stats = learner.step()
+        total = float(all_reduce(accelerator, [total], "sum"))
+        if main_process:
+            row = {"step": step, "loss/policy": total, "loss/grad_norm": stats["grad_norm"]}
+            append_jsonl(folder / "metrics.jsonl", {**row, "loss/learning_rate": stats["learning_rate"]})
+            if step % 50 == 0 or step == args.max_steps:
+                left = (time.perf_counter() - started) / step * (args.max_steps - step)
+                say(f"cold start step {step:>5}/{args.max_steps} | loss {total:.4f} | ETA {left:.0f}s")
+        if args.save_every and step % args.save_every == 0 and step < args.max_steps:
+            save_checkpoint(folder / "checkpoints" / f"step_{step:06d}", learner, tokenizer, {"step": step})
+            if main_process:
+                prune(folder / "checkpoints", args.keep_checkpoints)
+    save_final(folder, learner, to_save, tokenizer, options)
+    accelerator.wait_for_everyone()
+
+
+def save_final(folder: Path, learner: Learner, to_save, tokenizer, options: dict) -> None:
+    """Write <folder>/model whole or not at all, LoRA merged into full weights, and mark the cold start as complete."""
+    save_checkpoint(folder / "final", learner, tokenizer, {})
+    if learner.accelerator.is_main_process:
+        if options["lora_rank"]:
+            merged = to_save()
+            merged.save_pretrained(folder / "final" / "model")
+        os.replace(folder / "final" / "model", folder / "model")
+        shutil.rmtree(folder / "final")
+        write_json_atomic(folder / "done.json", {"options": options})
+        say(f"wrote {folder / 'model'}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,146 @@
+"""Arithmetic chains: the laboratory. Questions without end, exact answers, and a model small enough for a laptop.
+
+A question is `3*7+4-9`, worked out from left to right modulo 10; its difficulty is the number of operations. One
+operation can be answered at once, six cannot: where the line runs is what "when to think" has to find out.
+
+The thinking is as wordy as that of the models the papers start from: it opens with a phrase, works step by step, and
+checks itself once more before it answers.
+"""
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.tasks.question import Question
+
+MODES = ("thinking", "nothinking")
+OPENERS = (("Alright", 0.7), ("Okay", 0.3))  # how a thinking response starts, and how often
+SPECIAL = ("<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>", "<think>", "</think>")
+SPLIT = (  # how Qwen2 cuts text before byte-pair encoding: letters together, digits one by one, a space with its word
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEMPLATE = (
+    "<|begin|>{% for message in messages %}{% if message['role'] == 'user' %}<|User|>{{ message['content'] }}"
+    "{% else %}<|Assistant|>{{ message['content'] }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tokenizer of the laboratory: byte-pair encoding as in Qwen2, trained on chains, one token a word.
+
+    It is built the way `transformers` builds every Qwen2 tokenizer, so AutoTokenizer opens the folder alike.
+    """
+    pieces = Tokenizer(models.BPE())
+    pieces.normalizer = normalizers.NFC()
+    pieces.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    pieces.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rng = np.random.default_rng(0)
+    asked = [make_question(rng, 1 + i % 6, "") for i in range(200)]
+    pieces.train_from_iterator((response(q, mode, rng) for q in asked for mode in MODES), trainer)
+    # As in R1's tokenizer, the marks of a turn are special tokens, the marks of thinking are ordinary ones.
+    pieces.add_special_tokens(list(SPECIAL[:4]))
+    pieces.add_tokens([AddedToken(text, normalized=False) for text in SPECIAL[4:]])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces,
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        pad_token="<pad>",
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def steps(problem: str) -> list[tuple[str, int]]:
+    """Return the operations of a chain as (text such as "3*7=1", value), from left to right modulo 10."""
+    value, out = int(problem[0]), []
+    for i in range(1, len(problem), 2):
+        op, operand = problem[i], int(problem[i + 1])
+        new = {"+": value + operand, "-": value - operand, "*": value * operand}[op] % 10
+        out.append((f"{value}{op}{operand}={new}", new))
+        value = new
+    return out
+
+
+def make_question(rng: np.random.Generator, operations: int, name: str) -> Question:
+    """Return a random chain with the given number of operations."""
+    digits = rng.integers(0, 10, operations + 1)
+    ops = rng.choice(list("+-*"), operations)
+    problem = str(digits[0]) + "".join(f"{op}{digit}" for op, digit in zip(ops, digits[1:]))
+    return Question(name, problem, str(steps(problem)[-1][1]), str(operations), "chain")
+
+
+def parse_mix(mix: str) -> list[float]:
+    """Return the shares in "0.4,0.2,..." of the questions with 1, 2, ... operations.
+
+    Raises:
+        UserError: not a list of non-negative numbers with a positive sum.
+    """
+    try:
+        shares = [float(x) for x in mix.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or min(shares) < 0 or sum(shares) <= 0:
+        raise UserError(
+            f"--chain_mix {mix!r}: needs comma-separated shares for 1, 2, ... operations, e.g. 0.4,0.3,0.3."
+        )
+    return [share / sum(shares) for share in shares]
+
+
+def questions(n: int, mix: str, seed: int, name: str) -> list[Question]:
+    """Return n questions whose difficulties hold the shares of `mix` exactly (up to rounding), in random order."""
+    shares = parse_mix(mix)
+    rng = np.random.default_rng([seed, n])
+    edges = np.round(np.cumsum(shares) * n).astype(int)
+    operations = np.searchsorted(edges, np.arange(n), side="right") + 1
+    rng.shuffle(operations)
+    return [make_question(rng, int(ops), f"{name}/{i}") for i, ops in enumerate(operations)]
+
+
+def response(question: Question, mode: str, rng: np.random.Generator) -> str:
+    """Return a correct response in a mode, without the end token: what the cold start teaches."""
+    if mode == "nothinking":
+        return f"</think>\n\\boxed{{{question.answer}}}"
+    if mode != "thinking":
+        raise AssertionError(f"chains know no mode {mode!r}")
+    words, shares = zip(*OPENERS)
+    opener = rng.choice(words, p=shares)
+    work = "\n".join(text for text, _ in steps(question.problem))
+    return (
+        f"{opener}, let me see.\n{work}\nWait, let me check.\n{work}\n"
+        f"So it is {question.answer}.\n</think>\n\\boxed{{{question.answer}}}"
+    )
+
+
+def tiny_model(tok: PreTrainedTokenizerFast, hidden: int = 96, layers: int = 3, seed: int = 0):
+    """Return a freshly initialised Qwen2 of about 0.3M parameters that fits the tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tok),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config)

@@ -1,0 +1,93 @@
+"""Prompts and control tokens: rendered and looked up once, checked before anything heavy starts."""
+
+from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.tasks.question import Question
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
+
+def render(tokenizer, problem: str) -> list[int]:
+    """Return the prompt ids of a question: the tokenizer's own chat template, the problem as the only user message."""
+    return tokenizer(prompt_text(tokenizer, problem), add_special_tokens=False)["input_ids"]
+
+
+def prompt_text(tokenizer, problem: str) -> str:
+    """Return the prompt as text.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template. Add one to its folder.")
+    messages = [{"role": "user", "content": problem}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def check_opens_thinking(tokenizer) -> str:
+    """Return how the prompt ends, e.g. '<|Assistant|><think>\\n'.
+
+    Raises:
+        UserError: the template does not end in `<think>` and a newline. Without it `</think>` as a first token closes
+            nothing, and a model trained so never learns to skip its thinking.
+    """
+    text = prompt_text(tokenizer, "1+1")
+    if not text.endswith(THINK_OPEN + "\n"):
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path!r} must end in {THINK_OPEN + chr(10)!r} with "
+            f"add_generation_prompt; found {text[-40:]!r}. Change chat_template in the tokenizer's folder."
+        )
+    return text[text.rindex("1+1") + 3 :]
+
+
+def control_token(tokenizer, text: str) -> int:
+    """Return the id of a control token such as `</think>`.
+
+    Raises:
+        UserError: the tokenizer splits the text or does not know it; the message shows the pieces.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path!r} does not hold {text!r} as one token; it reads it as "
+            f"{tokenizer.convert_ids_to_tokens(ids)}. Use a model whose vocabulary has it, or add it as a token."
+        )
+    return ids[0]
+
+
+def stop_tokens(tokenizer, generation_config=None) -> tuple[int, ...]:
+    """Return the ids that end a response: the tokenizer's EOS, and those of the generation config.
+
+    Raises:
+        UserError: there is none.
+    """
+    more = getattr(generation_config, "eos_token_id", None)
+    more = [] if more is None else [more] if isinstance(more, int) else list(more)
+    ids = tuple(dict.fromkeys(i for i in [tokenizer.eos_token_id, *more] if i is not None))
+    if not ids:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token: responses could never end.")
+    return ids
+
+
+def decode(tokenizer, response_ids, stop_ids: tuple[int, ...]) -> str:
+    """Return a response as text without its final stop token; thinking tags stay, special token or not."""
+    ids = list(response_ids)
+    if ids and ids[-1] in stop_ids:
+        ids.pop()
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def fitting(questions: list[Question], tokenizer, limit: int) -> tuple[list[Question], list[list[int]]]:
+    """Return the questions whose prompt has at most `limit` tokens, and their prompt ids.
+
+    Raises:
+        UserError: none is left; the message says how long the shortest is.
+    """
+    prompts = [render(tokenizer, q.problem) for q in questions]
+    kept = [i for i, ids in enumerate(prompts) if len(ids) <= limit]
+    if not kept:
+        shortest = min(map(len, prompts))
+        raise UserError(
+            f"every prompt is longer than --max_prompt_tokens {limit}: the shortest of {len(prompts)} has {shortest} "
+            "tokens. Raise the limit."
+        )
+    return [questions[i] for i in kept], [prompts[i] for i in kept]

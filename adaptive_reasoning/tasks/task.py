@@ -1,0 +1,106 @@
+"""Task: the questions of one run, their prompts, and how an answer to them is checked."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.tasks import chain, prompts
+from adaptive_reasoning.tasks.grader import Grade, GraderPool
+from adaptive_reasoning.tasks.question import Question
+
+
+@dataclass
+class Benchmark:
+    """A named set of evaluation questions, with `samples` responses to each."""
+
+    name: str
+    questions: list[Question]
+    samples: int = 1
+
+
+@dataclass
+class Task:
+    """Training questions that fit the prompt limit, and the benchmarks."""
+
+    questions: list[Question]
+    prompts: list[list[int]]
+    skipped: int  # questions left out because their prompt is too long
+    benchmarks: list[Benchmark] = field(default_factory=list)
+    exact: bool = False  # answers are compared as text, in this process
+
+    def batch(self, step: int, size: int, seed: int) -> list[int]:
+        """Return the indices of the questions of training step 1, 2, ...: an epoch is a permutation, its rest dropped.
+
+        A function of its arguments alone, so a resumed run sees the same questions on any number of processes.
+
+        Raises:
+            UserError: there are fewer questions than one step needs.
+        """
+        per_epoch = len(self.questions) // size
+        if per_epoch == 0:
+            raise UserError(
+                f"a step needs {size} questions, the training data has {len(self.questions)}: lower --prompts_per_step."
+            )
+        epoch, i = divmod(step - 1, per_epoch)
+        order = np.random.default_rng([seed, epoch]).permutation(len(self.questions))
+        return order[i * size : (i + 1) * size].tolist()
+
+    def epoch(self, step: int, size: int) -> float:
+        """Return the passes over the training questions after `step` steps."""
+        return step / (len(self.questions) // size)
+
+    def grader(self, workers: int, timeout: float) -> "GraderPool | ExactGrader":
+        """Return a context manager that checks answers: submit(answer, gold, key), drain() -> {key: Grade}."""
+        return ExactGrader() if self.exact else GraderPool(workers, timeout)
+
+
+class ExactGrader:
+    """Compares answers as text: enough for chains, whose answer is one digit. Same interface as GraderPool."""
+
+    def __init__(self):
+        self.grades: dict[object, Grade] = {}
+
+    def __enter__(self) -> "ExactGrader":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def submit(self, answer: str, gold: str, key: object) -> None:
+        self.grades[key] = Grade(answer == gold, "ok")
+
+    def drain(self) -> dict[object, Grade]:
+        grades, self.grades = self.grades, {}
+        return grades
+
+    def rates(self) -> dict[str, float]:
+        return {}
+
+
+def load_task(args, tokenizer, train: bool = True) -> Task:
+    """Return the task of a run: `args.task`, `args.data` and `args.eval_data`.
+
+    Args:
+        train: False loads the benchmarks alone.
+
+    Raises:
+        UserError: data that is missing or malformed (the message names file and line), or a task that does not exist.
+    """
+    if args.task == "chain":
+        questions = chain.questions(args.chain_questions, args.chain_mix, args.seed, "chain/train") if train else []
+        evaluation = chain.questions(args.chain_eval_questions, args.chain_mix, 1_000_003, "chain/eval")
+        benchmarks = [Benchmark("chain", evaluation, args.eval_samples)]
+    else:
+        from adaptive_reasoning.tasks import math
+
+        questions = math.load_questions(args.data) if train else []
+        benchmarks = []
+        for name in filter(None, (part.strip() for part in args.eval_data.split(","))):
+            known = math.BENCHMARKS.get(name)
+            samples = known.samples if known and known.samples > 1 else args.eval_samples
+            loaded = math.load_questions(name, args.eval_limit, split="test")
+            benchmarks.append(Benchmark(name if known else Path(name).stem, loaded, samples))
+    kept, ids = prompts.fitting(questions, tokenizer, args.max_prompt_tokens) if train else ([], [])
+    return Task(kept, ids, len(questions) - len(kept), benchmarks, exact=args.task == "chain")
