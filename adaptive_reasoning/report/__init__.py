@@ -1,0 +1,1 @@
+"""What a run leaves for a person: metric glossary, alarms, console lines, curves, one self-contained HTML page."""

@@ -1,0 +1,139 @@
+"""What a person following a run sees: one line per step, a table per evaluation, alarms that stand out.
+
+    step  12/150 | acc 0.712 | tokens 34.1 | p(</think>) 0.213 | loss -0.0123 | grad 0.52 | 1,690 tok/s | ETA 1m57s
+
+Everything goes through tqdm.write, so a progress bar stays at the bottom of the screen. Plain text; colour only for
+alarms, and only on a terminal (NO_COLOR switches it off).
+"""
+
+import os
+import sys
+from collections import deque
+
+from tqdm import tqdm
+
+from adaptive_reasoning.report import glossary
+from adaptive_reasoning.report.alarms import Raised, Watch
+from adaptive_reasoning.report.run_folder import difficulty_order
+
+FIRST = ("reward/accuracy", "rollout/response_tokens_mean")
+LAST = ("loss/policy", "loss/grad_norm", "rollout/tokens_per_s")
+
+
+class Console:
+    """Follows one run. `rows` are the metric rows of the part before a resume: old alarms are not raised again."""
+
+    def __init__(self, max_steps: int, rows: list[dict] = ()):
+        self.max_steps = max_steps
+        self.watch = Watch(rows)
+        self.seconds = deque(maxlen=20)  # of the newest steps, evaluation included: what the ETA is made from
+
+    def step(self, row: dict) -> None:
+        """Print the line of one metric row (the dict that goes into metrics.jsonl) and the alarms it raises."""
+        spent = row.get("time/step_s") or 0.0
+        if self.seconds:  # the evaluation before the first step has more settings than those to come
+            spent += row.get("time/eval_s") or 0.0
+        self.seconds.append(spent)
+        left = max(self.max_steps - row["step"], 0) * sum(self.seconds) / len(self.seconds)
+        say(step_line(row, self.max_steps, left))
+        for alarm in self.watch.see(row):
+            say(alarm_line(alarm))
+
+    def evaluation(self, rows: list[dict]) -> None:
+        """Print the table of one evaluation: the rows of evaluations.jsonl that share a step."""
+        say(evaluation_table(rows))
+
+
+def say(text: str) -> None:
+    """Print above the progress bar, at once: a log file read while the run goes on is never a step behind."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+def step_line(row: dict, max_steps: int, eta_s: float | None = None) -> str:
+    """Return the one line of a metric row. Metrics with a `short` label in the glossary appear, in its order."""
+    middle = [key for key, metric in glossary.METRICS.items() if metric.short and key not in FIRST + LAST]
+    cells = [f"step {row['step']:>{len(str(max_steps))}}/{max_steps}"]
+    for key in (*FIRST, *middle, *LAST):
+        if key in row:
+            metric = glossary.METRICS[key]
+            text = number(row[key], metric.unit).rjust(5 if metric.unit == "share" else 6)
+            cells.append(f"{text} tok/s" if metric.unit == "tokens/s" else f"{metric.short} {text}")
+    if row.get("time/step_s") is not None:
+        cells.append(f"{row['time/step_s']:5.2f} s")
+    if eta_s is not None:
+        cells.append(f"ETA {duration(eta_s)}")
+    return " | ".join(cells)
+
+
+def evaluation_table(rows: list[dict]) -> str:
+    """Return the evaluations of one step as aligned plain text, one block per benchmark.
+
+    A block has a row per difficulty and a row "all" for the setting "adaptive" (accuracy, mean tokens, share of each
+    mode), then one row for every setting with a forced first token: the bounds.
+    """
+    assert rows and len({row["step"] for row in rows}) == 1, "the table shows the evaluations of one step"
+    blocks = []
+    for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
+        results = {row["setting"]: row["result"] for row in rows if row["benchmark"] == benchmark}
+        modes = list(dict.fromkeys(mode for result in results.values() for mode in result["modes"]))
+        lines = [["difficulty", "accuracy", "tokens", *modes]]
+        for setting, result in sorted(results.items(), key=lambda item: item[0] != "adaptive"):
+            if setting == "adaptive":
+                for level in sorted(result["by_difficulty"], key=difficulty_order):
+                    part = result["by_difficulty"][level]
+                    shares = [part["modes"].get(mode, 0.0) for mode in modes]
+                    lines.append([level, *_cells(part["accuracy"], part["mean_tokens"], shares)])
+            shares = [result["modes"].get(mode, {}).get("share", 0.0) for mode in modes]
+            name = "all" if setting == "adaptive" else setting
+            lines.append([name, *_cells(result["accuracy"], result["mean_tokens"], shares)])
+        blocks.append(f"evaluation at step {rows[0]['step']}: {benchmark}\n" + aligned(lines))
+    return "\n".join(blocks)
+
+
+def _cells(accuracy: float | None, tokens: float | None, shares: list[float]) -> list[str]:
+    return [number(accuracy, "share"), number(tokens, "tokens"), *[number(share, "share") for share in shares]]
+
+
+def aligned(rows: list[list[str]], indent: str = "  ") -> str:
+    """Return rows of cells as text: first column to the left, the others to the right, header underlined."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first, *others = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        lines.append((indent + "  ".join([first, *others])).rstrip())
+    lines.insert(1, indent + "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def alarm_line(alarm: Raised) -> str:
+    """Return an alarm as a line nobody overlooks, with or without colour."""
+    text = f"!!! ALARM {alarm.text}"
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        return f"\033[1;97;41m{text}\033[0m"
+    return text
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Return a metric as short text for the console; "-" for null."""
+    if value is None:
+        return "-"
+    if unit == "share":
+        return f"{value:.3f}"
+    if unit == "tokens":
+        return f"{value:,.1f}"
+    if unit in ("tokens/s", "count"):
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as "45s", "1m57s", "2h05m" or "3d04h"."""
+    s = int(seconds + 0.5)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 86400}d{s % 86400 // 3600:02d}h"

@@ -1,0 +1,149 @@
+"""Run: what a run folder holds, read once, finished or still going on."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.report.files import read_jsonl
+
+ADAPTIVE = "adaptive"  # the setting in which nothing is forced
+FORCED = {"always_think": "thinking", "never_think": "nothinking"}  # first token forced -> the mode it leads to
+
+
+@dataclass
+class Run:
+    """One run folder. Every list is in the order of its file; a file that is not there yet gives an empty one.
+
+    E stands for the result of one evaluation: {"accuracy", "mean_tokens", "modes": {mode: {"share", "accuracy",
+    "mean_tokens"}}, "by_difficulty": {level: {"accuracy", "mean_tokens", "modes": {mode: share}}}}.
+    """
+
+    folder: Path
+    options: dict
+    metrics: list[dict]  # one row per training step
+    samples: list[dict]
+    evaluations: list[dict]  # {"step", "setting", "benchmark", "result": E}
+    summary: dict | None  # None while the run goes on
+
+    @property
+    def last_step(self) -> int:
+        return max([row["step"] for row in self.metrics + self.evaluations], default=0)
+
+    @property
+    def algorithm(self) -> str:
+        return str((self.summary or {}).get("algorithm") or self.options.get("algorithm") or "")
+
+    @property
+    def finished(self) -> bool:
+        """True once there is a summary and no step after it: a finished run may be continued with more steps."""
+        return self.summary is not None and self.last_step <= self.summary["steps"]
+
+    @property
+    def benchmarks(self) -> list[str]:
+        return list(dict.fromkeys(row["benchmark"] for row in self.evaluations))
+
+    @property
+    def modes(self) -> list[str]:
+        """Ways of answering, in order of appearance."""
+        evaluated = [mode for row in self.evaluations for mode in row["result"]["modes"]]
+        return list(dict.fromkeys(evaluated + [row["mode"] for row in self.samples if row.get("mode")]))
+
+    def results(self, benchmark: str, setting: str = ADAPTIVE) -> list[tuple[int, dict]]:
+        """Return [(step, E)] in order of the steps; of two evaluations of one step the later one counts."""
+        rows = (row for row in self.evaluations if row["benchmark"] == benchmark and row["setting"] == setting)
+        return sorted({row["step"]: row["result"] for row in rows}.items())
+
+    def before_after(self, benchmark: str, setting: str = ADAPTIVE) -> tuple[dict | None, dict | None]:
+        """Return E before training (step 0) and the newest E after some training; None for what is not there."""
+        results = self.results(benchmark, setting)
+        before = results[0][1] if results and results[0][0] == 0 else None
+        after = results[-1][1] if results and results[-1][0] > 0 else None
+        return before, after
+
+    def difficulties(self, benchmark: str) -> list[str]:
+        levels = {level for _, result in self.results(benchmark) for level in result["by_difficulty"]}
+        return sorted(levels, key=difficulty_order)
+
+    def points(self, key: str) -> list[tuple[int, float]]:
+        """Return [(step, value)] of a training metric, nulls left out."""
+        return [(row["step"], row[key]) for row in self.metrics if row.get(key) is not None]
+
+    def metric_keys(self) -> list[str]:
+        """Return every key logged, in order of appearance, without "step"."""
+        return [key for key in dict.fromkeys(key for row in self.metrics for key in row) if key != "step"]
+
+
+def load_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        UserError: no such folder, a folder without any file of a run, or a damaged file (names it, and the line).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder. Give the folder of a run (its --output_dir).")
+    names = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "summary.json")
+    if not any((folder / name).is_file() for name in names):
+        raise UserError(f"{folder}: not the folder of a run: none of {', '.join(names)} is in it.")
+    return Run(
+        folder=folder,
+        options=_options(folder / "config.yaml"),
+        metrics=read_jsonl(folder / "metrics.jsonl"),
+        samples=read_jsonl(folder / "samples.jsonl"),
+        evaluations=_evaluations(folder),
+        summary=_summary(folder / "summary.json"),
+    )
+
+
+def _options(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise UserError(f"{path}: expected a mapping of options, found {type(options).__name__}.")
+    return options
+
+
+def _summary(path: Path) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}. Run the same command again to write it anew.") from error
+    if not isinstance(summary, dict):
+        raise UserError(f"{path}: expected a mapping, found {type(summary).__name__}.")
+    return summary
+
+
+def _evaluations(folder: Path) -> list[dict]:
+    """Return the rows of evaluations.jsonl; without that file, before and after as the summary has them."""
+    rows = read_jsonl(folder / "evaluations.jsonl")
+    summary = _summary(folder / "summary.json")
+    if rows or not summary:
+        return rows
+    name = str(summary.get("task") or "evaluation")
+    steps = {"before": 0, "after": summary.get("steps") or 0}
+    return [
+        {"step": step, "setting": ADAPTIVE, "benchmark": name, "result": summary[when]}
+        for when, step in steps.items()
+        if summary.get(when)
+    ]
+
+
+def difficulty_order(level: str) -> tuple:
+    """Sort key that puts "2" before "10" and numbers before words: numbers inside a label count as numbers."""
+    parts = re.split(r"(\d+)", level)
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part)
+
+
+def shown_modes(modes: list[str], prefer: str) -> list[str]:
+    """Return the modes worth a curve of their share: of two, `prefer` alone, because the other one is the rest."""
+    return [prefer] if len(modes) == 2 and prefer in modes else list(modes)

@@ -1,0 +1,495 @@
+"""What a run leaves for a person, on synthetic run folders: six difficulties, 150 steps, both modes."""
+
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.report import console, files, glossary, seeds, svg
+from adaptive_reasoning.report.__main__ import main
+from adaptive_reasoning.report.alarms import Watch
+from adaptive_reasoning.report.page import render, write_report
+from adaptive_reasoning.report.panels import Line, Panel, thin
+from adaptive_reasoning.report.run_folder import difficulty_order, load_run
+from adaptive_reasoning.report.sample_table import MOST_CHARS_EACH, choose, sample_table
+
+LEVELS = range(1, 7)
+MIX = (0.4, 0.2, 0.1, 0.1, 0.1, 0.1)
+HOSTILE = "</script><script>alert(1)</script> <img src=x onerror=alert(2)> \u65e5 \U0001f600 \\boxed{1} {{7*7}} {# -->"
+
+
+def result(progress: float, rng: random.Random, delta: float = 0.1, forced: str = "") -> dict:
+    """Return E of a model that has learned `progress` (0 to 1) of when to think."""
+    levels = {}
+    for level in LEVELS:
+        quick = progress / (1 + math.exp(4 * (level - 1 - 10 * delta * progress)))
+        quick = {"always_think": 0.0, "never_think": 1.0}.get(forced, quick)
+        direct = min(0.99, 1.02 - 0.16 * (level - 1) + 0.1 * progress)
+        thought = 0.985 - 0.01 * level + 0.01 * progress + rng.uniform(-0.01, 0.01)
+        tokens = quick * 4.0 + (1 - quick) * (11 + 6.5 * level)
+        levels[str(level)] = {
+            "accuracy": quick * direct + (1 - quick) * thought,
+            "mean_tokens": tokens,
+            "modes": {"thinking": 1 - quick, "nothinking": quick},
+        }
+    mean = {key: sum(m * levels[str(d)][key] for m, d in zip(MIX, LEVELS)) for key in ("accuracy", "mean_tokens")}
+    quick = sum(m * levels[str(d)]["modes"]["nothinking"] for m, d in zip(MIX, LEVELS))
+    modes = {}
+    for mode, share, tokens in (("thinking", 1 - quick, 33.0), ("nothinking", quick, 4.0)):
+        some = share > 0
+        modes[mode] = {
+            "share": share,
+            "accuracy": mean["accuracy"] if some else None,
+            "mean_tokens": tokens if some else None,
+        }
+    return {**mean, "modes": modes, "by_difficulty": levels}
+
+
+def metric_row(step: int, steps: int, rng: random.Random) -> dict:
+    """Return a row with every metric of the glossary."""
+    progress = 1 / (1 + math.exp(-10 * (step / steps - 0.4)))
+    row = {key: rng.uniform(0.2, 0.4) for key in glossary.METRICS}
+    row |= {
+        "step": step,
+        "time/step_s": rng.uniform(0.8, 0.95),
+        "time/rollout_s": rng.uniform(0.5, 0.6),
+        "time/update_s": rng.uniform(0.25, 0.3),
+        "time/eval_s": 3.1 if step % 10 == 0 else None,
+        "rollout/tokens": 8000 - 1500 * progress,
+        "rollout/tokens_per_s": rng.uniform(1500, 1800),
+        "rollout/response_tokens_mean": 20 - 3 * progress + rng.gauss(0, 0.6),
+        "reward/accuracy": 0.72 + 0.1 * progress + rng.gauss(0, 0.02),
+        "loss/policy": -0.02 + rng.gauss(0, 0.01),
+        "loss/grad_norm": 0.5 + rng.expovariate(4),
+        "loss/learning_rate": 1e-4,
+        "check/logprob_gap_mean": 1.2e-6 * rng.uniform(0.8, 1.4),
+        "grader/timeout_rate": 0.0,
+        "grader/error_rate": 0.0,
+        "learner/zero_advantage_share": 0.1,
+        "adapt_think/forced_share_gap": 0.0,
+        "adapt_think/nothinking_accuracy": None if step == 3 else 0.55 + 0.15 * progress + rng.gauss(0, 0.03),
+        "adapt_think/thinking_accuracy": 0.97 + rng.gauss(0, 0.01),
+        "adapt_think/thinking_tokens": 33 + rng.gauss(0, 0.8),
+        "adapt_think/first_eot_prob": 0.004 + 0.45 * progress + rng.gauss(0, 0.004),
+    }
+    return row
+
+
+def sample(step: int, i: int, rng: random.Random) -> dict:
+    level, quick = rng.choice(LEVELS), rng.random() < 0.4
+    terms = "".join(f"{rng.choice('+-*')}{rng.randint(1, 9)}" for _ in range(level))
+    answer, right = rng.randint(0, 9), rng.random() < 0.85
+    steps = "".join(f"\n{rng.randint(1, 9)}+{rng.randint(1, 9)}={rng.randint(0, 9)}" for _ in range(level))
+    start = "</think>" if quick else f"Alright{steps}\n</think>"
+    row = {
+        "step": step,
+        "split": "train" if i % 3 else "eval",
+        "mode": "nothinking" if quick else "thinking",
+        "difficulty": str(level),
+        "problem": f"{rng.randint(1, 9)}{terms}",
+        "answer": str(answer),
+        "response": f"{start}\\boxed{{{answer if right else (answer + 1) % 10}}}",
+        "reward": float(right),
+        "tokens": 4 if quick else 11 + 6 * level,
+        "finish_reason": "stop",
+    }
+    return row | ({"advantage": round(rng.uniform(-0.9, 0.5), 4)} if i % 3 else {"setting": "adaptive"})
+
+
+def make_run(folder, steps=150, max_steps=150, seed=0, delta=0.1, samples_per_step=4, finished=True):
+    """Write a run folder as the runner does, with the helpers it uses."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"task": "chain", "model": "chain-tiny", "seed": seed, "delta": delta, "max_steps": max_steps, "data": ""}
+    files.write_text_atomic(folder / "config.yaml", yaml.safe_dump({"algorithm": "adaptthink", **options}))
+    files.append_jsonl(folder / "metrics.jsonl", {"step": 0, "adapt_think/first_eot_prob": 0.004})
+    for step in range(0, steps + 1):
+        ends = step in (0, max_steps)
+        for setting in ("adaptive", "always_think", "never_think") if ends else ("adaptive",):
+            if ends or step % 10 == 0:
+                E = result(1 / (1 + math.exp(-10 * (step / max_steps - 0.4))) if step else 0.0, rng, delta)
+                if setting != "adaptive":
+                    E = result(step / max_steps, rng, delta, setting)
+                row = {"step": step, "setting": setting, "benchmark": "chain", "result": E}
+                files.append_jsonl(folder / "evaluations.jsonl", row)
+        if step:
+            files.append_jsonl(folder / "metrics.jsonl", metric_row(step, max_steps, rng))
+            for i in range(samples_per_step):
+                files.append_jsonl(folder / "samples.jsonl", sample(step, i, rng))
+    if finished:
+        run = load_run(folder)
+        before, after = run.before_after("chain")
+        summary = {"algorithm": "adaptthink", "task": "chain", "seed": seed, "steps": steps, "wall_s": 171.3}
+        files.write_json_atomic(folder / "summary.json", {**summary, "before": before, "after": after})
+    return folder
+
+
+def page(folder) -> str:
+    run = load_run(folder)
+    return render(run, sample_table(run))
+
+
+class Tags(HTMLParser):
+    """Counts tags, collects addresses and event handlers, and checks that tags are closed in order."""
+
+    VOID = {"meta", "input", "br", "img"}
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.counts, self.open, self.addresses, self.handlers = {}, [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "action", "data")]
+        self.handlers += [name for name, _ in attributes if name.startswith("on")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def test_jsonl_round_trip_writes_null_for_what_json_cannot_hold(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    row = {"step": 1, "a": float("nan"), "b": [float("inf"), 1e-7], "c": "\u2028 \u65e5 \ud800", "d": {"e": -math.inf}}
+    files.append_jsonl(path, row)
+    files.append_jsonl(path, {"step": 2})
+    assert path.read_bytes().count(b"\n") == 2
+    assert files.read_jsonl(path) == [{**row, "a": None, "b": [None, 1e-7], "d": {"e": None}}, {"step": 2}]
+    assert files.read_jsonl(tmp_path / "absent.jsonl") == []
+
+
+@pytest.mark.parametrize("torn", ['{"step": 2, "te', '{"step": 2, "text": "\u65e5'.encode()[:-1], "{"])
+def test_a_torn_last_line_is_dropped_and_nothing_is_glued_onto_it(tmp_path, torn):
+    """Pins: appending after a kill wrote behind the torn line, which made a broken line in the middle of the file."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + (torn if isinstance(torn, bytes) else torn.encode()))
+    assert files.read_jsonl(path) == [{"step": 1}]
+    files.append_jsonl(path, {"step": 2})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    path.write_text('{"step": 1}')  # whole but for its newline: kept
+    files.append_jsonl(path, {"step": 2})
+    assert files.read_jsonl(path) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize("broken", ['{"step": 2', "[1, 2]", ""])
+def test_a_broken_line_in_the_middle_names_file_and_line(tmp_path, broken):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
+        files.read_jsonl(path)
+
+
+def test_truncate_keeps_the_rows_up_to_the_step_byte_for_byte(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    kept = b'{"step":1,  "x": 1.10}\n{"step": 2}\n{"step": 1}\n'
+    path.write_bytes(kept + b'{"step": 3}\n{"step": 4, "torn')
+    files.truncate_jsonl(path, 2)
+    assert path.read_bytes() == kept
+    files.truncate_jsonl(tmp_path / "absent.jsonl", 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.jsonl"]
+    path.write_text('{"step": 1}\n{"no": 1}\n')
+    with pytest.raises(UserError, match="line 2"):
+        files.truncate_jsonl(path, 2)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    files.write_json_atomic(path, {"old": math.nan})
+
+    def full(_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        files.write_json_atomic(path, {"new": 1})
+    assert json.loads(path.read_text()) == {"old": None}
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+# ------------------------------------------------------------------------------------------------ glossary, alarms
+
+
+def test_every_metric_has_a_meaning_and_unknown_ones_are_refused(monkeypatch):
+    monkeypatch.setattr(glossary, "METRICS", dict(glossary.METRICS))
+    for key, metric in glossary.METRICS.items():
+        assert metric.meaning.endswith("."), key
+        assert metric.unit in ("", "share", "tokens", "tokens/s", "seconds", "count", "nats"), key
+    glossary.check({"step": 1, "reward/mean": 0.5, "adapt_think/reward_gap": None})
+    for bad in ({"reward/maen": 1.0}, {"reward/mean": "0.5"}, {"reward/mean": True}):
+        with pytest.raises(AssertionError):
+            glossary.check(bad)
+    mine = {"mine/share": glossary.Metric("Mine.", "share", short="mine")}
+    glossary.register(mine)
+    glossary.register(mine)
+    glossary.check({"mine/share": 0.1})
+    assert "mine 0.100" in console.step_line({"step": 1, "mine/share": 0.1}, 9)
+    with pytest.raises(AssertionError, match="mine/share"):
+        glossary.register({"mine/share": glossary.Metric("Another meaning.")})
+
+
+def test_an_alarm_is_raised_once_after_enough_steps_in_a_row():
+    def rows(values):
+        return [{"step": i + 1, "reward/accuracy": v} for i, v in enumerate(values)]
+
+    assert Watch(rows([0.0] * 4 + [0.5] + [0.0] * 4)).raised == []
+    (alarm,) = Watch(rows([0.5] + [0.0] * 8)).raised
+    assert (alarm.first_step, alarm.last_step) == (2, 9) and "steps 2 to 9" in alarm.text
+    watch = Watch(rows([0.0] * 4))
+    assert len(watch.see({"step": 5, "reward/accuracy": 0.0})) == 1
+    assert watch.see({"step": 6, "reward/accuracy": 0.0}) == []
+    assert Watch([{"step": 1, "reward/accuracy": None, "reward/mean": None}]).raised == []
+    assert len(Watch([{"step": 1, "loss/policy": None}]).raised) == 1
+
+
+# ------------------------------------------------------------------------------------------------ console
+
+
+def test_a_step_is_one_plain_line_with_its_alarms_below(capsys):
+    follow = console.Console(max_steps=150)
+    row = metric_row(12, 150, random.Random(0)) | {"time/step_s": 1.5, "time/eval_s": 0.5, "loss/policy": None}
+    follow.step(row)
+    line, alarm = capsys.readouterr().out.splitlines()
+    assert line.startswith("step  12/150 | acc 0.") and line.endswith(" 1.50 s | ETA 3m27s")
+    assert re.search(r"tokens   \d\d\.\d \| p\(</think>\) 0\.\d{3} \| loss      - \| grad ", line)
+    assert re.search(r" 1,\d{3} tok/s", line) and line.isascii()
+    assert alarm.startswith("!!! ALARM loss/policy = null (step 12)")
+    follow.step(row | {"step": 13})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith(" | ETA 4m00s")  # 137 steps of (1.5 + 2.0) / 2 s: later evaluations count
+
+
+def test_alarms_are_coloured_on_a_terminal_only(monkeypatch):
+    (alarm,) = Watch([{"step": 1, "loss/policy": None}]).raised
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert console.alarm_line(alarm).startswith("\033[")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert console.alarm_line(alarm).startswith("!!!")
+
+
+def test_the_evaluation_table_is_aligned_and_has_the_bounds(tmp_path):
+    rows = [row for row in load_run(make_run(tmp_path / "r", steps=1)).evaluations if row["step"] == 0]
+    title, header, rule, *body = console.evaluation_table(rows).splitlines()
+    assert title == "evaluation at step 0: chain"
+    assert header.split() == ["difficulty", "accuracy", "tokens", "thinking", "nothinking"]
+    assert [line.split()[0] for line in body] == [*"123456", "all", "always_think", "never_think"]
+    assert {len(line) for line in (header, rule, *body)} == {len(header)}
+    assert body[-1].split()[1:] == [f"{rows[2]['result']['accuracy']:.3f}", "4.0", "0.000", "1.000"]
+    assert [console.duration(s) for s in (0, 59.4, 117, 7500, 273600)] == ["0s", "59s", "1m57s", "2h05m", "3d04h"]
+
+
+# ------------------------------------------------------------------------------------------------ charts
+
+
+def test_difficulties_sort_as_people_read_them():
+    labels = ["10", "2", "Level 10", "Level 9", "1", "hard"]
+    assert sorted(labels, key=difficulty_order) == ["1", "2", "10", "Level 9", "Level 10", "hard"]
+
+
+def test_labels_at_the_ends_of_lines_never_overlap():
+    lines = [Line(str(i), [(0, 1.0), (1, 1.0 - 1e-6 * i)], "d0") for i in range(6)]
+    for bounds in ((0.0, 1.0), (1.0, 2.0)):  # all ends at the top, then all at the bottom
+        picture = svg.panel_svg(Panel("t", "n", lines, "share", bounds))
+        ys = sorted(float(y) for y in re.findall(r'class="label" x="[\d.]+" y="([\d.]+)"', picture))
+        assert len(ys) == 6 and min(b - a for a, b in zip(ys, ys[1:])) >= 10
+        assert 0 < ys[0] and ys[-1] <= svg.HEIGHT
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0.953, 0.991), (-3e-7, 2e-7), (0, 16384), (5, 5), (1, 3140)])
+def test_ticks_are_few_round_and_inside(low, high):
+    found = svg.ticks(low, high, 5)
+    assert 1 <= len(found) <= 7 and all(low <= x <= high for x in found) and len(set(found)) == len(found)
+
+
+def test_long_lines_are_thinned_to_means():
+    points = thin([(float(x), float(x % 2)) for x in range(3140)], 400)
+    assert len(points) <= 400 and points[0] == (3.5, 0.5)
+
+
+# ------------------------------------------------------------------------------------------------ page
+
+
+def test_write_report_makes_a_page_that_needs_nothing_else(tmp_path, capsys):
+    folder = make_run(tmp_path / "chain")
+    write_report(folder)
+    assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    tags = Tags(text)
+    assert all(address.startswith("#") for address in tags.addresses)
+    assert {"url(", "@import", "https://"}.isdisjoint(re.findall(r"url\(|@import|https://", text))
+    assert "default-src 'none'" in text and '"status done">finished' in text
+    for heading in ("Result", "When it thinks", "Accuracy against tokens", "By difficulty", "Training", "Samples"):
+        assert f"<h2>{heading}</h2>" in text
+    for key in load_run(folder).metric_keys():
+        assert f"<code>{key}</code>" in text
+    before, after = load_run(folder).before_after("chain")
+    assert f"{100 * before['accuracy']:.1f}%" in text and f"{100 * after['accuracy']:.1f}%" in text
+    assert "what a coin that picks the mode would give" in text
+    assert not list(folder.glob(".*")) and capsys.readouterr().out == ""
+    assert page(folder) == text  # the same folder gives the same page
+
+
+def test_untrusted_text_stays_text(tmp_path):
+    """Responses, problems, options, names and labels come from models and data sets: none of it becomes markup."""
+    plain = make_run(tmp_path / "plain", steps=2, max_steps=2)
+    hostile = make_run(tmp_path / "<u>hostile", steps=2, max_steps=2)
+    rows = [json.loads(line) for line in (hostile / "samples.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= dict.fromkeys(("response", "problem", "answer", "mode", "difficulty", "finish_reason", "split"), HOSTILE)
+    (hostile / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    renamed = (hostile / "evaluations.jsonl").read_text().replace('"1": {', json.dumps(HOSTILE) + ": {")
+    (hostile / "evaluations.jsonl").write_text(renamed.replace('"thinking"', json.dumps(HOSTILE + "t")))
+    (hostile / "config.yaml").write_text(yaml.safe_dump({"model": HOSTILE, "seed": 0}))
+    good, bad = Tags(page(plain)), Tags(page(hostile))
+    for tag in ("script", "img", "u"):
+        assert bad.counts.get(tag, 0) == good.counts.get(tag, 0)
+    assert bad.handlers == good.handlers == ["onsubmit"]
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page(hostile), re.S).group(1)
+    parsed = json.loads(data)
+    assert parsed["rows"][0][parsed["columns"].index("response")] == HOSTILE
+
+
+@pytest.mark.parametrize("steps", [0, 1, 37])
+def test_a_run_in_progress_has_a_page(tmp_path, steps):
+    text = page(make_run(tmp_path / "going", steps=steps, finished=False))
+    Tags(text)
+    assert f"in progress: step {steps} of 150" in text and "<span>adaptthink</span>" in text
+    assert "Infinity" not in text and "NaN" not in text
+    assert ("After 30 steps" in text) == (steps == 37)
+
+
+def test_what_is_missing_is_said_not_guessed(tmp_path):
+    folder = make_run(tmp_path / "run", steps=10)
+    (folder / "samples.jsonl").unlink()
+    (folder / "evaluations.jsonl").unlink()
+    text = page(folder)  # before and after still come from the summary
+    assert "No samples yet." in text and "step 0 to step 10" in text
+    (folder / "summary.json").unlink()
+    text = page(folder)
+    assert "No evaluation yet." in text and "<h2>Result</h2>" not in text
+    nothing = {key: None for key in glossary.METRICS} | {"step": 1, "unknown/metric": 3.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(nothing) + "\n")
+    text = page(folder)
+    assert "<code>unknown/metric</code>" in text and "loss/policy = null (step 1)" in text
+    (folder / "metrics.jsonl").unlink()
+    write_report(folder)
+    assert "No training step yet." in (folder / "report.html").read_text()
+    (folder / "config.yaml").unlink()
+    with pytest.raises(UserError, match="not the folder of a run"):
+        load_run(folder)
+
+
+def test_several_benchmarks_without_difficulties_or_answers(tmp_path):
+    folder = tmp_path / "math"
+    folder.mkdir()
+    for step, name in ((0, "gsm8k"), (0, "aime24"), (10, "gsm8k"), (10, "aime24")):
+        E = {**result(step / 20, random.Random(0)), "by_difficulty": {}}
+        if name == "aime24":
+            E |= {"accuracy": None, "mean_tokens": None}
+        row = {"step": step, "setting": "adaptive", "benchmark": name, "result": E}
+        files.append_jsonl(folder / "evaluations.jsonl", row)
+    text = page(folder)
+    Tags(text)
+    assert "<h3>gsm8k</h3>" in text and "<h3>aime24</h3>" in text and "answers on gsm8k" in text
+    assert "\u2013" in text
+
+
+def test_ten_thousand_samples_are_cut_down_fairly_and_it_is_said(tmp_path, capsys, monkeypatch):
+    folder, rng = make_run(tmp_path / "many", steps=1, finished=False), random.Random(0)
+    rows = [sample(1 + i // 70, i, rng) for i in range(10_000)]
+    rows[5000] |= {"mode": "rare", "response": "x" * (MOST_CHARS_EACH + 5)}
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("adaptive_reasoning.report.page.write_curves", lambda run: None)
+    write_report(folder)
+    assert "shows 2,000 of 10,000 samples" in capsys.readouterr().out
+    text = (folder / "report.html").read_text()
+    assert "<b>2,000 of 10,000</b>" in text and "5 characters left out" in text
+    table = sample_table(load_run(folder))
+    assert "rare" in table["choices"]["mode"] and sum(row[2] == "rare" for row in table["rows"]) == 1
+    steps = [row[0] for row in table["rows"]]
+    assert steps == sorted(steps, reverse=True) and len(set(steps)) > 130
+    kinds = [{"split": "eval", "mode": mode, "right": True} for mode in "aaaaaabbbbbbc"]
+    assert "".join(row["mode"] for row in choose(kinds, 5)) == "aabbc"
+
+
+# ------------------------------------------------------------------------------------------------ several runs
+
+
+def test_the_table_over_seeds_has_mean_range_and_deviation(tmp_path):
+    runs = [load_run(make_run(tmp_path / f"s{seed}", seed=seed, samples_per_step=0)) for seed in range(3)]
+    lines = seeds.table(runs).splitlines()
+    assert lines[0] == "3 runs, seed 0, 1, 2"
+    after = [run.summary["after"]["by_difficulty"]["6"]["accuracy"] for run in runs]
+    mean = sum(after) / 3
+    std = (sum((x - mean) ** 2 for x in after) / 2) ** 0.5
+    (line,) = [line for line in lines if re.match(r"accuracy +6 ", line)]
+    assert f"{mean:.3f} ({min(after):.3f}..{max(after):.3f}, sd {std:.3f})" in line
+    assert len([line for line in lines if "share of nothinking" in line]) == 7
+    (alone,) = [line for line in seeds.table(runs[:1]).splitlines() if re.match(r"accuracy +6 ", line)]
+    assert "sd" not in alone
+    for value in (0.1, 27.9):  # their mean over three runs misses them by a rounding error: no bar can be drawn
+        assert seeds.spread([value] * 3).mean == value
+    assert seeds.spread([-1e-9, 1e-9]).text(1) == "0.0 (0.0..0.0, sd 0.0)" and seeds.spread([None]) is None
+
+
+def test_runs_that_do_not_belong_together_are_refused(tmp_path):
+    one = make_run(tmp_path / "one", steps=1, max_steps=1)
+    with pytest.raises(UserError, match="both have seed 0"):
+        seeds.table([load_run(one), load_run(one)])
+    going = make_run(tmp_path / "going", steps=1, finished=False, seed=1)
+    with pytest.raises(UserError, match="going: no summary.json"):
+        seeds.table([load_run(one), load_run(going)])
+    with pytest.raises(UserError, match="no option 'delat'.*delta"):
+        seeds.table([load_run(one)], "delat")
+    other = load_run(make_run(tmp_path / "other", steps=1, max_steps=1, seed=1))
+    other.summary["task"] = "math"
+    with pytest.raises(UserError, match="differ in task"):
+        seeds.table([load_run(one), other])
+    other.summary |= {"task": "chain", "before": None}
+    with pytest.raises(UserError, match="was not evaluated"):
+        seeds.table([load_run(one), other])
+    files.append_jsonl(one / "metrics.jsonl", {"step": 2})  # continued with more steps: the summary is an old one
+    with pytest.raises(UserError, match="not finished"):
+        seeds.table([load_run(one)])
+
+
+def test_the_command_groups_runs_and_draws_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("adaptive_reasoning.report.page.write_curves", lambda run: None)
+    folders = [
+        make_run(tmp_path / f"d{delta}_{seed}", seed=seed, delta=delta, samples_per_step=0)
+        for delta in (0.1, 0.05, 0)
+        for seed in (0, 1)
+    ]
+    picture = tmp_path / "delta.png"
+    main([*map(str, folders), "--by", "delta", "--plot", str(picture)])
+    out = capsys.readouterr().out
+    assert re.findall(r"^(delta [\d.]+): 2 runs, seed 0, 1$", out, re.M) == ["delta 0", "delta 0.05", "delta 0.1"]
+    assert picture.read_bytes()[:4] == b"\x89PNG" and out.count("report.html written") == 6
+    with pytest.raises(UserError, match="delta.xyz"):
+        main([str(folders[0]), "--plot", str(tmp_path / "delta.xyz")])
+
+
+def test_the_command_ends_with_one_message_for_a_mistake(tmp_path):
+    command = [sys.executable, "-m", "adaptive_reasoning.report", str(tmp_path / "absent")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "no such folder" in done.stderr
+    assert "Traceback" not in done.stderr
