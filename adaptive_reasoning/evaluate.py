@@ -6,13 +6,24 @@ The settings show what choosing when to think is worth: "adaptive" forces nothin
 force the first token and bound what the model could reach.
 """
 
+import dataclasses
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from adaptive_reasoning.learner.runtime import all_gather
-from adaptive_reasoning.rollout import Engine, Request, Sampling, request_seed
+import torch
+import yaml
+
+from adaptive_reasoning.errors import UserError, run_cli
+from adaptive_reasoning.learner.model import load_model
+from adaptive_reasoning.learner.runtime import all_gather, make_accelerator
+from adaptive_reasoning.options import RunArgs, parse_args
+from adaptive_reasoning.report.console import aligned, evaluation_table, say
+from adaptive_reasoning.report.files import append_jsonl, write_json_atomic, write_text_atomic
+from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling, request_seed
 from adaptive_reasoning.tasks import prompts
-from adaptive_reasoning.tasks.task import Benchmark
+from adaptive_reasoning.tasks.task import Benchmark, load_task
 
 EVAL_STREAM = 7_919  # keeps evaluation random numbers apart from those of training
 KEPT_SAMPLES = 48  # responses per setting and evaluation that go into samples.jsonl
@@ -129,3 +140,110 @@ def summarise(rows: list[dict], modes: tuple[str, ...]) -> dict:
             for level, part in by_level.items()
         },
     }
+
+
+# Published rows (accuracy in %, mean tokens, share of NoThinking in %): AdaptThink, Table 1, arXiv 2505.13417.
+PAPER = {
+    "1.5b": {
+        "original, always think": {"gsm8k": (79.0, 978, 0), "math500": (80.6, 4887, 0), "aime24": (29.4, 12073, 0)},
+        "original, never think": {"gsm8k": (69.8, 280, 100), "math500": (67.2, 658, 100), "aime24": (14.0, 2190, 100)},
+        "AdaptThink": {"gsm8k": (83.1, 480, 86.9), "math500": (82.0, 1782, 76.8), "aime24": (31.0, 6679, 40.4)},
+    },
+    "7b": {
+        "original, always think": {"gsm8k": (87.9, 682, 0), "math500": (90.2, 3674, 0), "aime24": (53.5, 10306, 0)},
+        "original, never think": {"gsm8k": (85.1, 283, 100), "math500": (80.6, 697, 100), "aime24": (24.2, 1929, 100)},
+        "AdaptThink": {"gsm8k": (91.0, 309, 99.6), "math500": (92.0, 1875, 76.6), "aime24": (55.6, 8599, 6.3)},
+    },
+}
+
+
+@dataclass
+class Args(RunArgs):
+    """Options of a stand-alone evaluation."""
+
+    algorithm: str = "adaptthink"
+    """Whose control tokens, answer format and settings are used: adaptthink."""
+    settings: str = "adaptive,always_think,never_think"
+    """Settings to measure, comma separated."""
+    paper: str = ""
+    """Print the paper's rows beside ours: "1.5b" or "7b"."""
+    first_word: str = "Alright"
+    """The word forced by always_think."""
+    nothinking_share: float = 0.5
+    """Not used by evaluation; part of the algorithm's control."""
+    eval_data: str = "gsm8k,math500,aime24"
+    """Evaluation questions, comma separated: files, hub data sets, or the names of the built-in benchmarks."""
+
+
+def paper_table(rows: list[dict], size: str) -> str:
+    """Return our rows and the paper's for the benchmarks that both have: accuracy %, tokens, NoThinking %."""
+    names = [b for b in dict.fromkeys(r["benchmark"] for r in rows) if b in PAPER[size]["AdaptThink"]]
+    if not names:
+        return "no benchmark here is in the paper's table"
+    table = [["", *names]]
+    for setting in dict.fromkeys(r["setting"] for r in rows):
+        ours = {r["benchmark"]: r["result"] for r in rows if r["setting"] == setting}
+        cells = [
+            f"{100 * ours[b]['accuracy']:.1f} / {ours[b]['mean_tokens']:.0f} / "
+            f"{100 * ours[b]['modes'].get('nothinking', {'share': 0})['share']:.1f}"
+            for b in names
+        ]
+        table.append([f"here, {setting}", *cells])
+    for name, published in PAPER[size].items():
+        table.append([f"paper, {name}", *("{:.1f} / {} / {}".format(*published[b]) for b in names)])
+    return f"accuracy % / tokens / NoThinking %, paper {size}\n" + aligned(table)
+
+
+def main() -> None:
+    args = parse_args(Args)
+    if args.paper and args.paper not in PAPER:
+        raise UserError(f"--paper {args.paper}: takes {', '.join(PAPER)}.")
+    if args.algorithm not in ("adaptthink",):
+        raise UserError(f"--algorithm {args.algorithm}: takes adaptthink.")
+    algorithm = importlib.import_module(f"adaptive_reasoning.{args.algorithm}")
+    accelerator = make_accelerator(args)
+    model, tokenizer = load_model(args.model, args)
+    protocol = algorithm.control_tokens(tokenizer, args).protocol()
+    wanted = [name.strip() for name in args.settings.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in protocol.settings]
+    if unknown or not wanted:
+        raise UserError(f"--settings {args.settings}: takes {', '.join(protocol.settings)}.")
+    stop_ids = prompts.stop_tokens(tokenizer, model.generation_config)
+    task = load_task(args, tokenizer, train=False)
+    if not task.benchmarks:
+        raise UserError("--eval_data is empty: name files, hub data sets or built-in benchmarks.")
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    device = accelerator.device
+    engine = Engine(
+        Decoder.from_model(model, device, dtype),
+        args.rollout_rows,
+        cache_bytes=4 << 30 if device.type == "cpu" else int(0.6 * torch.cuda.mem_get_info(device)[0]),
+        sync_every=1 if device.type == "cpu" else 8,
+    )
+    folder = Path(args.output_dir)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "samples.jsonl").unlink(missing_ok=True)
+        write_text_atomic(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(args), sort_keys=False))
+    rows = []
+    with task.grader(args.grader_workers, args.grader_timeout) as grader:
+        for benchmark in task.benchmarks:
+            for setting in wanted:
+                result, samples = evaluate(
+                    engine, grader, tokenizer, stop_ids, benchmark, protocol, setting, args, accelerator,
+                    progress=f"evaluate {benchmark.name} {setting}",
+                )  # fmt: skip
+                rows.append({"step": 0, "setting": setting, "benchmark": benchmark.name, "result": result})
+                if accelerator.is_main_process:
+                    for sample in samples:
+                        append_jsonl(folder / "samples.jsonl", {"step": 0, "split": "eval", **sample})
+    if accelerator.is_main_process:
+        write_json_atomic(folder / "evaluation.json", rows)
+        say(evaluation_table(rows))
+        if args.paper:
+            say(paper_table(rows, args.paper))
+        say(f"wrote {folder / 'evaluation.json'}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -28,7 +28,7 @@ from adaptive_reasoning.learner.checkpoint import (
 )
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import load_model
-from adaptive_reasoning.learner.packing import MicroBatch
+from adaptive_reasoning.learner.packing import MicroBatch, logprob_gap
 from adaptive_reasoning.learner.runtime import all_gather, all_reduce, is_zero3, make_accelerator
 from adaptive_reasoning.preflight import preflight
 from adaptive_reasoning.report import glossary
@@ -40,7 +40,7 @@ from adaptive_reasoning.report.files import (
     write_json_atomic,
     write_text_atomic,
 )
-from adaptive_reasoning.report.page import write_report
+from adaptive_reasoning.report.page import write_page, write_report
 from adaptive_reasoning.rollout import Completion, Decoder, Engine, Request, Sampling
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.question import Question
@@ -215,10 +215,8 @@ class Run:
         anything but rounding is a bug), and each episode's info["first_logprob"].
         """
         with torch.no_grad():
-            distance = (logprobs - mb.behaviour_logprobs)[~mb.forced].abs()
-            if len(distance):
-                gap = self.gap
-                self.gap = [gap[0] + float(distance.sum()), gap[1] + len(distance), max(gap[2], float(distance.max()))]
+            total, number, largest = logprob_gap(mb, logprobs)
+            self.gap = [self.gap[0] + float(total), self.gap[1] + number, max(self.gap[2], float(largest))]
             first = mb.position == 0
             rows, values = mb.sequence[first].tolist(), logprobs[first].tolist()
         for row, value in zip(rows, values):
@@ -360,7 +358,7 @@ class Run:
                 append_jsonl(self.folder / "evaluations.jsonl", row)
             self.console.evaluation(rows)
             if not last:
-                write_report(self.folder)
+                write_page(self.folder)
         self.clock["eval"] = time.perf_counter() - start
 
     def evaluations(self, step: int) -> list[dict]:

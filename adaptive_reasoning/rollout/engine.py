@@ -123,7 +123,8 @@ class Engine:
         live: list[int] = []  # request index of row 0, 1, ...
         born: list[int] = []  # context length of row 0, 1, ... minus the step of its admission: born + step = length
         tokens = row_steps = step = 0
-        bar = tqdm(total=None, desc=progress, unit=" tok", unit_scale=True, leave=False, disable=not progress)
+        show = None if progress else True  # tqdm's None: only on a terminal
+        bar = tqdm(total=None, desc=progress, unit=" tok", unit_scale=True, leave=False, disable=show)
 
         while queue or live:
             free = S - len(live)

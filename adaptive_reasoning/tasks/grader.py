@@ -1,0 +1,355 @@
+"""GraderPool: check answers in worker processes that cannot take the run down with them.
+
+Some answers make sympy run forever, eat all memory or crash the interpreter. So every slot of the pool is one
+long-lived process that answers over a pipe, and the parent owns the deadline: a worker that misses it is killed by pid
+and replaced. A failure is never a silent zero: every grade says ok, timeout or error, and `rates` counts them.
+
+    with GraderPool(workers=8, timeout=10.0) as pool:
+        pool.submit("\\frac12", "0.5", key=0)       # returns at once; grading overlaps whatever comes next
+        pool.drain()                                # {0: Grade(correct=True, status="ok", ...)}
+
+Workers are fresh interpreters (never forks, so threads and CUDA in the parent do not matter) that import the checking
+function's module alone. One thread of the parent talks to all of them; the calling thread may be any thread.
+"""
+
+import importlib
+import json
+import os
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+from adaptive_reasoning.errors import UserError
+
+START_SECONDS = 120.0  # a worker that is not ready by then never will be
+MAX_START_FAILURES = 3  # in a row
+CACHE_SIZE = 100_000  # verdicts kept for identical (answer, gold) pairs
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Verdict on one answer. `correct` is False unless the check itself said otherwise (status "ok")."""
+
+    correct: bool
+    status: str  # "ok", "timeout" (killed at the deadline) or "error" (the check raised or its process died)
+    detail: str = ""  # what happened, where the status is not "ok"
+    seconds: float = 0.0  # wall-clock time of the check
+
+
+@dataclass(eq=False)
+class _Slot:
+    """One worker process and what it is doing."""
+
+    process: subprocess.Popen | None = None
+    ready: bool = False
+    job: tuple | None = None  # the (answer, gold) pair in work
+    started: float = 0.0  # monotonic time at which the process or, once it is ready, the job was started
+    received: bytes = b""
+    failures: int = 0  # starts in a row that led to nothing
+
+
+@dataclass(eq=False)
+class GraderPool:
+    """Pool of grading processes; a context manager.
+
+    Args:
+        workers: number of processes.
+        timeout: seconds one check may take. Starting a worker is not charged to an answer.
+        check: check(answer, gold) -> bool, a module-level function of an importable module. None: `same_answer`.
+        memory_gib: address space of one worker (RLIMIT_AS); beyond it the check gets a MemoryError. 0: no limit.
+    """
+
+    workers: int
+    timeout: float
+    check: Callable[[str, str | int | float], bool] | None = None
+    memory_gib: float = 4.0
+    graded: int = field(default=0, init=False)  # grades handed out by drain(), of which ...
+    timeouts: int = field(default=0, init=False)
+    errors: int = field(default=0, init=False)
+
+    def __post_init__(self):
+        assert self.workers >= 1 and self.timeout > 0 and self.memory_gib >= 0
+        if self.check is None:
+            self._target = "adaptive_reasoning.tasks.answers:same_answer"  # by name: the parent need not import sympy
+        else:
+            self._target = f"{self.check.__module__}:{self.check.__qualname__}"
+            assert "<" not in self._target and self.check.__module__ != "__main__", "workers have to import the check"
+        self._changed = threading.Condition()  # guards everything below
+        self._queue: deque[tuple] = deque()  # (answer, gold) pairs that wait for a worker
+        self._keys: dict[tuple, list] = {}  # pair that waits or is in work -> keys it was submitted under
+        self._cache: dict[tuple, Grade] = {}
+        self._grades: dict[Hashable, Grade] = {}
+        self._submitted: dict[Hashable, None] = {}  # keys since the last drain, in order
+        self._drained: list[Grade] = []
+        self._failure: BaseException | None = None
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "GraderPool":
+        assert self._thread is None, "a pool is entered once"
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        self._thread = threading.Thread(target=self._dispatch, name="grader-pool", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Kill all workers, answers in work included."""
+        with self._changed:
+            self._closing = True
+        self._wake()
+        self._thread.join()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def submit(self, answer: str, gold: str | int | float, key: Hashable) -> None:
+        """Queue one answer and return at once. `key` names it in what drain() returns; identical pairs share a check.
+
+        Raises:
+            UserError: no worker can be started.
+        """
+        assert self._thread is not None, "submit inside `with GraderPool(...) as pool`"
+        assert isinstance(answer, str) and isinstance(gold, (str, int, float))
+        pair = (answer, gold, type(gold))
+        with self._changed:
+            self._raise_failure()
+            assert key not in self._submitted, f"key {key!r} was submitted twice"
+            self._submitted[key] = None
+            if pair in self._cache:
+                self._grades[key] = self._cache[pair]
+            elif pair in self._keys:
+                self._keys[pair].append(key)
+            else:
+                self._keys[pair] = [key]
+                self._queue.append(pair)
+        self._wake()
+
+    def drain(self) -> dict[Hashable, Grade]:
+        """Wait for everything submitted since the last call and return {key: Grade} in the order of submission.
+
+        Raises:
+            UserError: no worker can be started; the message says why.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure or len(self._grades) == len(self._submitted))
+            self._raise_failure()
+            grades = {key: self._grades[key] for key in self._submitted}
+            self._grades, self._submitted = {}, {}
+        self._drained = list(grades.values())
+        self.graded += len(grades)
+        self.timeouts += sum(grade.status == "timeout" for grade in self._drained)
+        self.errors += sum(grade.status == "error" for grade in self._drained)
+        return grades
+
+    def rates(self) -> dict[str, float | None]:
+        """Return timeout rate, error rate and mean seconds of a check over the last drain() (None if it was empty)."""
+        n = len(self._drained)
+        return {
+            "grader/timeout_rate": sum(g.status == "timeout" for g in self._drained) / n if n else None,
+            "grader/error_rate": sum(g.status == "error" for g in self._drained) / n if n else None,
+            "grader/seconds_mean": sum(g.seconds for g in self._drained) / n if n else None,
+        }
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_write, b"x")
+        except BlockingIOError:  # 64 KiB of wake-up calls lie there already
+            pass
+
+    # --- the dispatcher thread: all that follows runs in it alone
+
+    def _dispatch(self) -> None:
+        slots = [_Slot() for _ in range(self.workers)]
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+        try:
+            for slot in slots:
+                self._start(slot)
+            while not self._closing:
+                for slot in slots:
+                    self._assign(slot)
+                limits = [self._limit(slot) for slot in slots]
+                wait = min((t for t in limits if t is not None), default=None)
+                for event, _ in self._selector.select(None if wait is None else max(0.0, wait - time.monotonic())):
+                    if event.data is None:
+                        os.read(self._wake_read, 65536)
+                    else:
+                        self._receive(event.data)
+                for slot in slots:
+                    self._enforce(slot)
+        except BaseException as failure:  # handed to the calling thread, which would wait forever otherwise
+            with self._changed:
+                self._failure = failure
+                self._changed.notify_all()
+        finally:
+            for slot in slots:
+                self._kill(slot)
+            self._selector.close()
+
+    def _start(self, slot: _Slot) -> None:
+        """Start a worker. From this thread only: the kernel kills it when the thread that started it ends."""
+        command = "from adaptive_reasoning.tasks.grader import serve; serve()"
+        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+        slot.process = subprocess.Popen(
+            [sys.executable, "-c", command, self._target, str(self.memory_gib), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # Ctrl-C goes to the run, which closes the pool
+        )
+        slot.ready, slot.job, slot.received, slot.started = False, None, b"", time.monotonic()
+        self._selector.register(slot.process.stdout, selectors.EVENT_READ, slot)
+
+    def _kill(self, slot: _Slot) -> int | None:
+        """Kill the worker and return its exit code (negative: a signal)."""
+        process, slot.process = slot.process, None
+        if process is None:
+            return None
+        self._selector.unregister(process.stdout)
+        process.kill()
+        code = process.wait()
+        process.stdin.close()
+        process.stdout.close()
+        return code
+
+    def _limit(self, slot: _Slot) -> float | None:
+        """Return the monotonic time at which the slot's patience ends, None if nothing is expected of it."""
+        if slot.ready and slot.job is None:
+            return None
+        return slot.started + (self.timeout if slot.ready else START_SECONDS)
+
+    def _assign(self, slot: _Slot) -> None:
+        with self._changed:
+            if not slot.ready or slot.job is not None or not self._queue:
+                return
+            slot.job = self._queue.popleft()
+        answer, gold, _ = slot.job
+        slot.started = time.monotonic()
+        try:
+            _write(slot.process.stdin.fileno(), [answer, gold])
+        except BrokenPipeError:  # it died while idle: no fault of this answer, which goes to the next worker
+            with self._changed:
+                self._queue.appendleft(slot.job)
+            self._kill(slot)
+            self._start(slot)
+
+    def _receive(self, slot: _Slot) -> None:
+        chunk = os.read(slot.process.stdout.fileno(), 65536)
+        slot.received += chunk
+        if not chunk:
+            self._died(slot)
+        elif slot.received.endswith(b"\n"):
+            message, slot.received = json.loads(slot.received), b""
+            if not slot.ready:
+                if not message["ready"]:
+                    raise UserError(f"A grader process cannot import {self._target}: {message['detail']}")
+                slot.ready, slot.failures = True, 0
+                return
+            self._finish(slot, message["correct"], message["status"], message["detail"])
+            if message["detail"] == "MemoryError":  # what else is broken in there nobody knows
+                self._kill(slot)
+                self._start(slot)
+
+    def _died(self, slot: _Slot) -> None:
+        was_ready, code = slot.ready, self._kill(slot)
+        if not was_ready:
+            slot.failures += 1
+            if slot.failures >= MAX_START_FAILURES:
+                raise UserError(f"Grader processes die at their start (exit code {code}). Is memory or a limit short?")
+        elif slot.job is not None:
+            self._finish(slot, False, "error", f"the worker died with exit code {code}")
+        self._start(slot)
+
+    def _enforce(self, slot: _Slot) -> None:
+        limit = self._limit(slot)
+        if limit is None or time.monotonic() < limit:
+            return
+        if not slot.ready:
+            raise UserError(f"A grader process is not ready after {START_SECONDS:.0f} s. Use fewer --grader_workers.")
+        self._kill(slot)
+        self._finish(slot, False, "timeout", f"no verdict after {self.timeout:g} s")
+        self._start(slot)
+
+    def _finish(self, slot: _Slot, correct: bool, status: str, detail: str) -> None:
+        grade = Grade(correct, status, detail, time.monotonic() - slot.started)
+        with self._changed:
+            if status == "ok":  # a failure may be the machine's, so the next step tries again
+                if len(self._cache) >= CACHE_SIZE:
+                    self._cache.clear()
+                self._cache[slot.job] = grade
+            for key in self._keys.pop(slot.job):
+                self._grades[key] = grade
+            self._changed.notify_all()
+        slot.job = None
+
+
+# --- the worker process
+
+
+def _write(pipe: int, message) -> None:
+    data = json.dumps(message).encode() + b"\n"
+    while data:
+        data = data[os.write(pipe, data) :]
+
+
+def serve() -> None:
+    """Main function of a worker: import the check, say so, then answer requests until the pipe closes.
+
+    Command line: module:function, memory limit in GiB, pid of the parent. One JSON document a line on stdin
+    ([answer, gold]) and stdout ({"correct", "status", "detail"}).
+    """
+    target, memory_gib, parent = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+    _die_with(parent)
+    requests, replies, nothing = os.fdopen(os.dup(0), "rb"), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(nothing, 1)  # whatever the check prints must not end up between the replies
+    try:
+        module, name = target.split(":")
+        check = importlib.import_module(module)
+        for part in name.split("."):
+            check = getattr(check, part)
+        _limit_memory(memory_gib)
+    except Exception as error:
+        return _write(replies, {"ready": False, "detail": f"{type(error).__name__}: {error}"})
+    _write(replies, {"ready": True})
+    os.dup2(nothing, 2)
+    for line in requests:
+        answer, gold = json.loads(line)
+        try:
+            reply = {"correct": bool(check(answer, gold)), "status": "ok", "detail": ""}
+        except BaseException as error:  # SystemExit too: whatever the check raises is a verdict that was not reached
+            # The name alone: the message of a failed comparison may itself take forever to print.
+            reply = {"correct": False, "status": "error", "detail": type(error).__name__}
+        _write(replies, reply)
+
+
+def _die_with(parent: int) -> None:
+    """On Linux, have the kernel kill this process when its parent dies. Elsewhere the closed pipe ends it."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died before the call
+            os._exit(1)
+
+
+def _limit_memory(gib: float) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if gib:
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = int(gib * 2**30)
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

@@ -1,0 +1,159 @@
+"""Math questions: local files, data sets of the hub, and the benchmarks known by name.
+
+A row has `problem` (or `question`) and `answer`, perhaps a `level`. Answers stay text as they are; only GSM8K's worked
+solutions are cut down to what follows "####". Grading is `answers.same_answer`, through a `grader.GraderPool`.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.tasks.question import Question
+
+DATA_FOLDER = "ADAPTIVE_REASONING_DATA"
+"""Environment variable: a folder whose <name>_test.jsonl files stand in for the benchmarks of the hub."""
+
+FILE_TYPES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A test set known by name."""
+
+    hub: str  # data set, with ":config" where it has several
+    split: str
+    samples: int = 1  # responses per question in the paper's tables
+
+
+BENCHMARKS = {
+    "gsm8k": Benchmark("openai/gsm8k:main", "test"),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", "test"),
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", samples=16),  # 30 questions: one sample each says little
+}
+
+
+def load_questions(source: str, limit: int = 0, split: str = "train") -> list[Question]:
+    """Return the questions of a file, a hub data set or a benchmark, in their order.
+
+    Args:
+        source: path of a JSONL or Parquet file; else a name in `BENCHMARKS`; else a hub data set, "name:config" for one
+            of its configurations. A path that exists wins.
+        limit: only the first so many (0: all of them).
+        split: split of a hub data set. Files have none, benchmarks their own.
+
+    The id of a question is "<file stem or data set>/<row, from 0>".
+
+    Raises:
+        UserError: file or data set missing, empty or malformed; the message names file and line (or row).
+    """
+    path, benchmark = Path(source), BENCHMARKS.get(source)
+    if benchmark and not path.exists():
+        folder = os.environ.get(DATA_FOLDER)
+        path = Path(folder or ".") / f"{source}_test.jsonl"
+        if not (folder and path.is_file()):
+            return _questions(_hub_rows(benchmark.hub, benchmark.split), source, source, limit)
+    elif not path.exists() and path.suffix not in FILE_TYPES and not source.startswith((".", "/", "~")):
+        return _questions(_hub_rows(source, split), source.split(":")[0].split("/")[-1], source, limit)
+    return _questions(read_rows(path), path.stem, source, limit)
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yield ("<file>, line 3", row) for every row of a JSONL or Parquet file (".parquet").
+
+    Raises:
+        UserError: the file is missing, holds no row, or a row is no object; the message names file and line (or row).
+    """
+    path, where = Path(path), ""
+    if not path.is_file():
+        names = ", ".join(BENCHMARKS)
+        raise UserError(f"{path}: no such file. Give a JSONL or Parquet file, a hub data set, or one of {names}.")
+    for where, row in _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path):
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object with the fields as keys, found {row!r:.80}.")
+        yield where, row
+    if not where:
+        raise UserError(f"{path} is empty. Give a file with one row per question.")
+
+
+def _questions(rows: Iterable[tuple[str, dict]], stem: str, source: str, limit: int) -> list[Question]:
+    questions = []
+    for where, row in rows:
+        level = row.get("level")
+        questions.append(
+            Question(
+                id=f"{stem}/{len(questions)}",
+                problem=_text(row, ("problem", "question"), where),
+                answer=_text(row, ("answer",), where).rpartition("####")[2].strip(),
+                difficulty=None if level is None else str(level).removeprefix("Level "),
+                source=source,
+            )
+        )
+        if not questions[-1].answer:
+            raise UserError(
+                f"{where}: nothing follows '####' in 'answer'. Give every question an answer, or drop the row."
+            )
+        if len(questions) == limit:
+            break
+    if not questions:
+        raise UserError(f"Data set {source} is empty. Give one with a row per question.")
+    return questions
+
+
+def _text(row: dict, names: tuple[str, ...], where: str) -> str:
+    """Return the first of the fields the row has, as text that is not empty."""
+    value = next((row[name] for name in names if row.get(name) is not None), None)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if value is None:
+        raise UserError(f"{where}: no field '{names[0]}' (fields: {', '.join(map(str, row)) or 'none'}). Add it.")
+    if not isinstance(value, str):
+        raise UserError(f"{where}: '{names[0]}' has to be text, found {value!r:.80}.")
+    if not value.strip():
+        raise UserError(f"{where}: '{names[0]}' is empty. Fill it in, or drop the row.")
+    return value
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
+    with path.open("rb") as file:  # bytes: only "\n" ends a line, and a bad byte is found in its line
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8-sig")
+                if text.strip():
+                    yield where, json.loads(text)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where} is not UTF-8: {error}. Save the file as UTF-8.") from error
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where} is not JSON: {error}. The file needs one JSON object a line.") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise UserError(f"{path}: reading Parquet needs pyarrow. pip install pyarrow, or give a JSONL file.") from error
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path} is no Parquet file: {error}") from error
+    yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
+
+
+def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UserError(f"Data set {name}: needs datasets. pip install datasets, or give a local file.") from error
+    hub, _, config = name.partition(":")
+    try:
+        rows = load_dataset(hub, config or None, split=split)
+    except Exception as error:  # the hub, the network and every data format have exceptions of their own
+        raise UserError(
+            f"Data set {name}, split {split}, cannot be loaded: {type(error).__name__}: {error}\n"
+            f"Check its name (owner/name, owner/name:config) and the network, or give a local JSONL or Parquet file; "
+            f"{DATA_FOLDER} names a folder with <benchmark>_test.jsonl files."
+        ) from error
+    yield from ((f"data set {name}, split {split}, row {i}", row) for i, row in enumerate(rows))

@@ -1,0 +1,51 @@
+"""Small models and tokenizers that the tests share; nothing is downloaded."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+BASE = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CONFIGS = {
+    "qwen2": lambda: Qwen2Config(**BASE),
+    "qwen2-tied": lambda: Qwen2Config(**BASE, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**BASE, head_dim=32),
+    "llama": lambda: LlamaConfig(**BASE, attention_bias=True, mlp_bias=True),
+    "llama3-rope": lambda: LlamaConfig(**BASE, rope_parameters=dict(LLAMA3_ROPE)),
+}
+
+
+def make_model(name: str = "qwen2", seed: int = 0):
+    """Return a random model whose distributions are far from uniform and whose norms and biases are not trivial."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0, 0.3) if parameter.dim() == 1 else parameter.normal_(0.0, 0.12)
+    return model
+
+
+@pytest.fixture
+def model():
+    return make_model()
