@@ -205,7 +205,7 @@ def advantage(e: Episode, baseline: float, args) -> float:
     return args.delta * pays + e.reward - baseline
 
 
-def baselines(episodes: list[Episode], reference: list[float] | None) -> dict[int, float]:
+def baselines(episodes: list[Episode], reference: dict[int, float] | None) -> dict[int, float]:
     """Return {group: baseline}: Rbar_ref(x) of Eq. 5, or without one the mean Thinking reward of the group."""
     groups = {e.group for e in episodes}
     if reference is not None:
@@ -223,11 +223,12 @@ def loss(logprobs: torch.Tensor, mb: MicroBatch, counts: Counts, args) -> tuple[
     """
     log_ratio = logprobs - mb.old_logprobs  # [N]
     if args.ratio == "token":
-        A, weight = mb.advantages, 1 / mb.lengths[mb.sequence]
-        if args.token_average == "token_mean":
-            weight = torch.full_like(A, 1 / counts.tokens)
-        else:
-            weight = (weight if args.token_average == "seq_mean_token_mean" else torch.ones_like(A)) / counts.sequences
+        A = mb.advantages  # [N]
+        weight = {
+            "token_mean": torch.full_like(A, 1 / counts.tokens),
+            "seq_mean_token_sum": torch.full_like(A, 1 / counts.sequences),
+            "seq_mean_token_mean": 1 / (mb.lengths[mb.sequence] * counts.sequences).to(A.dtype),
+        }[args.token_average]
     else:
         A = mb.sequence_advantages  # [S]
         log_ratio = torch.zeros_like(A).index_add(0, mb.sequence, log_ratio)  # sum over the tokens of a sequence
@@ -291,26 +292,28 @@ def metric_rows(episodes: list[Episode], base: dict[int, float]) -> list[dict]:
     return rows
 
 
-def reference_accuracy(run: Run, control: Control, args) -> list[float] | None:
-    """Return Rbar_ref(x) of every training question (Eq. 5): K free Thinking samples of the starting model, graded.
+def reference_accuracy(run: Run, args) -> dict[int, float] | None:
+    """Return {question index: Rbar_ref(x)} (Eq. 5): K free Thinking samples of the starting model, graded.
 
-    A resumed run reads the table it started with. None with the online baseline.
+    Measured for the questions that the run will meet. A resumed run reads the table it started with. None with the
+    online baseline.
     """
     if args.baseline == "online":
         return None
+    needed = run.questions_ahead()
 
     def make_requests(i: int) -> list[Request]:
         question, prompt_ids = run.task.questions[i], run.task.prompts[i]
         seeds = [request_seed(args.seed, REFERENCE_STREAM, i, k) for k in range(args.ref_samples)]
         return [Request(prompt_ids, args.max_new_tokens, run.stop_ids, s, tag=(question, i)) for s in seeds]
 
-    def measure() -> list[float]:
+    def measure() -> dict[int, float]:
         if args.ref_results:
-            return read_authors_table(args.ref_results, run.task.questions)
+            return read_authors_table(args.ref_results, {i: run.task.questions[i] for i in needed})
         sampling = Sampling(args.temperature, args.ref_top_p)
-        return pass_rates(run, make_requests, sampling, extract_answer, args.ref_cache)
+        return pass_rates(run, needed, make_requests, sampling, extract_answer, args.ref_cache)
 
-    return run.table("reference.json", measure)
+    return run.table("reference.json", needed, measure)
 
 
 REFERENCE_STREAM = 104_729  # keeps the random numbers of the reference samples apart from those of training
@@ -330,7 +333,7 @@ def main() -> None:
     )
     with run:
         learner = run.learner
-        reference = reference_accuracy(run, control, args)
+        reference = reference_accuracy(run, args)
         run.first_token_metrics("adapt_think/first_eot", control.eot)
         run.evaluate_if_due(protocol)
 

@@ -34,6 +34,8 @@ class RunArgs:
     """Kind of question: "math" (data files or data sets) or "chain" (arithmetic made by code)."""
     data: str = "agentica-org/DeepScaleR-Preview-Dataset"
     """Training questions: a JSONL or Parquet file with `problem` and `answer`, or a hub data set (task "math")."""
+    train_limit: int = 0
+    """Use only the first so many training questions (0: all of them)."""
     eval_data: str = ""
     """Evaluation questions, comma separated: files, hub data sets, or the names of the built-in benchmarks."""
     eval_limit: int = 0
@@ -208,6 +210,7 @@ NOT_NEGATIVE = (
     "save_every",
     "keep_checkpoints",
     "eval_limit",
+    "train_limit",
     "warmup_steps",
     "weight_decay",
 )

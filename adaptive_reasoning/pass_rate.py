@@ -1,8 +1,8 @@
 """Pass rates: how often a model solves each question, sampled once and kept.
 
-The result is a JSON file named after a key of model, questions and sampler, so that any run that would measure the same
-thing finds it, and no run finds another's. Finished questions are appended to a file beside as they come in: a killed
-measurement goes on where it stopped.
+Results are lines of a file named after a key of model, questions and sampler, so that any run that would measure the
+same thing finds them, and no run finds another's. Lines are appended as questions are finished: a killed measurement
+goes on where it stopped, and a longer run adds the questions that a shorter one did not need.
 """
 
 import hashlib
@@ -12,68 +12,72 @@ from pathlib import Path
 
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.runtime import all_gather
-from adaptive_reasoning.report.files import append_jsonl, read_jsonl, write_json_atomic
+from adaptive_reasoning.report.files import append_jsonl, read_jsonl
 from adaptive_reasoning.rollout import Request, Sampling
+from adaptive_reasoning.tasks.question import Question
 
 QUESTIONS_PER_ROUND = 256  # on each process; what a kill can cost
 
 
-def pass_rates(run, make_requests: Callable[[int], list[Request]], sampling: Sampling, extract_answer, folder: str):
-    """Return the share of right responses for every training question of a run, as a list beside `run.task.questions`.
+def pass_rates(
+    run,
+    needed: list[int],
+    make_requests: Callable[[int], list[Request]],
+    sampling: Sampling,
+    extract_answer,
+    folder: str,
+) -> dict[int, float]:
+    """Return {question index: share of right responses} for the questions `needed`.
 
     Args:
         run: an entered Run whose engine holds the weights to measure. Every process must call this.
+        needed: indices into run.task.questions.
         make_requests: question index -> its requests, tagged (question, index).
         extract_answer: response text -> answer to grade, or None.
         folder: where results are kept.
     """
-    questions = run.task.questions
     about = {
         "model": fingerprint(run.args.model),
-        "questions": digest("\0".join(f"{q.problem}\0{q.answer}" for q in questions)),
+        "questions": digest("\0".join(f"{q.problem}\0{q.answer}" for q in run.task.questions)),
         "requests": digest(repr([describe(r) for r in make_requests(0)])),
         "sampling": repr(sampling),
         "dtype": run.args.dtype,
-        "seed": run.args.seed,
     }
-    path = Path(folder) / f"reference_{digest(json.dumps(about))[:16]}.json"
-    partial = path.with_suffix(".partial.jsonl")
-    if not path.is_file():
-        if run.main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        done = {row["question"]: row for row in (read_jsonl(partial) if partial.is_file() else [])}
-        run.accelerator.wait_for_everyone()
-        todo = [i for i in range(len(questions)) if i not in done]
+    path = Path(folder) / f"pass_rate_{digest(json.dumps(about))[:16]}.jsonl"
+    if run.main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            append_jsonl(path, {"about": about})
+    run.accelerator.wait_for_everyone()
+    known = {row["question"]: row for row in read_jsonl(path) if "question" in row}
+    todo = [i for i in needed if i not in known]
+    run.accelerator.wait_for_everyone()
+    if todo:
         run.say(f"measuring the pass rate of {run.args.model} on {len(todo)} questions, kept in {path}")
-        per_round = QUESTIONS_PER_ROUND * run.ranks
-        for start in range(0, len(todo), per_round):
-            mine = todo[start : start + per_round][run.rank :: run.ranks]
-            requests = [request for i in mine for request in make_requests(i)]
-            title = f"pass rates {start}/{len(todo)}"
-            episodes = run.rollout(requests, extract_answer, sampling, title)
-            rows: dict[int, dict] = {}
-            for e in episodes:
-                row = rows.setdefault(e.group, {"question": e.group, "n": 0, "correct": 0, "tokens": 0, "cut": 0})
-                row["n"] += 1
-                row["correct"] += int(e.info["correct"])
-                row["tokens"] += e.num_tokens
-                row["cut"] += e.finish_reason == "length"
-            for part in all_gather(run.accelerator, list(rows.values())):
-                for row in part:
-                    done[row["question"]] = row
-                    if run.main:
-                        append_jsonl(partial, row)
-        if run.main:
-            write_json_atomic(path, {"about": about, "rows": [done[i] for i in range(len(questions))]})
-            partial.unlink(missing_ok=True)
-        run.accelerator.wait_for_everyone()
-    rows = json.loads(path.read_text())["rows"]
-    run.say(f"pass rates from {path}: mean {sum(r['correct'] / r['n'] for r in rows) / len(rows):.3f}")
-    return [row["correct"] / row["n"] for row in rows]
+    per_round = QUESTIONS_PER_ROUND * run.ranks
+    for start in range(0, len(todo), per_round):
+        mine = todo[start : start + per_round][run.rank :: run.ranks]
+        requests = [request for i in mine for request in make_requests(i)]
+        episodes = run.rollout(requests, extract_answer, sampling, f"pass rates {start}/{len(todo)}")
+        rows: dict[int, dict] = {}
+        for e in episodes:
+            row = rows.setdefault(e.group, {"question": e.group, "n": 0, "correct": 0, "tokens": 0, "cut": 0})
+            row["n"] += 1
+            row["correct"] += int(e.info["correct"])
+            row["tokens"] += e.num_tokens
+            row["cut"] += e.finish_reason == "length"
+        for part in all_gather(run.accelerator, list(rows.values())):
+            for row in part:
+                known[row["question"]] = row
+                if run.main:
+                    append_jsonl(path, row)
+    rates = {i: known[i]["correct"] / known[i]["n"] for i in needed}
+    run.say(f"pass rates of {len(rates)} questions from {path}: mean {sum(rates.values()) / len(rates):.3f}")
+    return rates
 
 
-def read_authors_table(path: str, questions) -> list[float]:
-    """Return reference accuracies from the JSON list of the AdaptThink authors, looked up by the problem's text.
+def read_authors_table(path: str, questions: dict[int, Question]) -> dict[int, float]:
+    """Return {question index: reference accuracy} from the authors' JSON list, looked up by the problem's text.
 
     Rows are {"problem", "answer", "metrics": {"avg_acc_thinking", ...}}; the first, "__OVERALL__", holds means.
 
@@ -91,13 +95,13 @@ def read_authors_table(path: str, questions) -> list[float]:
             f"--ref_results {path}: expected a list of {{problem, answer, metrics: {{avg_acc_thinking}}}}, "
             f"stumbled over {error}."
         ) from error
-    missing = [q for q in questions if q.problem.strip() not in table]
+    missing = [q for q in questions.values() if q.problem.strip() not in table]
     if missing:
         raise UserError(
             f"--ref_results {path}: {len(missing)} of {len(questions)} questions are not in it, the first is "
             f"{missing[0].id}: {missing[0].problem[:80]!r}. Measure them instead: leave --ref_results empty."
         )
-    return [float(table[q.problem.strip()]) for q in questions]
+    return {i: float(table[q.problem.strip()]) for i, q in questions.items()}
 
 
 def describe(request: Request) -> tuple:

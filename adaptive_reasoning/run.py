@@ -226,17 +226,35 @@ class Run:
         """Bring the new weights into the rollout replica, layer by layer."""
         self.engine.refresh(self.learner.named_weights())
 
-    def table(self, name: str, measure: Callable[[], list[float]]) -> list[float]:
-        """Return numbers that belong to the start of the run: measured by a new run, read back by a resumed one."""
+    def questions_ahead(self) -> list[int]:
+        """Return the indices of all questions that steps 1 to max_steps meet."""
+        steps_of_one_epoch = len(self.task.questions) // self.args.prompts_per_step
+        steps = range(1, self.args.max_steps + 1)
+        if len(steps) > 4 * steps_of_one_epoch:  # what the last epochs leave out differs; all is nearly certain
+            return list(range(len(self.task.questions)))
+        return sorted({i for step in steps for i in self.task.batch(step, self.args.prompts_per_step, self.args.seed)})
+
+    def table(self, name: str, needed: list[int], measure: Callable[[], dict[int, float]]) -> dict[int, float]:
+        """Return {question index: number} as it was before step 1: measured by a new run, read by a resumed one.
+
+        Raises:
+            UserError: a resumed run lacks the file, or asks for questions that were not measured.
+        """
         path = self.folder / name
         if self.step == 0:
             values = measure()
             if self.main:
                 write_json_atomic(path, values)
+            self.accelerator.wait_for_everyone()
         elif not path.is_file():
             raise UserError(f"{path} is missing: it holds numbers measured before step 1. Start the run anew.")
-        self.accelerator.wait_for_everyone()
-        return load_json(path)
+        values = {int(i): value for i, value in load_json(path).items()}
+        if missing := [i for i in needed if i not in values]:
+            raise UserError(
+                f"{path} lacks {len(missing)} of the questions that --max_steps {self.args.max_steps} would meet, and "
+                "they have to be measured before step 1. Give the old --max_steps, or start a new run."
+            )
+        return values
 
     def first_token_metrics(self, name: str, token: int) -> None:
         """Log the probability of a first token over the questions of the first benchmark, as metrics of step 0."""
@@ -305,7 +323,9 @@ class Run:
         if sum(part["gap"][1] for part in everyone):
             row["check/logprob_gap_mean"] = sum(p["gap"][0] for p in everyone) / sum(p["gap"][1] for p in everyone)
             row["check/logprob_gap_max"] = max(part["gap"][2] for part in everyone)
-        row |= everyone[0]["grader"]
+        for key in everyone[0]["grader"]:
+            values = [part["grader"][key] for part in everyone if part["grader"][key] is not None]
+            row[key] = sum(values) / len(values) if values else None
         if self.latest is not None:
             row |= {f"eval/{mode}_share": part["share"] for mode, part in self.latest["modes"].items()}
         if "eval" in self.clock:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import is_flash_attn_2_available
 
 from adaptive_reasoning.errors import UserError
@@ -61,10 +61,22 @@ def load_model(name_or_path: str, args):
             attn_implementation="flash_attention_2" if flash else "sdpa",
             attention_dropout=0.0,  # with dropout the first update would already be off-policy
         )
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = load_tokenizer(name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name_or_path}: cannot load the model or its tokenizer: {error}") from error
     return model, tokenizer
+
+
+def load_tokenizer(name_or_path: str):
+    """Return the tokenizer exactly as tokenizer.json has it.
+
+    AutoTokenizer of transformers 5 rebuilds every tokenizer beside a Qwen2 config with Qwen2's own way of cutting text,
+    whatever the file says; R1-Distill models bring their own. Without a tokenizer.json AutoTokenizer has to do.
+    """
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(name_or_path)
+    except (OSError, ValueError):
+        return AutoTokenizer.from_pretrained(name_or_path)
 
 
 class LogprobHead(nn.Linear):

@@ -35,7 +35,7 @@ BENCHMARKS = {
 }
 
 
-def load_questions(source: str, limit: int = 0, split: str = "train") -> list[Question]:
+def load_questions(source: str, limit: int = 0, split: str = "train", beside: str = "") -> list[Question]:
     """Return the questions of a file, a hub data set or a benchmark, in their order.
 
     Args:
@@ -43,6 +43,7 @@ def load_questions(source: str, limit: int = 0, split: str = "train") -> list[Qu
             of its configurations. A path that exists wins.
         limit: only the first so many (0: all of them).
         split: split of a hub data set. Files have none, benchmarks their own.
+        beside: a local data file; a benchmark's <name>_test.jsonl in its folder is taken rather than the hub's.
 
     The id of a question is "<file stem or data set>/<row, from 0>".
 
@@ -51,9 +52,11 @@ def load_questions(source: str, limit: int = 0, split: str = "train") -> list[Qu
     """
     path, benchmark = Path(source), BENCHMARKS.get(source)
     if benchmark and not path.exists():
-        folder = os.environ.get(DATA_FOLDER)
-        path = Path(folder or ".") / f"{source}_test.jsonl"
-        if not (folder and path.is_file()):
+        folders = [Path(f) for f in (os.environ.get(DATA_FOLDER), beside and Path(beside).parent) if f]
+        stored = [f / f"{source}_test.jsonl" for f in folders if (f / f"{source}_test.jsonl").is_file()]
+        if stored:
+            path = stored[0]
+        else:
             return _questions(_hub_rows(benchmark.hub, benchmark.split), source, source, limit)
     elif not path.exists() and path.suffix not in FILE_TYPES and not source.startswith((".", "/", "~")):
         return _questions(_hub_rows(source, split), source.split(":")[0].split("/")[-1], source, limit)

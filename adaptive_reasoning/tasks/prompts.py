@@ -36,7 +36,7 @@ def check_opens_thinking(tokenizer) -> str:
             f"the chat template of {tokenizer.name_or_path!r} must end in {THINK_OPEN + chr(10)!r} with "
             f"add_generation_prompt; found {text[-40:]!r}. Change chat_template in the tokenizer's folder."
         )
-    return text[text.rindex("1+1") + 3 :]
+    return text.rpartition("1+1")[2]
 
 
 def control_token(tokenizer, text: str) -> int:

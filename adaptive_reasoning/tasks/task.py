@@ -95,12 +95,13 @@ def load_task(args, tokenizer, train: bool = True) -> Task:
     else:
         from adaptive_reasoning.tasks import math
 
-        questions = math.load_questions(args.data) if train else []
+        questions = math.load_questions(args.data, args.train_limit) if train else []
+        beside = args.data if Path(args.data).is_file() else ""
         benchmarks = []
         for name in filter(None, (part.strip() for part in args.eval_data.split(","))):
             known = math.BENCHMARKS.get(name)
             samples = known.samples if known and known.samples > 1 else args.eval_samples
-            loaded = math.load_questions(name, args.eval_limit, split="test")
+            loaded = math.load_questions(name, args.eval_limit, split="test", beside=beside)
             benchmarks.append(Benchmark(name if known else Path(name).stem, loaded, samples))
     kept, ids = prompts.fitting(questions, tokenizer, args.max_prompt_tokens) if train else ([], [])
     return Task(kept, ids, len(questions) - len(kept), benchmarks, exact=args.task == "chain")

@@ -1,0 +1,323 @@
+"""AdaptThink against the official implementation (tests/golden), hand-computed numbers, and known ways to go wrong."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from adaptive_reasoning import adaptthink
+from adaptive_reasoning.adaptthink import Args, Control, advantage, baselines, loss, metrics, plan_rollouts
+from adaptive_reasoning.episode import Episode
+from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.learner.packing import Counts
+from adaptive_reasoning.tasks import chain
+from adaptive_reasoning.tasks.question import Question
+
+GOLDEN = Path(__file__).parent / "golden"
+NOTHING, THINK = 303, [294]
+
+
+def cases(name):
+    loaded = json.loads((GOLDEN / name).read_text())["cases"]
+    return [pytest.param(c["inputs"], c, id=c["name"]) for c in loaded]
+
+
+def flat(mask, *matrices):
+    """The tokens inside the mask of padded matrices [B, T], as the packed layout holds them."""
+    return [m[mask] for m in matrices]
+
+
+def packed(inputs, dtype):
+    """A MicroBatch-like view of a golden case, and its log-probs as a leaf."""
+    mask = torch.tensor(inputs["response_mask"]).bool()
+    t = lambda key: torch.tensor(inputs[key], dtype=dtype)  # noqa: E731
+    logprobs, old, advantages = t("log_prob").requires_grad_(), t("old_log_prob"), t("advantages")
+    if inputs["adjust_old_log_prob"]:
+        # The rollout loop returns log q for forced first tokens: what the official code writes over column 0.
+        q = inputs["nothinking_ratio"]
+        for row, nothinking in enumerate(inputs["enforce_nothinking"]):
+            old[row, 0] = math.log(q if nothinking else 1 - q)
+    lengths = mask.sum(1)
+    mb = SimpleNamespace(
+        old_logprobs=old[mask],
+        advantages=advantages[mask],
+        sequence_advantages=advantages[:, 0],
+        sequence=torch.repeat_interleave(torch.arange(len(mask)), lengths),
+        lengths=lengths,
+    )
+    return mb, logprobs, mask, Counts(int(mask.sum()), len(mask), len(mask))
+
+
+AVERAGES = {"token-mean": "token_mean", "seq-mean-token-sum": "seq_mean_token_sum",
+            "seq-mean-token-mean": "seq_mean_token_mean"}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("inputs, case", cases("adaptthink_loss.json"))
+def test_loss_and_gradient_equal_the_official_code(inputs, case, dtype):
+    mb, logprobs, mask, counts = packed(inputs, dtype)
+    sequence_path = inputs["adjust_old_log_prob"]
+    args = SimpleNamespace(
+        ratio="sequence_mean" if sequence_path else "token",
+        token_average=AVERAGES.get(inputs.get("loss_agg_mode"), "token_mean"),
+        clip_low=inputs["clip_low"],
+        clip_high=inputs["clip_high"],
+    )
+    value, stats = loss(logprobs[mask], mb, counts, args)
+    value.backward()
+    want = case["expected"] if dtype == torch.float64 else case["expected_float32"]
+    tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(value, torch.tensor(want["loss"], dtype=dtype), **tolerance)
+    gradient = torch.tensor(case["expected"]["grad_log_prob"], dtype=dtype)
+    torch.testing.assert_close(logprobs.grad, gradient, **tolerance)
+    if not sequence_path and args.token_average == "token_mean":
+        assert float(stats["loss/clip_fraction"]) == pytest.approx(want["clip_fraction"], abs=1e-6)
+        assert float(stats["loss/approx_kl"]) == pytest.approx(want["approx_kl"], rel=1e-4, abs=1e-6)
+
+
+def one_sequence(T, lp, A, ratio="sequence_mean"):
+    logprobs = torch.tensor(lp, dtype=torch.float64, requires_grad=True)
+    old = logprobs.detach().clone()
+    old[0] = math.log(0.5)
+    mb = SimpleNamespace(
+        old_logprobs=old,
+        advantages=torch.full((T,), A, dtype=torch.float64),
+        sequence_advantages=torch.tensor([A], dtype=torch.float64),
+        sequence=torch.zeros(T, dtype=torch.int64),
+        lengths=torch.tensor([T]),
+    )
+    args = SimpleNamespace(ratio=ratio, token_average="token_mean", clip_low=0.2, clip_high=0.2)
+    value, stats = loss(logprobs, mb, Counts(T, 1, 1), args)
+    value.backward()
+    return value.item(), logprobs.grad, stats
+
+
+@pytest.mark.parametrize(
+    "T, lp, A, want, clipped",
+    [
+        (4, [-3.0, -0.2, -0.1, -0.3], 0.55, -0.308958, False),
+        (4, [-3.0, -0.2, -0.1, -0.3], -0.45, 0.36, True),
+        (10, [-0.1] + [-1.0] * 9, 0.5, -0.530555, False),
+        (10, [-0.1] + [-1.0] * 9, -0.5, 0.530555, False),
+    ],
+)
+def test_hand_computed_sequences(T, lp, A, want, clipped):
+    """rho = exp((log pi(y_1) - log 0.5) / T), because all other tokens are on policy (specification, section 3)."""
+    value, gradient, stats = one_sequence(T, lp, A)
+    assert value == pytest.approx(want, abs=1e-6)
+    assert float(stats["loss/clip_fraction"]) == float(clipped)
+    # The mode decision weighs 1/T, like any other token; a clipped sequence teaches nothing.
+    expected = 0.0 if clipped else value / T
+    assert gradient.tolist() == pytest.approx([expected] * T)
+
+
+def test_the_literal_product_ratio():
+    """Eq. 9 on policy: the ratio is 2 pi(y_1), so p = 0.7 and A > 0 is clipped at 1.2 and p = 0.55 is not."""
+    assert one_sequence(5, [math.log(0.7)] + [-1.0] * 4, 0.5, "sequence_product")[0] == pytest.approx(-0.6)
+    assert one_sequence(5, [math.log(0.55)] + [-1.0] * 4, 0.5, "sequence_product")[0] == pytest.approx(-0.55)
+
+
+@pytest.mark.parametrize("ratio, low, high", [("sequence_mean", 0.95, 1.0), ("sequence_product", 0.4, 0.75)])
+def test_bandit_from_a_millionth(ratio, low, high):
+    """One prompt, p(</think>) = 1e-6 at the start, both modes right nine times in ten, delta 0.05: where does p end?
+
+    The length-normalised ratio of the code goes to 1. The product of Eq. 9 is pinned near 0.6 by its own clip range:
+    from there on right answers are clipped and wrong ones are not.
+    """
+    logit = torch.tensor([math.log(1e-6), 0.0], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([logit], lr=0.1)
+    mode = torch.tensor([0] * 10 + [1] * 10)
+    right = torch.tensor(([1.0] * 9 + [0.0]) * 2, dtype=torch.float64)
+    A = right - 0.9 + 0.05 * (mode == 0)
+    # Every token but the first is on policy: its log ratio is 0, so it is left out and `lengths` keeps its weight.
+    mb = SimpleNamespace(
+        old_logprobs=torch.full((20,), math.log(0.5), dtype=torch.float64),
+        sequence_advantages=A, sequence=torch.arange(20), lengths=torch.tensor([400, 5000])[mode], advantages=A,
+    )  # fmt: skip
+    args = SimpleNamespace(ratio=ratio, token_average="token_mean", clip_low=0.2, clip_high=0.2)
+    for _ in range(400):
+        value, _ = loss(logit.log_softmax(-1)[mode], mb, Counts(54_000, 20, 1), args)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    assert low < logit.softmax(-1)[0].item() < high
+
+
+@pytest.mark.parametrize("inputs, case", cases("adaptthink_advantage.json"))
+def test_advantage_equals_the_official_code(inputs, case):
+    args = SimpleNamespace(delta=inputs["delta"], delta_on="all")
+    for i, want in enumerate(case["expected"]["advantage"]):
+        e = episode("nothinking" if inputs["nothinking"][i] else "thinking", inputs["correct"][i])
+        assert advantage(e, inputs["ref_accuracy"][i], args) == pytest.approx(want, abs=1e-15)
+
+
+def episode(mode, reward, group=0, tokens=4, first=None):
+    ids = [NOTHING if mode == "nothinking" else THINK[0]] + [9] * (tokens - 1)
+    logprobs = torch.zeros(tokens)
+    logprobs[0] = math.log(0.5)
+    e = Episode(
+        Question(f"q{group}", "1+1", "2"), group, torch.tensor([1, 2]), torch.tensor(ids), logprobs,
+        torch.ones(tokens, dtype=torch.bool), "stop", mode=mode, reward=float(reward),
+        info={"forced": 1, "correct": bool(reward)},
+    )  # fmt: skip
+    if first is not None:
+        e.info["first_logprob"] = first
+    return e
+
+
+def test_delta_may_be_withheld_from_wrong_answers():
+    """With a question the reference never solves, a wrong NoThinking answer has advantage +delta unless withheld."""
+    wrong = episode("nothinking", 0)
+    assert advantage(wrong, 0.0, SimpleNamespace(delta=0.05, delta_on="all")) == 0.05
+    assert advantage(wrong, 0.0, SimpleNamespace(delta=0.05, delta_on="correct")) == 0.0
+
+
+def test_online_baseline_is_the_mean_thinking_reward_of_the_group():
+    episodes = [episode("thinking", r, g) for g, r in ((0, 1), (0, 0), (0, 1), (3, 0))] + [episode("nothinking", 1, 0)]
+    assert baselines(episodes, None) == {0: pytest.approx(2 / 3), 3: 0.0}
+    assert baselines(episodes, [0.1, 0.2, 0.3, 0.4]) == {0: 0.1, 3: 0.4}
+
+
+# --- rollouts
+
+
+def planned(**options):
+    args = Args(task="chain", **options)
+    control = Control(NOTHING, THINK, args.nothinking_share)
+    questions = [(i, Question(f"q{i}", "1+1", "2"), [5, 6, 7]) for i in (4, 9)]
+    return plan_rollouts(questions, control, args, (3,), step=2), control
+
+
+def test_exactly_half_of_every_question_is_forced_to_skip_thinking():
+    requests, control = planned()
+    assert len(requests) == 32
+    for start in (0, 16):
+        group = requests[start : start + 16]
+        assert [r.forced[0] for r in group] == [(NOTHING, 0.5)] * 8 + [(THINK[0], 0.5)] * 8
+        assert [r.max_new_tokens for r in group] == [4096] * 8 + [16384] * 8
+    assert len({r.seed for r in requests}) == 32
+    assert [r.tag[1] for r in requests] == [4] * 16 + [9] * 16
+
+
+@pytest.mark.parametrize("share, per_group", [(0.25, 4), (0.75, 12)])
+def test_another_share_is_forced_with_its_own_probability(share, per_group):
+    requests, _ = planned(nothinking_share=share)
+    firsts = [r.forced[0] for r in requests[:16]]
+    assert firsts == [(NOTHING, share)] * per_group + [(THINK[0], 1 - share)] * (16 - per_group)
+
+
+def test_coin_flips_differ_between_questions_and_repeat_with_the_seed():
+    requests, _ = planned(forcing="coin", num_generations=64)
+    again, _ = planned(forcing="coin", num_generations=64)
+    skipped = [r.forced[0][0] == NOTHING for r in requests]
+    assert skipped == [r.forced[0][0] == NOTHING for r in again]
+    assert 0.3 < sum(skipped) / 128 < 0.7 and skipped[:64] != skipped[64:]
+
+
+def test_without_forcing_the_policy_starts_freely():
+    requests, _ = planned(forcing="off")
+    assert all(r.forced == () and r.max_new_tokens == 16384 for r in requests)
+
+
+def test_a_first_word_of_several_tokens_stays_an_exact_importance_weight():
+    """Only the first of its tokens was a choice; the others follow with probability 1."""
+    control = Control(NOTHING, [40, 41, 42], 0.5)
+    assert control.forced("thinking") == ((40, 0.5), (41, 1.0), (42, 1.0))
+
+
+def test_mode_is_read_from_the_first_token_alone():
+    control = Control(NOTHING, THINK, 0.5)
+    assert control.mode_of([NOTHING, 5]) == "nothinking"
+    assert control.mode_of([5, NOTHING]) == "thinking"
+
+
+# --- reward
+
+
+@pytest.mark.parametrize(
+    "response, answer",
+    [
+        ("</think>\n\\boxed{7}", "7"),
+        ("Alright.\n</think>\n\\boxed{7}", "7"),
+        ("Alright.\n</think>\n\\boxed{6} no, \\boxed{7}", "7"),
+        ("Alright, \\boxed{7}", None),  # thinking never closed
+        ("</think>\n</think>\n\\boxed{7}", None),  # closed twice
+        ("Alright <think> hm</think>\\boxed{7}", None),
+        ("Alright \\boxed{7}</think>the answer", None),  # box before the answer only
+        ("</think>\\boxed 7", None),
+        ("</think>\\boxed {7}", None),
+        ("</think>\\boxed{7", None),
+    ],
+)
+def test_format_gate(response, answer):
+    assert adaptthink.extract_answer(response) == answer
+
+
+# --- metrics and options
+
+
+def test_metrics_by_mode():
+    episodes = [
+        episode("nothinking", 1, tokens=4, first=math.log(0.2)),
+        episode("nothinking", 0, tokens=6, first=math.log(0.4)),
+        episode("thinking", 1, tokens=20, first=math.log(0.6)),
+        episode("thinking", 1, tokens=30),
+    ]
+    for e in episodes:
+        e.advantage = advantage(e, 0.75, SimpleNamespace(delta=0.1, delta_on="all"))
+    args = Args(num_generations=4)
+    got = metrics(adaptthink.metric_rows(episodes, {0: 0.75}), args)
+    want = {
+        "forced_nothinking_share": 0.5, "forced_share_gap": 0.0, "nothinking_accuracy": 0.5, "thinking_accuracy": 1.0,
+        "nothinking_reward": 0.5, "thinking_reward": 1.0, "reward_gap": -0.5, "nothinking_tokens": 5.0,
+        "thinking_tokens": 25.0, "first_eot_prob": 0.3, "first_eot_logprob": (math.log(0.2) + math.log(0.4)) / 2,
+        "first_ratio_mean": (0.4 + 0.8 + 1.2) / 3, "advantage_mean": (0.35 - 0.65 + 0.25 + 0.25) / 4,
+        "ref_accuracy_mean": 0.75,
+    }  # fmt: skip
+    assert got == {f"adapt_think/{k}": pytest.approx(v) for k, v in want.items()}
+
+
+def test_the_alarm_of_the_forced_share():
+    """Half was asked for, a quarter came: forcing is broken, and nothing else would tell."""
+    rows = adaptthink.metric_rows([episode("nothinking", 1)] + [episode("thinking", 1)] * 3, {0: 1.0})
+    assert metrics(rows, Args(num_generations=4))["adapt_think/forced_share_gap"] == 0.25
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"ratio": "gspo"}, "--ratio gspo: takes sequence_mean, sequence_product, token"),
+        ({"nothinking_share": 1.5}, "must lie in"),
+        ({"num_generations": 0}, "must be at least 1"),
+    ],
+)
+def test_options_that_make_no_sense(option, message):
+    with pytest.raises(UserError, match=message):
+        Args(**option)
+
+
+def test_control_tokens_of_the_laboratory():
+    control = adaptthink.control_tokens(chain.tokenizer(), Args())
+    tokenizer = chain.tokenizer()
+    assert tokenizer.decode([control.eot]) == "</think>" and tokenizer.decode(control.word) == "Alright"
+
+
+def test_a_template_without_a_thinking_block_is_refused():
+    tokenizer = chain.tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<think>", "")
+    with pytest.raises(UserError, match=r"must end in '<think>\\n'.*found"):
+        adaptthink.control_tokens(tokenizer, Args())
+
+
+def test_a_tokenizer_that_splits_the_control_token_is_refused():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = Tokenizer(models.WordLevel({c: i for i, c in enumerate("</>thinkAlrg\n")}, unk_token="<"))
+    pieces.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, chat_template="{{ '<think>\n' }}", eos_token="k")
+    with pytest.raises(UserError, match="does not hold '</think>' as one token"):
+        adaptthink.control_tokens(tokenizer, Args())
