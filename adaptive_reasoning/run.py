@@ -70,6 +70,7 @@ class Run:
         self.model, self.tokenizer = load_model(args.model, args)
         self.stop_ids = prompts.stop_tokens(self.tokenizer, self.model.generation_config)
         self.task = load_task(args, self.tokenizer)
+        self.task.batch(1, args.prompts_per_step, args.seed)  # says at once if there are too few questions
         self.grader = self.task.grader(args.grader_workers, args.grader_timeout)
         self.step = 0
         self.spent = 0.0  # seconds of earlier parts of a resumed run

@@ -29,6 +29,7 @@ from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.learner.checkpoint import load_checkpoint, newest_checkpoint, prune, save_checkpoint
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import load_model
+from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.learner.runtime import all_reduce, make_accelerator
 from adaptive_reasoning.options import RunArgs, parse_args
 from adaptive_reasoning.report.console import say
@@ -51,6 +52,10 @@ class Args(RunArgs):
     """Share of the chain rows that are answered at once."""
     nothinking_supervised: float = 0.05
     """Share of those rows in which the choice to answer at once is supervised too."""
+    loss_average: str = "token"
+    """"token": every supervised token weighs the same. "sequence": every row does, so short answers are learnt too."""
+    direct_mix: str = ""
+    """Share of the directly answered rows with 1, 2, ... operations (empty: as chain_mix)."""
     hidden_size: int = 96
     """Width of the laboratory's model (task "chain" with an empty --model)."""
     layers: int = 3
@@ -73,6 +78,8 @@ class Args(RunArgs):
     def __post_init__(self):
         if self.formats not in RECIPES:
             raise UserError(f"--formats {self.formats}: takes {', '.join(RECIPES)}.")
+        if self.loss_average not in ("token", "sequence"):
+            raise UserError(f"--loss_average {self.loss_average}: takes token or sequence.")
         if self.lr_schedule not in ("cosine", "constant"):
             raise UserError(f"--lr_schedule {self.lr_schedule}: takes cosine or constant.")
         if self.task == "math" and not self.model:
@@ -90,11 +97,13 @@ class Row:
 
 def adaptthink_rows(args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
     """Return chains answered in both modes of AdaptThink (recipe "adaptthink" above)."""
-    shares = chain.parse_mix(args.chain_mix)
+    mixes = {"thinking": chain.parse_mix(args.chain_mix)}
+    mixes["nothinking"] = chain.parse_mix(args.direct_mix or args.chain_mix)
     rows = []
     for i in range(n):
-        question = chain.make_question(rng, int(rng.choice(len(shares), p=shares)) + 1, f"chain/sft/{step}/{i}")
         mode = "nothinking" if rng.random() < args.nothinking_rows else "thinking"
+        operations = int(rng.choice(len(mixes[mode]), p=mixes[mode])) + 1
+        question = chain.make_question(rng, operations, f"chain/sft/{step}/{i}")
         masked = mode == "nothinking" and rng.random() >= args.nothinking_supervised
         rows.append(Row(question, chain.response(question, mode, rng), int(masked)))
     return rows
@@ -133,9 +142,11 @@ def episodes_of(rows: list[Row], tokenizer, limit: int) -> list[Episode]:
     return episodes
 
 
-def loss(logprobs: torch.Tensor, counts) -> torch.Tensor:
-    """Return this micro-batch's share of the mean negative log-prob over the supervised tokens of the step."""
-    return -logprobs.sum() / counts.tokens
+def loss(logprobs: torch.Tensor, mb: MicroBatch, counts: Counts, average: str) -> torch.Tensor:
+    """Return this micro-batch's share of the mean negative log-prob: over all tokens, or over rows of token means."""
+    if average == "token":
+        return -logprobs.sum() / counts.tokens
+    return -(logprobs / mb.lengths[mb.sequence]).sum() / counts.sequences
 
 
 def rate(args, highest: float, step: int) -> float:
@@ -206,7 +217,7 @@ def main() -> None:
         total = 0.0
         for mb in minibatch:
             logprobs, _ = learner.score(mb)
-            value = loss(logprobs, minibatch.counts)
+            value = loss(logprobs, mb, minibatch.counts, args.loss_average)
             learner.backward(value)
             total += float(value.detach()) * mb.weight
         stats = learner.step()

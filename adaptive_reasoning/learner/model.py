@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import is_flash_attn_2_available
+from transformers.utils.logging import disable_progress_bar
 
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.kernels import token_logprobs
@@ -25,6 +26,7 @@ def load_model(name_or_path: str, args):
     Raises:
         UserError: nothing there, a model that is not Qwen2, Qwen3 or Llama, or one with sliding-window attention.
     """
+    disable_progress_bar()  # the bars of loading and saving weights would cut through the run's own lines
     path = Path(name_or_path).expanduser()
     looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if path.is_dir():

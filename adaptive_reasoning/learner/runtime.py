@@ -25,6 +25,8 @@ def make_accelerator(args) -> Accelerator:
     Raises:
         UserError: the launch asks for a way of distributing that the learner does not know.
     """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, and warns that it found none
     wants_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if wants_deepspeed and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes"):
         # accelerate would quietly train with plain data parallelism instead.
