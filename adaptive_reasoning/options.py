@@ -153,13 +153,17 @@ def parse_args(cls: type, argv: list[str] | None = None):
         argv, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-"), [f.name for f in dataclasses.fields(cls)], n=1)
-        raise UserError(
-            f"unknown option {unknown[0]}." + (f" Did you mean --{near[0]}?" if near else " --help lists all of them.")
-        )
+        known = [f"--{f.name}" for f in dataclasses.fields(cls)]
+        raise UserError(f"unknown option {unknown[0]}.{suggestion(unknown[0], known)}")
     args = cls(**vars(parsed))
     check(args)
     return args
+
+
+def suggestion(name: str, known) -> str:
+    """Return a sentence with the known option nearest to a misspelt one."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else " --help lists all options."
 
 
 def read_yaml(path: Path, cls: type) -> dict:
@@ -177,7 +181,7 @@ def read_yaml(path: Path, cls: type) -> dict:
     types = {f.name: f.type for f in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in types:
-            raise UserError(f"{path}: unknown option '{key}'. Known options: {', '.join(sorted(types))}.")
+            raise UserError(f"{path}: unknown option '{key}'.{suggestion(key, types)}")
         kind = types[key]
         if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
             # YAML 1.1 reads 2e-6 as a string: the one trap worth mending for the user.
