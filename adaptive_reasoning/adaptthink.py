@@ -37,6 +37,7 @@ Where paper and official code disagree (default first; every switch is an option
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -51,6 +52,8 @@ from adaptive_reasoning.rollout import Request, Sampling, request_seed
 from adaptive_reasoning.run import Run
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.answers import boxed_answer
+
+REFERENCE_STREAM = 104_729  # keeps the random numbers of the reference samples apart from those of training
 
 
 @dataclass
@@ -96,24 +99,14 @@ class Args(RunArgs):
     ref_cache: str = "runs/reference"
     """Folder in which measured reference accuracies are kept."""
 
-    def __post_init__(self):
-        choices = {
-            "forcing": ("exact", "coin", "off"),
-            "baseline": ("reference", "online"),
-            "delta_on": ("all", "correct"),
-            "ratio": ("sequence_mean", "sequence_product", "token"),
-            "token_average": ("token_mean", "seq_mean_token_sum", "seq_mean_token_mean"),
-            "old_logprobs": ("learner", "behaviour"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"--{name} {getattr(self, name)}: takes {', '.join(allowed)}.")
-        for name in ("prompts_per_step", "num_generations", "nothinking_max_new_tokens", "minibatches_per_step",
-                     "ref_samples"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1.")
-        if not 0 <= self.nothinking_share <= 1:
-            raise UserError(f"--nothinking_share {self.nothinking_share}: must lie in [0, 1].")
+    CHOICES: ClassVar = {
+        "forcing": ("exact", "coin", "off"),
+        "baseline": ("reference", "online"),
+        "delta_on": ("all", "correct"),
+        "ratio": ("sequence_mean", "sequence_product", "token"),
+        "token_average": ("token_mean", "seq_mean_token_sum", "seq_mean_token_mean"),
+        "old_logprobs": ("learner", "behaviour"),
+    }
 
 
 # ------------------------------------------------------------------------------------------ control tokens and prompts
@@ -125,26 +118,29 @@ class Control:
 
     eot: int  # `</think>`
     word: list[int]  # w_start; its first token is the choice, the others (if any) follow from it
-    share: float  # probability of NoThinking under the behaviour policy
     ends_in: str = ""  # how the prompt ends
 
-    def forced(self, mode: str) -> tuple[tuple[int, float], ...]:
-        """Return the first tokens of a mode with their behaviour probabilities (Eq. 8)."""
+    def forced(self, mode: str, share: float = 0.5) -> tuple[tuple[int, float], ...]:
+        """Return the first tokens of a mode with their behaviour probabilities (Eq. 8); `share` is NoThinking's."""
         if mode == "nothinking":
-            return ((self.eot, self.share),)
-        return ((self.word[0], 1 - self.share), *((token, 1.0) for token in self.word[1:]))
+            return ((self.eot, share),)
+        return ((self.word[0], 1 - share), *((token, 1.0) for token in self.word[1:]))
 
     def mode_of(self, response_ids) -> str:
         """Return the mode of a response from its first token."""
         return "nothinking" if response_ids[0] == self.eot else "thinking"
 
+    def findings(self, args) -> dict[str, str]:
+        """Return the lines of the preflight table about the control tokens."""
+        word = f"{args.first_word!r}, token {self.word[0]}" + f" and {len(self.word) - 1} more" * (len(self.word) > 1)
+        return {"template": f"ends in {self.ends_in!r}", "</think>": f"token {self.eot}", "w_start": word}
+
     def protocol(self) -> Protocol:
         """Return how evaluation forces and tells modes apart."""
-        certain = Control(self.eot, self.word, 0.5)
         settings = {
             "adaptive": (),
-            "always_think": certain.forced("thinking"),
-            "never_think": certain.forced("nothinking"),
+            "always_think": self.forced("thinking"),
+            "never_think": self.forced("nothinking"),
         }
         return Protocol(settings, self.mode_of, extract_answer, ("thinking", "nothinking"))
 
@@ -155,7 +151,7 @@ def control_tokens(tokenizer, args) -> Control:
     word = tokenizer.encode(args.first_word, add_special_tokens=False)
     if not word:
         raise UserError(f"--first_word {args.first_word!r} has no token.")
-    return Control(prompts.control_token(tokenizer, "</think>"), word, args.nothinking_share, ends_in)
+    return Control(prompts.control_token(tokenizer, "</think>"), word, ends_in)
 
 
 # --------------------------------------------------------------------------------------------------------- the method
@@ -180,7 +176,7 @@ def plan_rollouts(questions, control: Control, args, stop_ids, step: int) -> lis
                     min(args.nothinking_max_new_tokens, args.max_new_tokens) if cut else args.max_new_tokens,
                     stop_ids,
                     request_seed(args.seed, step, i, k),
-                    forced=() if args.forcing == "off" else control.forced(mode),
+                    forced=() if args.forcing == "off" else control.forced(mode, args.nothinking_share),
                     tag=(question, i),
                 )
             )
@@ -248,48 +244,38 @@ def loss(logprobs: torch.Tensor, mb: MicroBatch, counts: Counts, args) -> tuple[
     return value, stats
 
 
-def metrics(rows: list[dict], args) -> dict[str, float | None]:
-    """Return AdaptThink's metrics over the episodes of all processes (official names; p(</think>) is the headline)."""
-    n = args.num_generations
-
-    def mean(key, mode=None):
-        values = [r[key] for r in rows if mode in (None, r["mode"]) and r[key] is not None]
-        return sum(values) / len(values) if values else None
-
-    share = sum(r["mode"] == "nothinking" for r in rows) / len(rows)
-    asked = args.nothinking_share if args.forcing == "coin" else round(n * args.nothinking_share) / n
-    out = {"forced_nothinking_share": share, "forced_share_gap": 0.0 if args.forcing == "off" else abs(share - asked)}
-    for mode in ("nothinking", "thinking"):
-        for name, key in (("accuracy", "correct"), ("reward", "reward"), ("tokens", "tokens")):
-            out[f"{mode}_{name}"] = mean(key, mode)
-    if out["nothinking_reward"] is not None and out["thinking_reward"] is not None:
-        out["reward_gap"] = out["nothinking_reward"] - out["thinking_reward"]
-    out["first_eot_prob"] = mean("first_prob", "nothinking")
-    out["first_eot_logprob"] = mean("first_logprob", "nothinking")
-    out["first_ratio_mean"] = mean("first_ratio")
-    out["advantage_mean"], out["ref_accuracy_mean"] = mean("advantage"), mean("baseline")
-    return {f"adapt_think/{key}": value for key, value in out.items()}
-
-
 def metric_rows(episodes: list[Episode], base: dict[int, float]) -> list[dict]:
     """Return what `metrics` needs of each episode, as plain numbers that can travel between processes."""
     rows = []
     for e in episodes:
-        first = e.info.get("first_logprob")  # log pi(y_1 | x) before the update; None where the episode taught nothing
-        rows.append(
-            {
-                "mode": e.mode,
-                "reward": e.reward,
-                "correct": float(e.info["correct"]),
-                "tokens": e.num_tokens,
-                "advantage": e.advantage,
-                "baseline": base[e.group],
-                "first_logprob": first,
-                "first_prob": None if first is None else float(np.exp(first)),
-                "first_ratio": None if first is None else float(np.exp(first - e.behaviour_logprobs[0].item())),
-            }
-        )
+        row = {"mode": e.mode, "reward": e.reward, "accuracy": float(e.info["correct"]), "tokens": e.num_tokens}
+        row |= {"advantage": e.advantage, "ref_accuracy": base[e.group]}
+        if "first_logprob" in e.info:  # log pi(y_1 | x) before the update; absent where the episode taught nothing
+            first = e.info["first_logprob"]
+            ratio = float(np.exp(first - e.behaviour_logprobs[0].item()))
+            row |= {"eot_logprob": first, "eot_prob": float(np.exp(first)), "ratio": ratio}
+        rows.append(row)
     return rows
+
+
+def metrics(rows: list[dict], args) -> dict[str, float | None]:
+    """Return AdaptThink's metrics over the episodes of all processes (official names; p(</think>) is the headline)."""
+
+    def mean(key, *modes):
+        values = [r[key] for r in rows if key in r and (not modes or r["mode"] in modes)]
+        return sum(values) / len(values) if values else None
+
+    n, share = args.num_generations, sum(r["mode"] == "nothinking" for r in rows) / len(rows)
+    asked = {"exact": round(n * args.nothinking_share) / n, "coin": args.nothinking_share, "off": share}[args.forcing]
+    out = {"forced_nothinking_share": share, "forced_share_gap": abs(share - asked)}
+    for mode in ("nothinking", "thinking"):
+        out |= {f"{mode}_{key}": mean(key, mode) for key in ("accuracy", "reward", "tokens")}
+    if None not in (out["nothinking_reward"], out["thinking_reward"]):
+        out["reward_gap"] = out["nothinking_reward"] - out["thinking_reward"]
+    out |= {f"first_{key}": mean(key, "nothinking") for key in ("eot_prob", "eot_logprob")}
+    out |= {"first_ratio_mean": mean("ratio")}
+    out |= {f"{key}_mean": mean(key) for key in ("advantage", "ref_accuracy")}
+    return {f"adapt_think/{key}": value for key, value in out.items()}
 
 
 def reference_accuracy(run: Run, args) -> dict[int, float] | None:
@@ -316,21 +302,12 @@ def reference_accuracy(run: Run, args) -> dict[int, float] | None:
     return run.table("reference.json", needed, measure)
 
 
-REFERENCE_STREAM = 104_729  # keeps the random numbers of the reference samples apart from those of training
-
-
 def main() -> None:
     args = parse_args(Args)
     run = Run(args, "adaptthink")
     control = control_tokens(run.tokenizer, args)
     protocol = control.protocol()
-    run.preflight(
-        {
-            "template": f"ends in {control.ends_in!r}",
-            "</think>": f"token {control.eot}",
-            "w_start": f"{args.first_word!r}, tokens {control.word}",
-        }
-    )
+    run.preflight(control.findings(args))
     with run:
         learner = run.learner
         reference = reference_accuracy(run, args)

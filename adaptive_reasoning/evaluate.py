@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import yaml
@@ -169,10 +170,10 @@ class Args(RunArgs):
     """Print the paper's rows beside ours: "1.5b" or "7b"."""
     first_word: str = "Alright"
     """The word forced by always_think."""
-    nothinking_share: float = 0.5
-    """Not used by evaluation; part of the algorithm's control."""
     eval_data: str = "gsm8k,math500,aime24"
     """Evaluation questions, comma separated: files, hub data sets, or the names of the built-in benchmarks."""
+
+    CHOICES: ClassVar = {"algorithm": ("adaptthink",), "paper": ("", *PAPER)}
 
 
 def paper_table(rows: list[dict], size: str) -> str:
@@ -196,10 +197,6 @@ def paper_table(rows: list[dict], size: str) -> str:
 
 def main() -> None:
     args = parse_args(Args)
-    if args.paper and args.paper not in PAPER:
-        raise UserError(f"--paper {args.paper}: takes {', '.join(PAPER)}.")
-    if args.algorithm not in ("adaptthink",):
-        raise UserError(f"--algorithm {args.algorithm}: takes adaptthink.")
     algorithm = importlib.import_module(f"adaptive_reasoning.{args.algorithm}")
     accelerator = make_accelerator(args)
     model, tokenizer = load_model(args.model, args)

@@ -196,7 +196,13 @@ def read_yaml(path: Path, cls: type) -> dict:
     return values
 
 
-POSITIVE = (
+POSITIVE = (  # of any algorithm
+    "prompts_per_step",
+    "num_generations",
+    "minibatches_per_step",
+    "nothinking_max_new_tokens",
+    "ref_samples",
+    "batch_size",
     "max_new_tokens",
     "max_prompt_tokens",
     "max_steps",
@@ -220,6 +226,9 @@ NOT_NEGATIVE = (
 )
 
 
+CHOICES = {"dtype": ("bf16", "fp32"), "task": ("math", "chain")}  # an algorithm adds its own as a class attribute
+
+
 def check(args) -> None:
     """Raise ValueError for values no run could work with; the message names the option and what it takes."""
     for name in POSITIVE:
@@ -228,9 +237,12 @@ def check(args) -> None:
     for name in NOT_NEGATIVE:
         if hasattr(args, name) and not getattr(args, name) >= 0:
             raise UserError(f"--{name} {getattr(args, name)}: must not be negative.")
-    if getattr(args, "dtype", "fp32") not in ("bf16", "fp32"):
-        raise UserError(f"--dtype {args.dtype}: takes bf16 or fp32.")
-    if getattr(args, "task", "math") not in ("math", "chain"):
-        raise UserError(f"--task {args.task}: takes math or chain.")
-    if not 0 < getattr(args, "eval_top_p", 1.0) <= 1:
-        raise UserError(f"--eval_top_p {args.eval_top_p}: must lie in (0, 1].")
+    for name, allowed in {**CHOICES, **getattr(args, "CHOICES", {})}.items():
+        if getattr(args, name, allowed[0]) not in allowed:
+            raise UserError(f"--{name} {getattr(args, name)}: takes {', '.join(allowed)}.")
+    for name in ("eval_top_p", "ref_top_p"):
+        if not 0 < getattr(args, name, 1.0) <= 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must lie in (0, 1].")
+    for name in ("nothinking_share", "nothinking_rows", "nothinking_supervised"):
+        if not 0 <= getattr(args, name, 0.5) <= 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must lie in [0, 1].")

@@ -20,6 +20,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -75,15 +76,11 @@ class Args(RunArgs):
     chain_mix: str = "0.2,0.2,0.15,0.15,0.15,0.15"
     """Share of the rows with 1, 2, ... operations (task "chain")."""
 
-    def __post_init__(self):
-        if self.formats not in RECIPES:
-            raise UserError(f"--formats {self.formats}: takes {', '.join(RECIPES)}.")
-        if self.loss_average not in ("token", "sequence"):
-            raise UserError(f"--loss_average {self.loss_average}: takes token or sequence.")
-        if self.lr_schedule not in ("cosine", "constant"):
-            raise UserError(f"--lr_schedule {self.lr_schedule}: takes cosine or constant.")
-        if self.task == "math" and not self.model:
-            raise UserError("--model is empty: name the model to fine-tune.")
+    CHOICES: ClassVar = {
+        "formats": ("adaptthink",),
+        "loss_average": ("token", "sequence"),
+        "lr_schedule": ("cosine", "constant"),
+    }
 
 
 @dataclass
@@ -158,6 +155,8 @@ def rate(args, highest: float, step: int) -> float:
 
 def start_model(args, accelerator):
     """Return (model to train, tokenizer, function that returns the model to save)."""
+    if args.task == "math" and not args.model:
+        raise UserError("--model is empty: name the model to fine-tune.")
     if args.model:
         model, tokenizer = load_model(args.model, args)
     else:

@@ -13,6 +13,7 @@ from adaptive_reasoning.adaptthink import Args, Control, advantage, baselines, l
 from adaptive_reasoning.episode import Episode
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.packing import Counts
+from adaptive_reasoning.options import parse_args
 from adaptive_reasoning.tasks import chain
 from adaptive_reasoning.tasks.question import Question
 
@@ -186,7 +187,7 @@ def test_online_baseline_is_the_mean_thinking_reward_of_the_group():
 
 def planned(**options):
     args = Args(task="chain", **options)
-    control = Control(NOTHING, THINK, args.nothinking_share)
+    control = Control(NOTHING, THINK)
     questions = [(i, Question(f"q{i}", "1+1", "2"), [5, 6, 7]) for i in (4, 9)]
     return plan_rollouts(questions, control, args, (3,), step=2), control
 
@@ -224,12 +225,12 @@ def test_without_forcing_the_policy_starts_freely():
 
 def test_a_first_word_of_several_tokens_stays_an_exact_importance_weight():
     """Only the first of its tokens was a choice; the others follow with probability 1."""
-    control = Control(NOTHING, [40, 41, 42], 0.5)
+    control = Control(NOTHING, [40, 41, 42])
     assert control.forced("thinking") == ((40, 0.5), (41, 1.0), (42, 1.0))
 
 
 def test_mode_is_read_from_the_first_token_alone():
-    control = Control(NOTHING, THINK, 0.5)
+    control = Control(NOTHING, THINK)
     assert control.mode_of([NOTHING, 5]) == "nothinking"
     assert control.mode_of([5, NOTHING]) == "thinking"
 
@@ -289,14 +290,14 @@ def test_the_alarm_of_the_forced_share():
 @pytest.mark.parametrize(
     "option, message",
     [
-        ({"ratio": "gspo"}, "--ratio gspo: takes sequence_mean, sequence_product, token"),
-        ({"nothinking_share": 1.5}, "must lie in"),
-        ({"num_generations": 0}, "must be at least 1"),
+        (["--ratio", "gspo"], "--ratio gspo: takes sequence_mean, sequence_product, token"),
+        (["--nothinking_share", "1.5"], "must lie in"),
+        (["--num_generations", "0"], "must be greater than 0"),
     ],
 )
 def test_options_that_make_no_sense(option, message):
     with pytest.raises(UserError, match=message):
-        Args(**option)
+        parse_args(Args, option)
 
 
 def test_control_tokens_of_the_laboratory():
