@@ -42,7 +42,7 @@ class RunArgs:
     """Use only the first so many questions of every evaluation set (0: all of them)."""
     eval_samples: int = 1
     """Responses per evaluation question (the built-in AIME benchmarks always take 16)."""
-    chain_mix: str = "0.4,0.2,0.1,0.1,0.1,0.1"
+    chain_mix: str = "0.6,0.1,0.1,0.1,0.05,0.05"
     """Share of the questions with 1, 2, ... operations (task "chain")."""
     chain_questions: int = 960
     """Number of training questions (task "chain")."""

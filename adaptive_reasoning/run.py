@@ -136,7 +136,8 @@ class Run:
         rows = read_jsonl(self.folder / "metrics.jsonl") if checkpoint and self.main else []
         self.console = Console(args.max_steps, rows)
         if args.report_to:
-            self._open_trackers()
+            options = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))}
+            self.accelerator.init_trackers(self.algorithm, config=options)
         self.grader.__enter__()
         return self
 
@@ -457,19 +458,6 @@ class Run:
                 f"{self.folder} holds a run with {k} = {old[k]!r}, now it is {new[k]!r}. Choose another --output_dir, "
                 "or give the old value to continue that run."
             )
-
-    def _open_trackers(self) -> None:
-        trackers = [name.strip() for name in self.args.report_to.split(",") if name.strip()]
-        self.accelerator.log_with = self.accelerator.log_with or []
-        from accelerate.tracking import filter_trackers
-
-        self.accelerator.log_with = filter_trackers(trackers, str(self.folder / "trackers"))
-        if len(self.accelerator.log_with) < len(trackers):
-            raise UserError(
-                f"--report_to {self.args.report_to}: install these trackers first, e.g. pip install tensorboard."
-            )
-        flat = {k: v for k, v in dataclasses.asdict(self.args).items() if isinstance(v, (int, float, str, bool))}
-        self.accelerator.init_trackers(self.algorithm, config=flat)
 
 
 MAY_CHANGE = {

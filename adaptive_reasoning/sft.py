@@ -30,7 +30,7 @@ from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.learner.checkpoint import load_checkpoint, newest_checkpoint, prune, save_checkpoint
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import load_model
-from adaptive_reasoning.learner.packing import Counts, MicroBatch
+from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.learner.runtime import all_reduce, make_accelerator
 from adaptive_reasoning.options import RunArgs, parse_args
 from adaptive_reasoning.report.console import say
@@ -53,10 +53,6 @@ class Args(RunArgs):
     """Share of the chain rows that are answered at once."""
     nothinking_supervised: float = 0.05
     """Share of those rows in which the choice to answer at once is supervised too."""
-    loss_average: str = "token"
-    """"token": every supervised token weighs the same. "sequence": every row does, so short answers are learnt too."""
-    direct_mix: str = ""
-    """Share of the directly answered rows with 1, 2, ... operations (empty: as chain_mix)."""
     hidden_size: int = 96
     """Width of the laboratory's model (task "chain" with an empty --model)."""
     layers: int = 3
@@ -78,7 +74,6 @@ class Args(RunArgs):
 
     CHOICES: ClassVar = {
         "formats": ("adaptthink",),
-        "loss_average": ("token", "sequence"),
         "lr_schedule": ("cosine", "constant"),
     }
 
@@ -94,12 +89,11 @@ class Row:
 
 def adaptthink_rows(args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
     """Return chains answered in both modes of AdaptThink (recipe "adaptthink" above)."""
-    mixes = {"thinking": chain.parse_mix(args.chain_mix)}
-    mixes["nothinking"] = chain.parse_mix(args.direct_mix or args.chain_mix)
+    shares = chain.parse_mix(args.chain_mix)
     rows = []
     for i in range(n):
         mode = "nothinking" if rng.random() < args.nothinking_rows else "thinking"
-        operations = int(rng.choice(len(mixes[mode]), p=mixes[mode])) + 1
+        operations = int(rng.choice(len(shares), p=shares)) + 1
         question = chain.make_question(rng, operations, f"chain/sft/{step}/{i}")
         masked = mode == "nothinking" and rng.random() >= args.nothinking_supervised
         rows.append(Row(question, chain.response(question, mode, rng), int(masked)))
@@ -139,11 +133,9 @@ def episodes_of(rows: list[Row], tokenizer, limit: int) -> list[Episode]:
     return episodes
 
 
-def loss(logprobs: torch.Tensor, mb: MicroBatch, counts: Counts, average: str) -> torch.Tensor:
-    """Return this micro-batch's share of the mean negative log-prob: over all tokens, or over rows of token means."""
-    if average == "token":
-        return -logprobs.sum() / counts.tokens
-    return -(logprobs / mb.lengths[mb.sequence]).sum() / counts.sequences
+def loss(logprobs: torch.Tensor, counts: Counts) -> torch.Tensor:
+    """Return this micro-batch's share of the mean negative log-prob over the supervised tokens of the step."""
+    return -logprobs.sum() / counts.tokens
 
 
 def rate(args, highest: float, step: int) -> float:
@@ -216,7 +208,7 @@ def main() -> None:
         total = 0.0
         for mb in minibatch:
             logprobs, _ = learner.score(mb)
-            value = loss(logprobs, mb, minibatch.counts, args.loss_average)
+            value = loss(logprobs, minibatch.counts)
             learner.backward(value)
             total += float(value.detach()) * mb.weight
         stats = learner.step()

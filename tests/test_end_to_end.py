@@ -168,7 +168,7 @@ def test_the_authors_reference_table_is_read_instead_of_sampling(small, tmp_path
 @pytest.mark.parametrize("options", [
     "--ratio sequence_product --forcing coin --baseline online --delta_on correct",
     "--ratio token --token_average seq_mean_token_mean --forcing off --minibatches_per_step 2",
-    "--old_logprobs behaviour --nothinking_share 0.25 --first_word Okay --minibatches_per_step 2",
+    "--old_logprobs behaviour --nothinking_share 0.25 --first_word Okay --report_to tensorboard",
 ])  # fmt: skip
 def test_every_switch_trains(laboratory, tmp_path, options):
     done = run_module(
@@ -178,6 +178,8 @@ def test_every_switch_trains(laboratory, tmp_path, options):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["algorithm"] == "adaptthink"
+    events = list((tmp_path / "run").rglob("events.out.tfevents*"))
+    assert bool(events) == ("tensorboard" in options)
 
 
 def test_supervised_rows_from_a_file_with_lora(small, tmp_path):

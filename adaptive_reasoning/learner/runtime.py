@@ -36,9 +36,18 @@ def make_accelerator(args) -> Accelerator:
     group = {"timeout": PATIENCE}
     if wants_deepspeed and not torch.cuda.is_available():
         group["backend"] = "gloo"  # without it accelerate believes that there is one process only
-    accelerator = Accelerator(
-        mixed_precision="bf16" if args.dtype == "bf16" else "no", kwargs_handlers=[InitProcessGroupKwargs(**group)]
-    )
+    trackers = [name.strip() for name in getattr(args, "report_to", "").split(",") if name.strip()]
+    try:
+        accelerator = Accelerator(
+            mixed_precision="bf16" if args.dtype == "bf16" else "no",
+            kwargs_handlers=[InitProcessGroupKwargs(**group)],
+            log_with=trackers or None,
+            project_dir=args.output_dir if trackers else None,
+        )
+    except ValueError as error:
+        raise UserError(f"--report_to {args.report_to}: {error}") from error
+    if len(accelerator.log_with) < len(trackers):
+        raise UserError(f"--report_to {args.report_to}: not all of them are installed, e.g. pip install tensorboard.")
     kind = accelerator.distributed_type
     known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
     if kind not in known:

@@ -119,7 +119,7 @@ def response(question: Question, mode: str, rng: np.random.Generator) -> str:
     opener = rng.choice(words, p=shares)
     work = "\n".join(text for text, _ in steps(question.problem))
     return (
-        f"{opener}, let me see.\n{work}\nWait, let me check.\n{work}\n"
+        f"{opener}, let me see. I go step by step from left to right.\n{work}\nWait, let me check.\n{work}\n"
         f"So it is {question.answer}.\n</think>\n\\boxed{{{question.answer}}}"
     )
 
@@ -139,6 +139,7 @@ def tiny_model(tok: PreTrainedTokenizerFast, hidden: int = 96, layers: int = 3, 
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
+        initializer_range=hidden**-0.5,  # the usual 0.02 is made for widths of thousands
         bos_token_id=tok.bos_token_id,
         eos_token_id=tok.eos_token_id,
         pad_token_id=tok.pad_token_id,
