@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import GenerationConfig
 
 from adaptive_reasoning.episode import Episode
 from adaptive_reasoning.errors import UserError
@@ -27,7 +28,7 @@ from adaptive_reasoning.learner.checkpoint import (
     save_checkpoint,
 )
 from adaptive_reasoning.learner.learner import Learner
-from adaptive_reasoning.learner.model import load_model
+from adaptive_reasoning.learner.model import load_config, load_model, load_tokenizer
 from adaptive_reasoning.learner.packing import MicroBatch, logprob_gap
 from adaptive_reasoning.learner.runtime import all_gather, all_reduce, is_zero3, make_accelerator
 from adaptive_reasoning.preflight import preflight
@@ -67,8 +68,9 @@ class Run:
         self.accelerator = make_accelerator(args)
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
-        self.model, self.tokenizer = load_model(args.model, args)
-        self.stop_ids = prompts.stop_tokens(self.tokenizer, self.model.generation_config)
+        self.config = load_config(args.model)
+        self.tokenizer = load_tokenizer(args.model)
+        self.stop_ids = prompts.stop_tokens(self.tokenizer, generation_config(args.model))
         self.task = load_task(args, self.tokenizer)
         self.task.batch(1, args.prompts_per_step, args.seed)  # says at once if there are too few questions
         self.grader = self.task.grader(args.grader_workers, args.grader_timeout)
@@ -90,7 +92,7 @@ class Run:
         newest = newest_checkpoint(root)
         plan = preflight(
             self.args,
-            model_config=self.model.config,
+            model_config=self.config,
             device=torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
             world_size=self.ranks,
             zero3=is_zero3(self.accelerator),
@@ -114,7 +116,8 @@ class Run:
         """Distribute the model, continue from the newest checkpoint if there is one, and open the folder."""
         args = self.args
         self._open_folder()
-        self.learner = Learner(args, self.model, self.accelerator)
+        model, _ = load_model(args.model, args)
+        self.learner = Learner(args, model, self.accelerator)
         checkpoint = newest_checkpoint(self.folder / "checkpoints")
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, self.learner)
@@ -127,7 +130,7 @@ class Run:
         device = self.accelerator.device
         dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
         self.engine = Engine(
-            Decoder(self.model.config, device, dtype),
+            Decoder(self.config, device, dtype),
             args.rollout_rows,
             cache_bytes=self.cache_bytes,
             sync_every=1 if device.type == "cpu" else GPU_SYNC_EVERY,
@@ -464,6 +467,14 @@ MAY_CHANGE = {
     "max_steps", "save_every", "keep_checkpoints", "grader_workers", "grader_timeout", "samples_per_step", "report_to",
     "tokens_per_micro_batch", "rollout_rows", "gradient_checkpointing", "output_dir",
 }  # fmt: skip
+
+
+def generation_config(model: str):
+    """Return the generation config of a folder or hub name, which may name more stop tokens; None where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:
+        return None
 
 
 def pick(episodes: list[Episode], n: int, step: int) -> list[Episode]:

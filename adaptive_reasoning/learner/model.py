@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import is_flash_attn_2_available
@@ -14,35 +15,26 @@ from adaptive_reasoning.kernels import token_logprobs
 FAMILIES = ("qwen2", "qwen3", "llama")
 
 
-def load_model(name_or_path: str, args):
-    """Return (model, tokenizer) of a Hugging Face folder or hub name, weights in fp32, ready for `Learner`.
-
-    Under ZeRO-3 the weights are sharded while they are loaded; all ranks must call this after `make_accelerator`.
-
-    Args:
-        name_or_path: folder with config.json, safetensors and tokenizer files, or a hub name.
-        args: `dtype` ("bf16" or "fp32") decides whether flash attention can be used.
+def load_config(name_or_path: str):
+    """Return the config of a Hugging Face folder or hub name, checked: the part of loading that costs nothing.
 
     Raises:
         UserError: nothing there, a model that is not Qwen2, Qwen3 or Llama, or one with sliding-window attention.
     """
-    disable_progress_bar()  # the bars of loading and saving weights would cut through the run's own lines
     path = Path(name_or_path).expanduser()
     looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"--model {name_or_path}: the folder has no config.json (looked for {path / 'config.json'}). "
-                "Give the folder that holds config.json, the safetensors and the tokenizer files."
-            )
-        name_or_path = str(path)
-    elif looks_like_path or path.exists():
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(
+            f"--model {name_or_path}: the folder has no config.json (looked for {path / 'config.json'}). "
+            "Give the folder that holds config.json, the safetensors and the tokenizer files."
+        )
+    if not path.is_dir() and (looks_like_path or path.exists()):
         raise UserError(
             f"--model {name_or_path}: no such folder (looked for {path.absolute()}). "
             "Give a folder with a Hugging Face model, or a hub name such as deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B."
         )
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(str(path) if path.is_dir() else name_or_path)
     except (OSError, ValueError) as error:
         where = "its config.json cannot be read" if path.is_dir() else f"no folder {path.absolute()}, and as a hub name"
         raise UserError(f"--model {name_or_path}: {where}: {error}") from error
@@ -55,18 +47,36 @@ def load_model(name_or_path: str, args):
             f"--model {name_or_path}: sliding-window attention is not supported. "
             "Set use_sliding_window to false in its config.json."
         )
+    return config
+
+
+def load_model(name_or_path: str, args):
+    """Return (model, tokenizer) of a Hugging Face folder or hub name, weights in fp32, ready for `Learner`.
+
+    Under ZeRO-3 the weights are sharded while they are loaded; all ranks must call this after `make_accelerator`.
+
+    Args:
+        name_or_path: folder with config.json, safetensors and tokenizer files, or a hub name.
+        args: `dtype` ("bf16" or "fp32") decides whether flash attention can be used.
+
+    Raises:
+        UserError: as `load_config`, or weights or tokenizer that cannot be read.
+    """
+    load_config(name_or_path)
+    disable_progress_bar()  # the bars of loading and saving weights would cut through the run's own lines
+    path = Path(name_or_path).expanduser()
+    name = str(path) if path.is_dir() else name_or_path
     flash = torch.cuda.is_available() and args.dtype == "bf16" and is_flash_attn_2_available()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
+            name,
             dtype=torch.float32,
             attn_implementation="flash_attention_2" if flash else "sdpa",
             attention_dropout=0.0,  # with dropout the first update would already be off-policy
         )
-        tokenizer = load_tokenizer(name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {name_or_path}: cannot load the model or its tokenizer: {error}") from error
-    return model, tokenizer
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"--model {name_or_path}: cannot load the weights: {error}") from error
+    return model, load_tokenizer(name)
 
 
 def load_tokenizer(name_or_path: str):
@@ -78,7 +88,11 @@ def load_tokenizer(name_or_path: str):
     try:
         return PreTrainedTokenizerFast.from_pretrained(name_or_path)
     except (OSError, ValueError):
+        pass
+    try:
         return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {name_or_path}: cannot load the tokenizer: {error}") from error
 
 
 class LogprobHead(nn.Linear):

@@ -119,7 +119,7 @@ def response(question: Question, mode: str, rng: np.random.Generator) -> str:
     opener = rng.choice(words, p=shares)
     work = "\n".join(text for text, _ in steps(question.problem))
     return (
-        f"{opener}, let me see. I go step by step from left to right.\n{work}\nWait, let me check.\n{work}\n"
+        f"{opener}, let me see.\n{work}\nWait, let me check.\n{work}\n"
         f"So it is {question.answer}.\n</think>\n\\boxed{{{question.answer}}}"
     )
 
