@@ -169,17 +169,10 @@ def plan_rollouts(questions, control: Control, args, stop_ids, step: int) -> lis
         for k in range(n):
             skip = bool(coins[k]) if args.forcing == "coin" else k < round(n * args.nothinking_share)
             mode = "nothinking" if skip else "thinking"
-            cut = skip and args.forcing != "off"
-            requests.append(
-                Request(
-                    prompt_ids,
-                    min(args.nothinking_max_new_tokens, args.max_new_tokens) if cut else args.max_new_tokens,
-                    stop_ids,
-                    request_seed(args.seed, step, i, k),
-                    forced=() if args.forcing == "off" else control.forced(mode, args.nothinking_share),
-                    tag=(question, i),
-                )
-            )
+            forced = () if args.forcing == "off" else control.forced(mode, args.nothinking_share)
+            limit = min(args.nothinking_max_new_tokens, args.max_new_tokens) if skip and forced else args.max_new_tokens
+            seed = request_seed(args.seed, step, i, k)
+            requests.append(Request(prompt_ids, limit, stop_ids, seed, forced, tag=(question, i)))
     return requests
 
 

@@ -41,3 +41,31 @@ class Episode:
     def num_tokens(self) -> int:
         """Response tokens, the forced first token and EOS included: the length every table reports."""
         return len(self.response_ids)
+
+
+def pick(episodes: list[Episode], n: int, step: int) -> list[Episode]:
+    """Return n episodes spread over the step, other ones at every step."""
+    if not episodes or n < 1:
+        return []
+    stride = max(1, len(episodes) // n)
+    return episodes[step % stride :: stride][:n]
+
+
+def sample_row(e: Episode, step: int, split: str) -> dict:
+    """Return the row of samples.jsonl for an episode."""
+    row = {
+        "step": step,
+        "split": split,
+        "mode": e.mode,
+        "difficulty": e.question.difficulty,
+        "problem": e.question.problem,
+        "answer": e.question.answer,
+        "response": e.text,
+        "reward": e.reward,
+        "tokens": e.num_tokens,
+        "finish_reason": e.finish_reason,
+        "advantage": e.advantage,
+    }
+    if "grader" in e.info:
+        row["grader"] = e.info["grader"]
+    return row

@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import GenerationConfig
 
-from adaptive_reasoning.episode import Episode
+from adaptive_reasoning.episode import Episode, pick, sample_row
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.evaluate import Protocol, evaluate
 from adaptive_reasoning.learner.checkpoint import (
@@ -475,34 +475,6 @@ def generation_config(model: str):
         return GenerationConfig.from_pretrained(model)
     except OSError:
         return None
-
-
-def pick(episodes: list[Episode], n: int, step: int) -> list[Episode]:
-    """Return n episodes spread over the step, other ones at every step."""
-    if not episodes or n < 1:
-        return []
-    stride = max(1, len(episodes) // n)
-    return episodes[step % stride :: stride][:n]
-
-
-def sample_row(e: Episode, step: int, split: str) -> dict:
-    """Return the row of samples.jsonl for an episode."""
-    row = {
-        "step": step,
-        "split": split,
-        "mode": e.mode,
-        "difficulty": e.question.difficulty,
-        "problem": e.question.problem,
-        "answer": e.question.answer,
-        "response": e.text,
-        "reward": e.reward,
-        "tokens": e.num_tokens,
-        "finish_reason": e.finish_reason,
-        "advantage": e.advantage,
-    }
-    if "grader" in e.info:
-        row["grader"] = e.info["grader"]
-    return row
 
 
 def load_json(path: Path):
