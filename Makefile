@@ -38,7 +38,8 @@ FOUND_GPUS := $(strip $(FOUND_GPUS))
 NUM_GPUS ?= $(FOUND_GPUS)
 
 # Without a GPU, and for the tiny models of the chain task, everything runs in one process on the CPU.
-ON_CPU := CUDA_VISIBLE_DEVICES= ACCELERATE_USE_CPU=true
+# Waiting OpenMP threads spin for milliseconds by default: on a busy machine two threads are then slower than one.
+ON_CPU := CUDA_VISIBLE_DEVICES= ACCELERATE_USE_CPU=true GOMP_SPINCOUNT=10000
 ifeq ($(NUM_GPUS),0)
   LAUNCH = $(ON_CPU) $(PY) -m
   PRECISION = --dtype fp32
