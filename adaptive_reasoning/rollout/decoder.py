@@ -194,9 +194,9 @@ class Decoder:
     # ------------------------------------------------------------------------------------------------- forward
 
     def new_cache(self, rows: int, columns: int) -> torch.Tensor:
-        """Return an empty cache [L, S, T, 2k, D]: keys in the first k heads, values in the last k."""
+        """Return an empty cache [L, S, 2k, T, D]: keys in the first k heads, values in the last k."""
         return torch.zeros(
-            self.num_layers, rows, columns, 2 * self.kv_heads, self.head_dim, device=self.device, dtype=self.dtype
+            self.num_layers, rows, 2 * self.kv_heads, columns, self.head_dim, device=self.device, dtype=self.dtype
         )
 
     def cache_bytes_per_token(self) -> int:
@@ -215,23 +215,23 @@ class Decoder:
     def _layer(self, layer: Layer, x, angles, attend):
         """One layer on x [R, H]; angles [R, 1, D/2]; attend(q [R, h, D], kv [R, 2k, D]) -> [R, h D]."""
         D, h, k = self.head_dim, self.heads, self.kv_heads
-        y = F.rms_norm(x, (self.hidden,), layer.attn_norm, self.eps)
+        y = rms_norm(x, layer.attn_norm, self.eps)
         qkv = y @ layer.qkv if layer.qkv_bias is None else torch.addmm(layer.qkv_bias, y, layer.qkv)
         qkv = qkv.view(-1, h + 2 * k, D)
         if layer.q_norm is not None:
-            q = F.rms_norm(qkv[:, :h], (D,), layer.q_norm, self.eps)
-            key = F.rms_norm(qkv[:, h : h + k], (D,), layer.k_norm, self.eps)
-            qk = torch.cat((q, key), dim=1)
+            q = rms_norm(qkv[:, :h], layer.q_norm, self.eps)
+            key = rms_norm(qkv[:, h : h + k], layer.k_norm, self.eps)
+            qkv = torch.cat((q, key, qkv[:, h + k :]), dim=1)
+        if x.dtype == torch.float32:
+            torch.view_as_complex(qkv.view(-1, h + 2 * k, D // 2, 2))[:, : h + k].mul_(angles)
         else:
-            qk = qkv[:, : h + k]
-        pairs = torch.view_as_complex(qk.float().unflatten(-1, (D // 2, 2)))
-        qk = torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
-        kv = torch.cat((qk[:, h:], qkv[:, h + k :]), dim=1)  # [R, 2k, D]
-        a = attend(qk[:, :h], kv)
+            pairs = torch.view_as_complex(qkv[:, : h + k].float().unflatten(-1, (D // 2, 2)))
+            qkv[:, : h + k] = torch.view_as_real(pairs * angles).flatten(-2)
+        a = attend(qkv[:, :h], qkv[:, h:])
         x = torch.addmm(x, a, layer.out)
         if layer.out_bias is not None:
             x = x + layer.out_bias
-        y = F.rms_norm(x, (self.hidden,), layer.mlp_norm, self.eps)
+        y = rms_norm(x, layer.mlp_norm, self.eps)
         y = y @ layer.gate_up if layer.gate_up_bias is None else torch.addmm(layer.gate_up_bias, y, layer.gate_up)
         gate, up = y.chunk(2, dim=-1)
         x = torch.addmm(x, F.silu(gate) * up, layer.down)
@@ -239,7 +239,7 @@ class Decoder:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return fp32 logits [B, V] of the last hidden states x [B, H], before the final norm."""
-        y = F.rms_norm(x, (self.hidden,), self.norm, self.eps)
+        y = rms_norm(x, self.norm, self.eps)
         if y.dtype == torch.float32:
             return y @ self.head.T
         if y.is_cuda:  # bf16 weights, but the sum is never rounded to bf16: those steps are 0.1 wide near a logit of 20
@@ -250,7 +250,7 @@ class Decoder:
         """Run fresh prompts [B, n], right-padded; causal attention never lets a real token see the padding.
 
         Returns:
-            logits [B, V] after each row's last token, and the new cache entries [L, B, n, 2k, D] (padding included).
+            logits [B, V] after each row's last token, and the new cache entries [L, B, 2k, n, D] (padding included).
         """
         B, n = tokens.shape
         k = self.kv_heads
@@ -258,10 +258,9 @@ class Decoder:
         new = []
 
         def attend(q, kv):
-            kv = kv.view(B, n, 2 * k, self.head_dim)
+            kv = kv.reshape(B, n, 2 * k, self.head_dim).transpose(1, 2)
             new.append(kv)
-            q, key, value = q.view(B, n, self.heads, -1).transpose(1, 2), kv[:, :, :k], kv[:, :, k:]
-            key, value = key.transpose(1, 2), value.transpose(1, 2)
+            q, key, value = q.reshape(B, n, self.heads, -1).transpose(1, 2), kv[:, :k], kv[:, k:]
             a = F.scaled_dot_product_attention(q, key, value, is_causal=True, enable_gqa=self.heads != k)
             return a.transpose(1, 2).reshape(B * n, -1)
 
@@ -274,11 +273,11 @@ class Decoder:
     def extend(self, tokens, lengths, start, past) -> tuple[torch.Tensor, torch.Tensor]:
         """Run more tokens [B, n] (right-padded) after `start` [B] cached ones.
 
-        `past` [L, B, T, 2k, D] holds the cached entries and has room for n more after the longest; new entries are
+        `past` [L, B, 2k, T, D] holds the cached entries and has room for n more after the longest; new entries are
         written into it in place. Returns logits [B, V] after each row's last token, and `past`.
         """
         B, n = tokens.shape
-        k, T = self.kv_heads, past.shape[2]
+        k, T = self.kv_heads, past.shape[3]
         column = start.unsqueeze(1) + torch.arange(n, device=tokens.device)  # [B, n] position of each new token
         angles = self.angles[column.flatten()].unsqueeze(1)
         rows = torch.arange(B, device=tokens.device).unsqueeze(1)
@@ -288,9 +287,9 @@ class Decoder:
 
         def attend(q, kv):
             cache = next(layers)
-            cache[rows, column] = kv.view(B, n, 2 * k, self.head_dim)
-            key, value = cache[:, :, :k].transpose(1, 2), cache[:, :, k:].transpose(1, 2)
-            q = q.view(B, n, self.heads, -1).transpose(1, 2)
+            cache.transpose(1, 2)[rows, column] = kv.reshape(B, n, 2 * k, self.head_dim)
+            key, value = cache[:, :k], cache[:, k:]
+            q = q.reshape(B, n, self.heads, -1).transpose(1, 2)
             a = F.scaled_dot_product_attention(q, key, value, attn_mask=seen.unsqueeze(1), enable_gqa=self.heads != k)
             return a.transpose(1, 2).reshape(B * n, -1)
 
@@ -307,9 +306,10 @@ class Decoder:
         alone and nothing is read back, so this is the function a CUDA graph captures.
         """
         B = len(tokens)
-        k, T, D = self.kv_heads, cache.shape[2], self.head_dim
+        k, T, D = self.kv_heads, cache.shape[3], self.head_dim
         angles = self.angles[position].unsqueeze(1)
-        slot = torch.arange(B, device=tokens.device) * T + position  # flat index of (row, column)
+        slot = torch.arange(B * 2 * k, device=tokens.device).view(B, 2 * k) * T  # flat index of (row, head, column)
+        slot = slot.add_(position.unsqueeze(1)).flatten()
         seen = torch.arange(columns, device=tokens.device) <= position.unsqueeze(1)
         mask = torch.zeros(B, 1, 1, columns, device=tokens.device, dtype=self.dtype)
         mask.masked_fill_(~seen[:, None, None], float("-inf"))
@@ -317,9 +317,8 @@ class Decoder:
 
         def attend(q, kv):
             layer = next(layers)
-            layer.view(-1, 2 * k, D).index_copy_(0, slot, kv)
-            seen_kv = layer[:B, :columns]
-            key, value = seen_kv[:, :, :k].transpose(1, 2), seen_kv[:, :, k:].transpose(1, 2)
+            layer.view(-1, D).index_copy_(0, slot, kv.reshape(-1, D))
+            key, value = layer[:B, :k, :columns], layer[:B, k:, :columns]
             # The h/k query heads of a group stand as if they were so many positions: no copy of keys and values.
             q = q.view(B, k, self.heads // k, D)
             return F.scaled_dot_product_attention(q, key, value, attn_mask=mask).reshape(B, -1)
@@ -351,3 +350,11 @@ def rope_frequencies(config) -> tuple[torch.Tensor, float]:
         return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return x / rms(x) * weight over the last dimension: F.rms_norm, which is slower in fp32 on the CPU."""
+    if x.is_cuda or x.dtype != torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    scale = (x * x).mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight)

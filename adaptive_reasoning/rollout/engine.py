@@ -26,7 +26,7 @@ COLUMN_STEP = 32  # the cache is read in multiples of this many columns, so that
 class Prompt:
     """A prompt that was run: shared by all samples of it until the last one has a row."""
 
-    kv: torch.Tensor  # [L, P, 2k, D]
+    kv: torch.Tensor  # [L, 2k, P, D]
     logits: torch.Tensor  # [V] fp32 after its last token
     waiting: int  # samples that still need it
 
@@ -187,10 +187,10 @@ class Engine:
         old = self.cache
         if old is None:
             self.cache = self.decoder.new_cache(rows, self._columns(2 * columns, longest))
-        elif old.shape[2] < columns:
+        elif old.shape[3] < columns:
             rows = min(rows, old.shape[1])
             self.cache = self.decoder.new_cache(rows, self._columns(2 * columns, longest))
-            self.cache[:, :, : old.shape[2]] = old[:, :rows]
+            self.cache[:, :, :, : old.shape[3]] = old[:, :rows]
 
     # ------------------------------------------------------------------------------------------------- rows
 
@@ -214,7 +214,7 @@ class Engine:
                 by_prompt.setdefault(tuple(contexts[i]), []).append(offset)
         for key, offsets in by_prompt.items():
             prompt = prompts[key]
-            self.cache[:, [first + o for o in offsets], : len(key)] = prompt.kv.unsqueeze(1)
+            self.cache[:, [first + o for o in offsets], :, : len(key)] = prompt.kv.unsqueeze(1)
             logits[offsets] = prompt.logits
             prompt.waiting -= len(offsets)
             if prompt.waiting == 0:
@@ -257,21 +257,21 @@ class Engine:
                 batch.append(missing.pop())
             logits, kv = self.decoder.prefill(*self._padded(batch))
             for b, key in enumerate(batch):
-                prompts[key] = Prompt(kv[:, b, : len(key)], logits[b], counts[key])
+                prompts[key] = Prompt(kv[:, b, :, : len(key)], logits[b], counts[key])
 
     def _extend(self, turns, requests, contexts, first, logits) -> None:
         """Put kept keys and values back into rows and run the new tokens of each dialogue behind them."""
         kept = [requests[i].continues.cache for _, i in turns]
-        start = [cache.shape[1] for cache in kept]
+        start = [cache.shape[2] for cache in kept]
         new = [contexts[i][s:] for (_, i), s in zip(turns, start)]
         width = max(map(len, new))
         past = self.decoder.new_cache(len(turns), max(start) + width)
         for b, cache in enumerate(kept):
-            past[:, b, : start[b]] = cache
+            past[:, b, :, : start[b]] = cache
         out, past = self.decoder.extend(*self._padded(new), torch.tensor(start, device=past.device), past)
         for b, (offset, i) in enumerate(turns):
             n = len(contexts[i])
-            self.cache[:, first + offset, :n] = past[:, b, :n]
+            self.cache[:, first + offset, :, :n] = past[:, b, :, :n]
             logits[offset] = out[b]
 
     def _complete(self, request: Request, context: list[int], rows: Rows, row: int) -> Completion:
@@ -291,7 +291,7 @@ class Engine:
             action,
             "stop" if bool(rows.stopped[row]) else "length",
             # The last token was never fed back, so its keys and values do not exist yet: the next turn runs it first.
-            self.cache[:, row, : len(context) + n - 1].clone() if request.keep else None,
+            self.cache[:, row, :, : len(context) + n - 1].clone() if request.keep else None,
         )
 
     def _compact(self, rows: Rows, live: list[int], born: list[int], step: int, finished: list[int]) -> None:
@@ -302,7 +302,7 @@ class Engine:
         movers = [row for row in range(n, len(live)) if row not in gone]
         if gaps:
             used = max(born[row] for row in movers) + step
-            self.cache[:, gaps, :used] = self.cache[:, movers, :used]
+            self.cache[:, gaps, :, :used] = self.cache[:, movers, :, :used]
             rows.move(movers, gaps)
             for gap, mover in zip(gaps, movers):
                 live[gap], born[gap] = live[mover], born[mover]

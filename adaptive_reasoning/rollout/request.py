@@ -82,4 +82,4 @@ class Completion:
     logprobs: torch.Tensor  # [T] fp32: log-prob under the distribution sampled from; log q where forced
     action_mask: torch.Tensor  # [T] bool: False for the closer's tokens
     finish_reason: str  # "stop" or "length"
-    cache: torch.Tensor | None = field(default=None, repr=False)  # [L, tokens - 1, 2k, D] where kept
+    cache: torch.Tensor | None = field(default=None, repr=False)  # [L, 2k, tokens - 1, D] where kept

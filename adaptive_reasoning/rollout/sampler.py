@@ -67,8 +67,8 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> t
         tokens [B] int64 and log-probs [B] fp32.
     """
     if sampling.temperature == 0:
-        logprobs = logits.log_softmax(-1)
-        tokens = logits.argmax(-1)
+        best, tokens = logits.max(-1)  # the log-prob of the largest logit needs no other one
+        return tokens, -(logits - best.unsqueeze(-1)).exp_().sum(-1).log_()
     else:
         logprobs = logits.div(sampling.temperature).log_softmax(-1)
         if sampling.top_k or sampling.top_p < 1:
