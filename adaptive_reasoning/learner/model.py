@@ -7,7 +7,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import is_flash_attn_2_available
-from transformers.utils.logging import disable_progress_bar
 
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.kernels import token_logprobs
@@ -63,7 +62,6 @@ def load_model(name_or_path: str, args):
         UserError: as `load_config`, or weights or tokenizer that cannot be read.
     """
     load_config(name_or_path)
-    disable_progress_bar()  # the bars of loading and saving weights would cut through the run's own lines
     path = Path(name_or_path).expanduser()
     name = str(path) if path.is_dir() else name_or_path
     flash = torch.cuda.is_available() and args.dtype == "bf16" and is_flash_attn_2_available()

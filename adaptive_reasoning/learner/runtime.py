@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from transformers.utils.logging import disable_progress_bar
 
 from adaptive_reasoning.errors import UserError
 
@@ -25,6 +26,7 @@ def make_accelerator(args) -> Accelerator:
     Raises:
         UserError: the launch asks for a way of distributing that the learner does not know.
     """
+    disable_progress_bar()  # the bars of loading and saving weights would cut through the run's own lines
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, and warns that it found none
     wants_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
