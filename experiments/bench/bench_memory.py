@@ -101,19 +101,14 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for side, products in (("ours", 4), ("naive", 3)):  # forward, two gradients; ours computes the logits twice
         rate = products * flop / min(seconds[side])
-        work = f"{rate / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s"
-        rows.append(
-            [side, harness.shown(harness.spread(memory[side]), 0), harness.shown(harness.spread(seconds[side]))]
-        )
-        rows[-1].append(work)
+        spreads = harness.shown(harness.spread(memory[side]), 0), harness.shown(harness.spread(seconds[side]))
+        rows.append([side, *spreads, f"{rate / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s"])
     harness.print_table(["", "peak MiB", "seconds", "matrix products"], rows)
     share = min(memory["ours"]) / min(memory["naive"])
     slower = harness.ratio(seconds["ours"], seconds["naive"])
     print(f"memory: {share:.3f} of naive; time: {harness.shown(slower)} of naive")
-    gradients = 4 * vocab * width / MIB
-    print(
-        f"the gradient of the weight alone is {gradients:.0f} MiB, the logits of all tokens {4 * tokens * vocab / MIB:.0f}"
-    )
+    gradient, logits = 4 * vocab * width / MIB, 4 * tokens * vocab / MIB
+    print(f"the gradient of the weight alone is {gradient:.0f} MiB, the logits of all tokens are {logits:.0f} MiB")
     compared = {"memory/ours MiB": round(min(memory["ours"]), 1), "memory/share of naive": round(share, 4)}
     result = {
         "size": {"vocabulary": vocab, "hidden": width, "tokens": tokens},

@@ -4,15 +4,16 @@ The same requests, the same weights (a Qwen2 of 6.8M parameters, fp32), in turns
 requests are short (8 to 32 tokens), half log-normal up to ten times as long (316). There is no stop token: a request is
 done when its own budget is used up, and only tokens within a request's budget count.
 
-`generate` runs a batch until its longest row is done. It is tried with a growing and with a static cache and with one
-or several batches, and the fastest of these is what we compare with. Two further rows know or do more: `generate`
-with the requests sorted by length, which needs the lengths beforehand (nobody knows them when a stop token decides),
-and transformers' own continuous batching.
+`generate` runs a batch until its longest row is done. It is tried with a growing and with a static cache, in one batch
+and in several; the fastest is what we compare with. Two more rows are there to be seen: `generate` on batches of
+similar length, which needs to know the lengths beforehand (nobody does when a stop token decides), and transformers'
+own continuous batching.
 """
 
+import statistics
 import sys
 import time
-from statistics import NormalDist
+from dataclasses import dataclass
 
 import harness
 import numpy as np
@@ -24,6 +25,7 @@ from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling
 SHORT, LONGEST = (8, 32), 316
 PROMPT = (16, 48)
 MEDIAN, SIGMA = 100, 0.6  # of the log-normal half
+LARGE = 100  # requests: from here on one run takes up to a minute
 
 
 class Workload:
@@ -31,17 +33,20 @@ class Workload:
 
     def __init__(self, n: int, vocab: int, longest: int = LONGEST):
         rng = np.random.default_rng(n)
-        half = n // 2
-        z = np.array([NormalDist().inv_cdf((i + 0.5) / (n - half)) for i in range(n - half)])
-        long = np.clip(MEDIAN * np.exp(SIGMA * z), SHORT[1] + 1, LONGEST) * longest / LONGEST
-        short = np.linspace(*SHORT, half) * longest / LONGEST
-        self.budgets = rng.permutation(np.concatenate([short, long]).round().astype(int).clip(1)).tolist()
+        short = np.linspace(*SHORT, n // 2)
+        z = [statistics.NormalDist().inv_cdf((i + 0.5) / (n - n // 2)) for i in range(n - n // 2)]
+        long = np.clip(MEDIAN * np.exp(SIGMA * np.array(z)), SHORT[1] + 1, LONGEST)
+        budgets = np.concatenate([short, long]) * longest / LONGEST
+        self.budgets = rng.permutation(budgets.round().astype(int).clip(1)).tolist()
         self.prompts = [rng.integers(0, vocab, k).tolist() for k in rng.integers(PROMPT[0], PROMPT[1] + 1, n)]
         self.tokens = sum(self.budgets)
-        self.sorted = np.argsort(-np.array(self.budgets), kind="stable").tolist()
+        self.by_length = np.argsort(-np.array(self.budgets), kind="stable").tolist()
 
     def requests(self) -> list[Request]:
         return [Request(p, b, (), seed) for seed, (p, b) in enumerate(zip(self.prompts, self.budgets))]
+
+
+# -------------------------------------------------------------------------------------------------------- transformers
 
 
 def options(sampled: bool) -> dict:
@@ -49,7 +54,19 @@ def options(sampled: bool) -> dict:
     return {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {"do_sample": False}
 
 
-def generate(model, work: Workload, index: list[int], sampled: bool, static: bool, **more):
+@dataclass(frozen=True)
+class Setting:
+    """How `generate` is given the requests."""
+
+    size: int  # of a batch
+    static: bool  # cache
+    by_length: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.size} a batch, {'static' if self.static else 'growing'} cache"
+
+
+def generate(model, work: Workload, index: list[int], sampled: bool, **more):
     """Run the requests of `index` as one left-padded batch to its longest budget; return what `generate` returns."""
     width = max(len(work.prompts[i]) for i in index)
     ids = torch.zeros(len(index), width, dtype=torch.int64)
@@ -58,15 +75,22 @@ def generate(model, work: Workload, index: list[int], sampled: bool, static: boo
         n = len(work.prompts[i])
         ids[row, width - n :] = torch.tensor(work.prompts[i])
         mask[row, width - n :] = 1
-    if static:
-        more["cache_implementation"] = "static"
     longest = max(work.budgets[i] for i in index)
     return model.generate(ids, attention_mask=mask, max_new_tokens=longest, use_cache=True, **options(sampled), **more)
 
 
-def in_batches(model, work: Workload, order: list[int], size: int, sampled: bool, static: bool) -> None:
-    for start in range(0, len(order), size):
-        generate(model, work, order[start : start + size], sampled, static)
+def in_batches(model, work: Workload, setting: Setting, sampled: bool) -> None:
+    order = work.by_length if setting.by_length else list(range(len(work.budgets)))
+    more = {"cache_implementation": "static"} if setting.static else {}
+    for start in range(0, len(order), setting.size):
+        generate(model, work, order[start : start + setting.size], sampled, **more)
+
+
+def fastest(model, work: Workload, settings: list[Setting]) -> Setting:
+    """Run each setting once (greedy), print the times and return the fastest."""
+    seconds = {s: harness.best(lambda s=s: in_batches(model, work, s, False), 1) for s in settings}
+    print("\ngenerate tried with " + "; ".join(f"{s}: {t:.2f} s" for s, t in seconds.items()), flush=True)
+    return min(seconds, key=seconds.get)
 
 
 class ContinuousBatching:
@@ -110,15 +134,17 @@ class ContinuousBatching:
         self.context.__exit__(None, None, None)
 
 
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+
 def compare_greedy(model, engine: Engine, work: Workload) -> dict:
     """Assert that greedy tokens are those of `generate`, and return the largest difference of their log-probs.
 
     Two tokens whose logits differ by less than rounding may swap; such a place is counted as a tie and its row is
     compared no further.
     """
-    out = generate(
-        model, work, range(len(work.budgets)), False, False, return_dict_in_generate=True, output_logits=True
-    )
+    everything = {"return_dict_in_generate": True, "output_logits": True}
+    out = generate(model, work, list(range(len(work.budgets))), False, **everything)
     logits = torch.stack(out.logits, 1)  # [B, T, V]
     theirs = out.sequences[:, -logits.shape[1] :]
     gap, ties = 0.0, 0
@@ -134,119 +160,105 @@ def compare_greedy(model, engine: Engine, work: Workload) -> dict:
             ties += 1
         picked = logits[row, :n].log_softmax(-1).gather(-1, theirs[row, :n, None])[:, 0]
         gap = max(gap, float((picked - c.logprobs[:n]).abs().max()) if n else 0.0)
-    tokens = sum(work.budgets)
-    print(f"greedy tokens equal generate's: {tokens} tokens of {len(work.budgets)} requests, {ties} ties;", end=" ")
+    print(
+        f"greedy tokens equal generate's: {work.tokens} tokens of {len(work.budgets)} requests, {ties} ties;", end=" "
+    )
     print(f"largest log-prob difference {gap:.1e}", flush=True)
-    return {"greedy_tokens_compared": tokens, "greedy_ties": ties, "logprob_gap": float(f"{gap:.2g}")}
+    return {"greedy_tokens_compared": work.tokens, "greedy_ties": ties, "logprob_gap": float(f"{gap:.2g}")}
 
 
-def fastest(candidates: dict) -> tuple[str, dict[str, float]]:
-    """Run each candidate once (their warm-up as well) and return the fastest one's name with all times."""
-    seconds = {name: harness.in_turns({name: call}, 1)[name][0] for name, call in candidates.items()}
-    return min(seconds, key=seconds.get), {name: round(s, 2) for name, s in seconds.items()}
-
-
-def measure(model, engine: Engine, n: int, sampled: bool, plan: dict, args) -> dict:
+def measure(model, engine: Engine, work: Workload, sampled: bool, settings: dict[str, Setting], args) -> dict:
     """Measure one size in one mode and print its table."""
-    work = Workload(n, model.config.vocab_size, plan["longest"])
     sampling = Sampling(1.0 if sampled else 0.0)
-    sizes = plan["batches"][n]
-    kinds = {"growing": False, "static": True}
-
-    def batches(order, size, static):
-        return lambda: in_batches(model, work, order, size, sampled, static)
-
-    plain = {f"{s} a batch, {kind} cache": batches(range(n), s, st) for s in sizes for kind, st in kinds.items()}
-    known = {f"{s} a batch, {kind} cache": batches(work.sorted, s, st) for s in sizes for kind, st in kinds.items()}
-    tried = {}
-    if n <= plan["try_up_to"]:
-        name, tried["generate"] = fastest(plain)
-        sorted_name, tried["generate, sorted"] = fastest(known)
-    else:  # every run takes a minute: take what should be the best there
-        name, sorted_name = (f"{size} a batch, static cache" for size in sizes)
-    engine.run(work.requests(), sampling)
-    sides = {"ours": lambda: engine.run(work.requests(), sampling), "generate": plain[name]}
-    once = {"generate, sorted": known[sorted_name]}
+    sides = {"ours": lambda: engine.run(work.requests(), sampling)}
+    for name, setting in settings.items():
+        sides[name] = lambda setting=setting: in_batches(model, work, setting, sampled)
     batching = failure = None
     try:
         batching = ContinuousBatching(model, work, sampled)
-        batching.run(work)
-        once["continuous batching"] = lambda: batching.run(work)
+        sides["continuous batching"] = lambda: batching.run(work)
     except Exception as error:  # whatever it is, it is the other side's, and it is printed
         failure = f"{type(error).__name__}: {error}"
-    if n <= plan["try_up_to"]:
-        sides, once = sides | once, {}
-    seconds = harness.in_turns(sides, args.repeats if n <= plan["try_up_to"] else min(2, args.repeats))
-    seconds |= harness.in_turns(once, 1) if once else {}
-    settings = {"ours": f"up to {engine.max_rows} rows", "generate": name, "generate, sorted": sorted_name}
+    # What the headline is about runs in turns; the rest is there to be seen and runs once.
+    main = {name: sides.pop(name) for name in ("ours", "generate")}
+    large = len(work.prompts) > LARGE
+    for call in [main["ours"]] if large else [*main.values(), *sides.values()]:  # warm-up
+        call()
+    seconds = harness.in_turns(main, min(2, args.repeats) if large else args.repeats)
+    seconds |= harness.in_turns(sides, 1)
+
+    how = {"ours": f"up to {engine.max_rows} rows"} | {name: str(s) for name, s in settings.items()}
     if batching is not None:
         batching.close()
-        settings["continuous batching"] = f"up to {batching.rows} rows, pages of {batching.PAGE}"
-    ours, rows, ratios = seconds["ours"], [], {}
-    for side, values in seconds.items():
-        ratios[side] = harness.ratio(values, ours[: len(values)] if len(values) > 1 else [float(np.median(ours))])
+        how["continuous batching"] = f"up to {batching.rows} rows, pages of {batching.PAGE}"
+    typical, rows, ratios = statistics.median(seconds["ours"]), [], {}
+    for name, values in seconds.items():
+        ratios[name] = harness.ratio(values, seconds["ours"] if name in main else [typical])
         rate = harness.spread([work.tokens / s for s in values])
-        rows.append([side, settings.get(side, ""), harness.shown(rate, 0), harness.shown(ratios[side])])
-    print(f"\n{n} requests, {'sampled' if sampled else 'greedy'}, {work.tokens} tokens, longest {max(work.budgets)}")
+        rows.append([name, how[name], harness.shown(rate, 0), harness.shown(ratios[name])])
+    print(f"\n{len(work.prompts)} requests, {'sampled' if sampled else 'greedy'}, {work.tokens} tokens")
     harness.print_table(["", "setting", "tokens/s", "times as long as ours"], rows)
     if failure:
         print(f"continuous batching did not run: {failure}")
-    if tried:
-        words = [f"{k}: " + ", ".join(f"{a} {b} s" for a, b in v.items()) for k, v in tried.items()]
-        print("tried: " + "; ".join(words))
-    print_roofline(model, engine, work, float(np.median(ours)), args)
+    print_roofline(model, engine, work, typical)
     return {
         "tokens": work.tokens,
-        "seconds": {side: harness.spread(values) for side, values in seconds.items()},
-        "times_as_long_as_ours": {side: value for side, value in ratios.items() if side != "ours"},
-        "settings": settings,
-        "tried_seconds": tried,
+        "seconds": {name: harness.spread(values) for name, values in seconds.items()},
+        "times_as_long_as_ours": {name: value for name, value in ratios.items() if name != "ours"},
+        "settings": how,
         "continuous_batching_failure": failure,
     }
 
 
-def print_roofline(model, engine: Engine, work: Workload, seconds: float, args) -> None:
+def print_roofline(model, engine: Engine, work: Workload, seconds: float) -> None:
     """Print how much of the machine our loop uses: matrix products, and reading weights and cache."""
     d, config = engine.decoder, model.config
-    weights = 4 * sum(p.numel() for p in model.parameters())  # tied: read once as the output embedding
-    flop = 2 * sum(p.numel() for p in model.parameters())
-    lengths = sum(b * len(p) + b * b / 2 for b, p in zip(work.budgets, work.prompts))  # cached tokens read
-    flop_attention = 4 * config.num_hidden_layers * d.heads * d.head_dim * lengths
-    read = engine.stats["steps"] * weights + lengths * d.cache_bytes_per_token()
-    done, peak = (flop * work.tokens + flop_attention) / seconds, harness.matmul_rate()
-    got, fastest_read = read / seconds, harness.read_rate(weights)
+    parameters = sum(p.numel() for p in model.parameters())  # tied: each is read and used once a step
+    cached = sum(b * len(p) + b * b / 2 for b, p in zip(work.budgets, work.prompts))  # tokens read by attention
+    flop = 2 * parameters * work.tokens + 4 * config.num_hidden_layers * d.heads * d.head_dim * cached
+    read = 4 * parameters * engine.stats["steps"] + d.cache_bytes_per_token() * cached
+    rate, reading = flop / seconds, read / seconds
+    most, most_reading = harness.matmul_rate(), harness.read_rate(4 * parameters)
     print(
         f"ours: {engine.stats['steps']} steps of {engine.stats['rows_mean']:.1f} rows; "
-        f"{flop / 1e6:.1f} MFLOP a token, {done / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s ({done / peak:.0%}); "
-        f"{weights / 1e6:.0f} MB of weights a step, {got / 1e9:.1f} of {fastest_read / 1e9:.1f} GB/s read "
-        f"({got / fastest_read:.0%})",
+        f"{2 * parameters / 1e6:.1f} MFLOP a token, {rate / 1e9:.0f} of {most / 1e9:.0f} GFLOP/s ({rate / most:.0%}); "
+        f"{4 * parameters / 1e6:.0f} MB of weights a step, with the cache {reading / 1e9:.1f} of "
+        f"{most_reading / 1e9:.1f} GB/s ({reading / most_reading:.0%})",
         flush=True,
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     args = harness.arguments(__doc__, argv)
-    # Requests: sizes of the batches that generate is tried with; the last entry is too slow for trials.
-    plan = {"batches": {8: (8, 4), 64: (64, 16), 512: (512, 64)}, "longest": LONGEST, "compared": 16}
-    if args.smoke:
-        plan = {"batches": {4: (4, 2), 8: (8, 4)}, "longest": 40, "compared": 4}
-    plan["try_up_to"] = sorted(plan["batches"])[-2]
     start = time.perf_counter()
     env = harness.environment(args.threads)
     model = harness.small_model(args.smoke)
-    parameters = sum(p.numel() for p in model.parameters())
+    vocab, parameters = model.config.vocab_size, sum(p.numel() for p in model.parameters())
     harness.print_head(f"Rollout: Qwen2 of {parameters / 1e6:.1f}M parameters, fp32", env)
+    sizes, longest, checked = ((4, LARGE + 4), 40, 4) if args.smoke else ((8, 64, 512), LONGEST, 16)
     engine = Engine(Decoder.from_model(model))
-    result = compare_greedy(model, engine, Workload(plan["compared"], model.config.vocab_size, plan["longest"]))
-    compared, sizes = {}, {}
-    for n in plan["batches"]:
-        for mode in ("greedy", "sampled") if n <= plan["try_up_to"] else ("sampled",):
-            found = sizes[f"{n} {mode}"] = measure(model, engine, n, mode == "sampled", plan, args)
-            for side, value in found["times_as_long_as_ours"].items():
-                compared[f"ratio/{side}/{n} {mode}"] = value[0]
-    result |= {"parameters": parameters, "runs": sizes, "wall_s": round(time.perf_counter() - start, 1)}
-    headline = ", ".join(f"{compared[f'ratio/generate/{n} sampled']:.1f} with {n}" for n in plan["batches"])
-    print(f"\ngenerate takes so many times as long as ours, sampled: {headline} requests")
+    result = compare_greedy(model, engine, Workload(checked, vocab, longest))
+    runs, static = {}, True
+    for n in sizes:
+        work = Workload(n, vocab, longest)
+        if n > LARGE:  # trials would take minutes: the cache that won before
+            settings = {"generate": Setting(n, static)}
+        else:
+            few = max(4, n // 4)
+            best = fastest(model, work, [Setting(size, s) for size in (n, few) for s in (False, True)])
+            settings = {"generate": best, "generate, by length": Setting(few, False, by_length=True)}
+            static = best.static
+        for sampled in (True,) if n > LARGE else (False, True):
+            name = f"{n} {'sampled' if sampled else 'greedy'}"
+            runs[name] = measure(model, engine, work, sampled, settings, args)
+    compared = {
+        f"ratio/{side}/{run}": ratio[0]
+        for run, found in runs.items()
+        for side, ratio in found["times_as_long_as_ours"].items()
+    }
+    print("\ngenerate takes so many times as long as ours:")
+    print(", ".join(f"{run} {harness.shown(r['times_as_long_as_ours']['generate'])}" for run, r in runs.items()))
+    result |= {"parameters": parameters, "runs": runs, "wall_s": round(time.perf_counter() - start, 1)}
     harness.finish("rollout", env, compared, result, args)
 
 
