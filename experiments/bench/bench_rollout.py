@@ -13,6 +13,7 @@ own continuous batching.
 import statistics
 import sys
 import time
+from copy import deepcopy
 from dataclasses import dataclass
 
 import harness
@@ -111,11 +112,18 @@ class ContinuousBatching:
             max_requests_per_batch=self.rows,
             max_batch_tokens=1024,
         )
-        self.context = model.continuous_batching_context_manager(
+        # It changes how its model attends, so it gets one of its own.
+        self.context = deepcopy(model).continuous_batching_context_manager(
             generation_config=config, continuous_batching_config=memory
         )
-        self.manager = self.context.__enter__()
         self.runs = 0
+
+    def __enter__(self) -> "ContinuousBatching":
+        self.manager = self.context.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.context.__exit__(*error)
 
     def run(self, work: Workload) -> None:
         self.runs += 1
@@ -129,9 +137,6 @@ class ContinuousBatching:
             elif result is None and not self.manager.is_running():
                 raise RuntimeError("its thread has ended")
         assert tokens == work.tokens, f"continuous batching made {tokens} tokens, asked for {work.tokens}"
-
-    def close(self) -> None:
-        self.context.__exit__(None, None, None)
 
 
 # ---------------------------------------------------------------------------------------------------------- comparison
@@ -170,27 +175,28 @@ def compare_greedy(model, engine: Engine, work: Workload) -> dict:
 def measure(model, engine: Engine, work: Workload, sampled: bool, settings: dict[str, Setting], args) -> dict:
     """Measure one size in one mode and print its table."""
     sampling = Sampling(1.0 if sampled else 0.0)
-    sides = {"ours": lambda: engine.run(work.requests(), sampling)}
-    for name, setting in settings.items():
-        sides[name] = lambda setting=setting: in_batches(model, work, setting, sampled)
-    batching = failure = None
-    try:
-        batching = ContinuousBatching(model, work, sampled)
-        sides["continuous batching"] = lambda: batching.run(work)
-    except Exception as error:  # whatever it is, it is the other side's, and it is printed
-        failure = f"{type(error).__name__}: {error}"
-    # What the headline is about runs in turns; the rest is there to be seen and runs once.
-    main = {name: sides.pop(name) for name in ("ours", "generate")}
     large = len(work.prompts) > LARGE
-    for call in [main["ours"]] if large else [*main.values(), *sides.values()]:  # warm-up
+
+    def side(setting):
+        return lambda: in_batches(model, work, setting, sampled)
+
+    main = {"ours": lambda: engine.run(work.requests(), sampling), "generate": side(settings["generate"])}
+    how = {"ours": f"up to {engine.max_rows} rows"} | {name: str(s) for name, s in settings.items()}
+    for call in [main["ours"]] if large else main.values():  # warm-up
         call()
     seconds = harness.in_turns(main, min(2, args.repeats) if large else args.repeats)
-    seconds |= harness.in_turns(sides, 1)
-
-    how = {"ours": f"up to {engine.max_rows} rows"} | {name: str(s) for name, s in settings.items()}
-    if batching is not None:
-        batching.close()
+    # There to be seen, so once is enough.
+    seconds |= harness.in_turns({name: side(s) for name, s in settings.items() if name not in main}, 1)
+    failure = None
+    try:
+        with ContinuousBatching(model, work, sampled) as batching:
+            if not large:
+                batching.run(work)
+            seconds |= harness.in_turns({"continuous batching": lambda: batching.run(work)}, 1)
         how["continuous batching"] = f"up to {batching.rows} rows, pages of {batching.PAGE}"
+    except Exception as error:  # whatever it is, it is the other side's, and it is printed
+        failure = f"{type(error).__name__}: {error}"
+
     typical, rows, ratios = statistics.median(seconds["ours"]), [], {}
     for name, values in seconds.items():
         ratios[name] = harness.ratio(values, seconds["ours"] if name in main else [typical])

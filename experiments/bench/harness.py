@@ -27,8 +27,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
-from transformers.utils import logging as transformers_logging
 
 BASELINES = Path(__file__).parent / "baselines.json"
 TOLERANCE = {"ratio": 0.15, "memory": 0.01}
@@ -36,7 +34,7 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
 
 
 def arguments(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the options, the same for all benchmarks; sets the threads and quietens transformers."""
+    """Return the options, the same for all benchmarks; sets the threads."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="threads of torch")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side, taken in turns")
@@ -47,8 +45,6 @@ def arguments(description: str, argv: list[str] | None = None) -> argparse.Names
     if args.smoke and (args.check or args.write_baseline):
         parser.error("the tiny sizes of --smoke have no baseline.")
     torch.set_num_threads(args.threads)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     return args
 
 
@@ -74,18 +70,30 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def load() -> float:
-    """Return the mean number of running processes of the last minute."""
-    return round(os.getloadavg()[0], 2)
+def cores_of_others() -> float | None:
+    """Return how many cores other programs keep busy, looking for half a second while this one sleeps (Linux)."""
+
+    def ticks():  # of all cores: (busy and idle, idle)
+        fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(fields), fields[3] + fields[4]
+
+    if not Path("/proc/stat").is_file():
+        return None
+    total, idle = ticks()
+    time.sleep(0.5)
+    total_now, idle_now = ticks()
+    return round((os.cpu_count() or 1) * (1 - (idle_now - idle) / max(1, total_now - total)), 2)
 
 
 def print_head(title: str, env: dict) -> None:
+    """Print what is measured, with which versions, on which machine, and how much of it others use."""
+    env["cores_of_others"] = [cores_of_others()]
     versions = ", ".join(f"{name} {v}" for name, v in env["versions"].items() if v)
-    print(f"\n{title}\n{versions}; {env['processor']}, {env['threads']} of {env['cores']} cores, load {load()}")
-    others = load() - 1
-    if others > env["cores"] - env["threads"] + 0.5:
-        print("The machine is busy with other work: the ratios below are worth less than their spread suggests.")
-    sys.stdout.flush()
+    busy = env["cores_of_others"][0]
+    print(f"\n{title}\n{versions}; {env['processor']}, {env['threads']} of {env['cores']} cores", end="")
+    print("" if busy is None else f", other programs use {busy} cores", flush=True)
+    if busy is not None and busy > env["cores"] - env["threads"] + 0.2:
+        print("The machine is busy with other work: these ratios are worth less than their spread suggests.")
 
 
 def matmul_rate() -> float:
@@ -113,8 +121,13 @@ def best(call: Callable, times: int) -> float:
 # ---------------------------------------------------------------------------------------------------------- the model
 
 
-def small_model(smoke: bool) -> Qwen2ForCausalLM:
-    """Return the Qwen2 of 6.8M random parameters (fp32) that all benchmarks of the loop use."""
+def small_model(smoke: bool):
+    """Return the Qwen2 of 6.8M random parameters (fp32) that all benchmarks of the loop use; quietens transformers."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM  # here: bench_memory's processes need torch alone
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     size = {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 768, "vocab_size": 8192}
     if smoke:
@@ -141,7 +154,8 @@ def in_turns(sides: dict[str, Callable], repeats: int) -> dict[str, list[float]]
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
     for i in range(repeats):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        first = i % max(1, len(names))
+        for name in names[first:] + names[:first]:
             start = time.perf_counter()
             sides[name]()
             seconds[name].append(time.perf_counter() - start)
@@ -184,14 +198,15 @@ def finish(name: str, env: dict, compared: dict, result: dict, args) -> None:
         compared: {"ratio/...": number, "memory/...": number}, what a baseline keeps and a check compares.
         result: everything else that the JSON line shall hold.
     """
+    env["cores_of_others"].append(cores_of_others())
     if args.check:
         check(name, env, compared)
     if args.write_baseline:
         saved = json.loads(BASELINES.read_text()) if BASELINES.is_file() else {}
-        saved[name] = {"date": date.today().isoformat(), **env, "load": load(), "compared": compared}
+        saved[name] = {"date": date.today().isoformat(), **env, "compared": compared}
         BASELINES.write_text(json.dumps(saved, indent=1, sort_keys=True) + "\n")
         print(f"wrote {name} to {BASELINES.name}")
-    print(json.dumps({"benchmark": name, "smoke": args.smoke, **env, "load": load(), **compared, **result}))
+    print(json.dumps({"benchmark": name, "smoke": args.smoke, **env, **compared, **result}))
 
 
 def check(name: str, env: dict, compared: dict) -> list[str]:
