@@ -7,8 +7,9 @@ Three forward passes share one layer stack and differ only in what attention see
             capture it as it is
 
 The weights are a replica of their own, refreshed in place: q, k, v and gate, up are merged into one matrix each,
-matrices are stored [in, out], and the columns of q and k are interleaved so that the rotary embedding is one complex
-product (x1 + i x2) exp(i m theta) instead of rotate-half; q.k is the same number in either order.
+matrices are stored the way round that is faster for few rows, and the columns of q and k are interleaved so that the
+rotary embedding is one complex product (x1 + i x2) exp(i m theta) instead of rotate-half; q.k is the same number in
+either order.
 
 Legend: L layers, S cache rows, T cache columns, B rows of a call, n tokens a row, H hidden, h query heads, k key/value
 heads, D head size, I intermediate size, V vocabulary.
@@ -42,7 +43,7 @@ class Layer:
     mlp_norm: torch.Tensor  # [H]
     gate_up: torch.Tensor  # [H, 2I]
     gate_up_bias: torch.Tensor | None  # [2I]
-    down: torch.Tensor  # [I, H]
+    down: torch.Tensor  # [H, I]
     down_bias: torch.Tensor | None  # [H]
 
 
@@ -81,7 +82,12 @@ class Decoder:
 
         self.embed = new(self.vocab, H)
         self.norm = new(H)
-        self.head = self.embed if self.tied else new(self.vocab, H)
+        # [H, V]: on the CPU stored that way round, also when tied; a third faster for 8 to 32 rows.
+        self.copied = self.tied and self.device.type == "cpu"
+        if self.tied:
+            self.head = self.embed.T.contiguous() if self.copied else self.embed.T
+        else:
+            self.head = new(H, self.vocab) if self.device.type == "cpu" else new(self.vocab, H).T
         self.layers = [
             Layer(
                 attn_norm=new(H),
@@ -94,7 +100,7 @@ class Decoder:
                 mlp_norm=new(H),
                 gate_up=new(H, 2 * I),
                 gate_up_bias=new(2 * I) if mlp_bias else None,
-                down=new(I, H),
+                down=new(H, I),
                 down_bias=new(H) if mlp_bias else None,
             )
             for _ in range(self.num_layers)
@@ -136,7 +142,7 @@ class Decoder:
         D, h, k = self.head_dim, self.heads, self.kv_heads
         where = {"model.embed_tokens.weight": self.embed, "model.norm.weight": self.norm}
         if not self.tied:
-            where["lm_head.weight"] = self.head
+            where["lm_head.weight"] = self.head.T
 
         def interleaved(columns, heads):  # [..., heads D] -> [heads, 2, D/2, ...], pairs (i, i + D/2) side by side
             return columns.movedim(-1, 0).unflatten(0, (heads, D // 2, 2)).transpose(1, 2)
@@ -148,7 +154,7 @@ class Decoder:
             where[at + "self_attn.o_proj.weight"] = layer.out.T
             where[at + "mlp.gate_proj.weight"] = layer.gate_up[:, : self.intermediate].T
             where[at + "mlp.up_proj.weight"] = layer.gate_up[:, self.intermediate :].T
-            where[at + "mlp.down_proj.weight"] = layer.down.T
+            where[at + "mlp.down_proj.weight"] = layer.down
             for kind, merged in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
                 if merged is None:
                     continue
@@ -190,6 +196,8 @@ class Decoder:
             missing.discard(name)
         if missing:
             raise UserError(f"{len(missing)} weights are missing, among them '{min(missing)}'.")
+        if self.copied:
+            self.head.copy_(self.embed.T)
 
     # ------------------------------------------------------------------------------------------------- forward
 
@@ -234,17 +242,17 @@ class Decoder:
         y = rms_norm(x, layer.mlp_norm, self.eps)
         y = y @ layer.gate_up if layer.gate_up_bias is None else torch.addmm(layer.gate_up_bias, y, layer.gate_up)
         gate, up = y.chunk(2, dim=-1)
-        x = torch.addmm(x, F.silu(gate) * up, layer.down)
+        x = torch.addmm(x, F.silu(gate) * up, layer.down.T)
         return x if layer.down_bias is None else x + layer.down_bias
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return fp32 logits [B, V] of the last hidden states x [B, H], before the final norm."""
         y = rms_norm(x, self.norm, self.eps)
         if y.dtype == torch.float32:
-            return y @ self.head.T
+            return y @ self.head
         if y.is_cuda:  # bf16 weights, but the sum is never rounded to bf16: those steps are 0.1 wide near a logit of 20
-            return torch.mm(y, self.head.T, out_dtype=torch.float32)
-        return y.float() @ self.head.T.float()
+            return torch.mm(y, self.head, out_dtype=torch.float32)
+        return y.float() @ self.head.float()
 
     def prefill(self, tokens: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Run fresh prompts [B, n], right-padded; causal attention never lets a real token see the padding.
