@@ -31,6 +31,7 @@ class Episode:
     reward: float = 0.0
     advantage: float = 0.0
     old_logprobs: torch.Tensor | None = None  # [T] fp32, log-probs the ratio is taken against; None: the behaviour's
+    ref_logprobs: torch.Tensor | None = None  # [T] fp32, log-probs under the reference policy, where a loss wants them
     info: dict = field(default_factory=dict)  # what a metric or a sample table wants to show beside the above
 
     def __post_init__(self):
@@ -41,6 +42,14 @@ class Episode:
     def num_tokens(self) -> int:
         """Response tokens, the forced first token and EOS included: the length every table reports."""
         return len(self.response_ids)
+
+
+def by_group(episodes: list[Episode]) -> list[list[Episode]]:
+    """Return the episodes of each question, in order of their first sample. A question's samples are on one process."""
+    groups: dict[int, list[Episode]] = {}
+    for episode in episodes:
+        groups.setdefault(episode.group, []).append(episode)
+    return list(groups.values())
 
 
 def pick(episodes: list[Episode], n: int, step: int) -> list[Episode]:

@@ -38,12 +38,14 @@ class Protocol:
     mode_of: response ids -> mode, from token ids.
     extract_answer: response text -> the answer to grade, or None where the response breaks the format.
     modes: all modes, in the order of the tables.
+    check: check(answer, gold) -> bool, a function of a module that a grader process can import; None: `same_answer`.
     """
 
     settings: dict[str, tuple[tuple[int, float], ...]]
     mode_of: Callable[[list[int]], str]
     extract_answer: Callable[[str], str | None]
     modes: tuple[str, ...]
+    check: Callable[[str, str], bool] | None = None
 
 
 def evaluate(
@@ -223,7 +225,7 @@ def main() -> None:
         (folder / "samples.jsonl").unlink(missing_ok=True)
         write_text_atomic(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(args), sort_keys=False))
     rows = []
-    with task.grader(args.grader_workers, args.grader_timeout) as grader:
+    with task.grader(args.grader_workers, args.grader_timeout, protocol.check) as grader:
         for benchmark in task.benchmarks:
             for setting in wanted:
                 result, samples = evaluate(

@@ -33,7 +33,7 @@ class RunArgs:
     task: str = "math"
     """Kind of question: "math" (data files or data sets) or "chain" (arithmetic made by code)."""
     data: str = "agentica-org/DeepScaleR-Preview-Dataset"
-    """Training questions: a JSONL or Parquet file with `problem` and `answer`, or a hub data set (task "math")."""
+    """Training questions, comma separated: JSONL or Parquet files with `problem` and `answer`, or hub data sets."""
     train_limit: int = 0
     """Use only the first so many training questions (0: all of them)."""
     eval_data: str = ""
@@ -201,6 +201,8 @@ POSITIVE = (  # of any algorithm
     "num_generations",
     "minibatches_per_step",
     "nothinking_max_new_tokens",
+    "clip_low",
+    "clip_high",
     "ref_samples",
     "batch_size",
     "max_new_tokens",
@@ -223,6 +225,8 @@ NOT_NEGATIVE = (
     "train_limit",
     "warmup_steps",
     "weight_decay",
+    "kl_coef",
+    "entropy_coef",
 )
 
 

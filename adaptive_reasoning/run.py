@@ -57,12 +57,13 @@ class Run:
     Args:
         args: the algorithm's options (RunArgs and its own).
         algorithm: name for summary.json.
+        check: check(answer, gold) -> bool for the grader; None: `answers.same_answer`.
 
     Raises:
         UserError: whatever is wrong with model, data, template or folder, before anything heavy starts.
     """
 
-    def __init__(self, args, algorithm: str):
+    def __init__(self, args, algorithm: str, check: Callable[[str, str], bool] | None = None):
         self.args, self.algorithm, self.started = args, algorithm, time.perf_counter()
         self.folder = Path(args.output_dir)
         self.accelerator = make_accelerator(args)
@@ -73,7 +74,7 @@ class Run:
         self.stop_ids = prompts.stop_tokens(self.tokenizer, generation_config(args.model))
         self.task = load_task(args, self.tokenizer)
         self.task.batch(1, args.prompts_per_step, args.seed)  # says at once if there are too few questions
-        self.grader = self.task.grader(args.grader_workers, args.grader_timeout)
+        self.grader = self.task.grader(args.grader_workers, args.grader_timeout, check)
         self.step = 0
         self.spent = 0.0  # seconds of earlier parts of a resumed run
         self.clock: dict[str, float] = {}
@@ -116,8 +117,10 @@ class Run:
         """Distribute the model, continue from the newest checkpoint if there is one, and open the folder."""
         args = self.args
         self._open_folder()
-        model, _ = load_model(args.model, args)
-        self.learner = Learner(args, model, self.accelerator)
+        self.learner = Learner(args, load_model(args.model, args)[0], self.accelerator)
+        self.reference = None  # the frozen starting model, where the loss holds the policy near it
+        if getattr(args, "kl_coef", 0):
+            self.reference = Learner(args, load_model(args.model, args)[0], self.accelerator, trainable="none")
         checkpoint = newest_checkpoint(self.folder / "checkpoints")
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, self.learner)
@@ -212,6 +215,12 @@ class Run:
             )
         self.clock["update"] = time.perf_counter()
         return episodes
+
+    def score_reference(self, episodes: list[Episode]) -> None:
+        """Fill `ref_logprobs` of each episode, where there is a reference policy. Every process must call this."""
+        if self.reference is not None:
+            for episode, values in zip(episodes, self.reference.logprobs(episodes)):
+                episode.ref_logprobs = values
 
     def observe(self, mb: MicroBatch, logprobs: torch.Tensor) -> None:
         """Note what only the forward pass of the update knows.

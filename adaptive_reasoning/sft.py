@@ -7,11 +7,8 @@ runs on the same learner as reinforcement: same packing, same log-probs, same ch
 merged into full weights at the end.
 
 Training rows come from a file (JSONL or Parquet with `problem` and `response`), or, for the laboratory, from arithmetic
-chains made by code. A row's mode token is supervised like any other, except where the recipe below says otherwise:
-
-  formats "adaptthink": half of the chains are answered after thinking, half at once. Models such as R1 hardly ever
-  choose to skip their thinking, and learning to is the point of the algorithm, so `</think>` as a first token is
-  supervised in a few of the direct rows only (`nothinking_supervised`): the model can answer directly but seldom does.
+chains made by code. A row's mode token is supervised like any other, except where the recipe of its method says
+otherwise (`tasks/formats`).
 """
 
 import json
@@ -36,6 +33,7 @@ from adaptive_reasoning.options import RunArgs, parse_args
 from adaptive_reasoning.report.console import say
 from adaptive_reasoning.report.files import append_jsonl, truncate_jsonl, write_json_atomic
 from adaptive_reasoning.tasks import chain, prompts
+from adaptive_reasoning.tasks.formats import NAMES, Row, load
 from adaptive_reasoning.tasks.question import Question
 
 
@@ -44,7 +42,7 @@ class Args(RunArgs):
     """Options of supervised fine-tuning."""
 
     formats: str = "adaptthink"
-    """Recipe for chain rows: "adaptthink"."""
+    """Recipe for chain rows: "adaptthink", "arm", "thinkless" or "thinker"."""
     batch_size: int = 128
     """Rows per optimiser step, over all processes."""
     lr_schedule: str = "cosine"
@@ -73,34 +71,9 @@ class Args(RunArgs):
     """Share of the rows with 1, 2, ... operations (task "chain")."""
 
     CHOICES: ClassVar = {
-        "formats": ("adaptthink",),
+        "formats": NAMES,
         "lr_schedule": ("cosine", "constant"),
     }
-
-
-@dataclass
-class Row:
-    """One supervised example: the loss falls on response tokens from `start` on."""
-
-    question: Question
-    response: str
-    start: int = 0
-
-
-def adaptthink_rows(args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
-    """Return chains answered in both modes of AdaptThink (recipe "adaptthink" above)."""
-    shares = chain.parse_mix(args.chain_mix)
-    rows = []
-    for i in range(n):
-        mode = "nothinking" if rng.random() < args.nothinking_rows else "thinking"
-        operations = int(rng.choice(len(shares), p=shares)) + 1
-        question = chain.make_question(rng, operations, f"chain/sft/{step}/{i}")
-        masked = mode == "nothinking" and rng.random() >= args.nothinking_supervised
-        rows.append(Row(question, chain.response(question, mode, rng), int(masked)))
-    return rows
-
-
-RECIPES = {"adaptthink": adaptthink_rows}
 
 
 def load_rows(path: str) -> list[Row]:
@@ -122,14 +95,24 @@ def load_rows(path: str) -> list[Row]:
 
 def episodes_of(rows: list[Row], tokenizer, limit: int) -> list[Episode]:
     """Return rows as episodes with advantage 1, which the learner packs and scores; cut at `limit` tokens."""
-    asked = tokenizer([prompts.prompt_text(tokenizer, r.question.problem) for r in rows], add_special_tokens=False)
-    answered = tokenizer([r.response for r in rows], add_special_tokens=False)
+
+    def encode(texts):
+        return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    asked = encode([prompts.prompt_text(tokenizer, r.prompt or r.question.problem) for r in rows])
+    answered = encode([r.response for r in rows])
+    turns = iter(encode([text for r in rows for turn in r.turns for text in turn]))
+    end = tokenizer.eos_token_id
     episodes = []
-    for i, (row, p, r) in enumerate(zip(rows, asked["input_ids"], answered["input_ids"])):
-        ids = torch.tensor((r + [tokenizer.eos_token_id])[:limit])
-        mask = torch.arange(len(ids)) >= row.start
+    for i, (row, prompt_ids, first) in enumerate(zip(rows, asked, answered)):
+        ids, mask = [*first, end], [t >= row.start for t in range(len(first) + 1)]
+        for _ in row.turns:
+            between, response = next(turns), next(turns)
+            ids += [*between, *response, end]
+            mask += [False] * len(between) + [True] * (len(response) + 1)
+        ids, mask = torch.tensor(ids[:limit]), torch.tensor(mask[:limit])
         zeros = torch.zeros(len(ids))
-        episodes.append(Episode(row.question, i, torch.tensor(p), ids, zeros, mask, "stop", advantage=1.0))
+        episodes.append(Episode(row.question, i, torch.tensor(prompt_ids), ids, zeros, mask, "stop", advantage=1.0))
     return episodes
 
 
@@ -152,7 +135,7 @@ def start_model(args, accelerator):
     if args.model:
         model, tokenizer = load_model(args.model, args)
     else:
-        tokenizer = chain.tokenizer()
+        tokenizer = chain.tokenizer(args.formats)
         model = chain.tiny_model(tokenizer, args.hidden_size, args.layers, args.seed)
     if not args.lora_rank:
         return model, tokenizer, lambda: model
@@ -197,7 +180,9 @@ def main() -> None:
     while step < args.max_steps:
         step += 1
         if file_rows is None:
-            rows = RECIPES[args.formats](args, np.random.default_rng([args.seed, step]), args.batch_size, step)
+            rows = load(args.formats).rows(
+                args, np.random.default_rng([args.seed, step]), args.batch_size, step
+            )
         else:
             order = np.random.default_rng([args.seed, (step - 1) * args.batch_size // len(file_rows)])
             first = (step - 1) * args.batch_size % len(file_rows)

@@ -162,8 +162,19 @@ def test_benchmarks_by_name(hub, tmp_path, monkeypatch):
     assert {name: benchmark.samples for name, benchmark in BENCHMARKS.items()} == {
         "gsm8k": 1,
         "math500": 1,
+        "csqa": 1,
+        "obqa": 1,
+        "svamp": 1,
+        "aime25": 16,
         "aime24": 16,
     }
+    hub["tau/commonsense_qa", None, "validation"] = [
+        {"question": "Why?", "choices": {"label": ["A", "B"], "text": ["this", "that"]}, "answerKey": "B"}
+    ]
+    assert load_questions("csqa") == [Question("csqa/0", "Why?\n(A)this  (B)that", "B", None, "csqa")]
+    hub["tau/commonsense_qa", None, "validation"] = [{"question": "Why?", "choices": "A B", "answerKey": "B"}]
+    with pytest.raises(UserError, match="'choices' needs 'label' and 'text'"):
+        load_questions("csqa")
 
     # A folder with local copies goes before the hub, a path of that name before both.
     jsonl(tmp_path / "math500_test.jsonl")

@@ -41,6 +41,7 @@ class MicroBatch:
     position: torch.Tensor  # [N] int64, 0 .. T-1: place of the token within its response
     old_logprobs: torch.Tensor  # [N] fp32, what the ratio is taken against (the behaviour's where not recomputed)
     behaviour_logprobs: torch.Tensor  # [N] fp32
+    ref_logprobs: torch.Tensor  # [N] fp32, under the reference policy (0 where there is none)
     forced: torch.Tensor  # [N] bool, tokens that the behaviour policy was made to take (info["forced"] leading ones)
     advantages: torch.Tensor  # [N] fp32, advantage of the token's sequence
     sequence_advantages: torch.Tensor  # [S] fp32
@@ -141,6 +142,7 @@ def pack(episodes: list[Episode], device="cpu", one_row: bool = False, last: boo
     row, t = row[index], t[index]
     behaviour = torch.cat([e.behaviour_logprobs for e in episodes])
     old = torch.cat([e.behaviour_logprobs if e.old_logprobs is None else e.old_logprobs for e in episodes])
+    ref = torch.cat([torch.zeros(len(e.response_ids)) if e.ref_logprobs is None else e.ref_logprobs for e in episodes])
     advantage = torch.tensor([e.advantage for e in episodes], dtype=torch.float32)
     forced = torch.tensor([e.info.get("forced", 0) for e in episodes])
     batch = MicroBatch(
@@ -152,6 +154,7 @@ def pack(episodes: list[Episode], device="cpu", one_row: bool = False, last: boo
         position=t,
         old_logprobs=old[index],
         behaviour_logprobs=behaviour[index],
+        ref_logprobs=ref[index],
         forced=t < forced[row],
         advantages=advantage[row],
         sequence_advantages=advantage,
@@ -175,6 +178,7 @@ def filler(device="cpu", last: bool = True) -> MicroBatch:
         position=ints,
         old_logprobs=floats,
         behaviour_logprobs=floats,
+        ref_logprobs=floats,
         forced=ints.bool(),
         advantages=floats,
         sequence_advantages=floats,

@@ -238,7 +238,46 @@ ADAPTTHINK = {
     "eval/thinking_share": Metric("Share of Thinking responses in the newest evaluation, nothing forced.", "share"),
 }
 
-METRICS: dict[str, Metric] = {**SHARED, **ADAPTTHINK}
+GROUPED = {
+    "group/all_wrong_share": Metric("Share of the questions that no response gets right.", "share", "falls"),
+    "group/all_correct_share": Metric("Share of the questions that every response gets right.", "share", "rises"),
+    "loss/ref_kl": Metric(
+        "Divergence of the policy from the starting model: k3 estimate, clamped to [-10, 10], weighted like the loss.",
+        "nats",
+        "small",
+        alarms=(Alarm("the policy is far from the starting model: raise --kl_coef or lower the rate", above=5.0),),
+    ),
+}
+
+MODES = {  # of the algorithms with group baselines
+    "direct": "Direct Answer",
+    "cot": "Short CoT",
+    "code": "Code",
+    "long_cot": "Long CoT",
+    "unknown": "without a known opening",
+    "response": "all",
+}
+
+
+def of_mode(mode: str, name: str) -> dict[str, Metric]:
+    """Return the metrics that every mode has."""
+    return {
+        f"mode/{mode}_share": Metric(
+            f"Share of the responses of this step in mode {name}.", "share", "no mode at 1: that is a collapse"
+        ),
+        f"mode/{mode}_accuracy": Metric(f"Share of the responses in mode {name} that are right.", "share", "higher"),
+        f"mode/{mode}_tokens": Metric(f"Mean length of the responses in mode {name}.", "tokens"),
+        f"mode/{mode}_advantage": Metric(f"Mean advantage of the responses in mode {name}: above 0 it will grow."),
+        f"mode/{mode}_all_correct_groups": Metric(
+            f"Questions of this step whose every response is right and in mode {name}.", "count"
+        ),
+        f"eval/{mode}_share": Metric(f"Share of mode {name} in the newest evaluation, nothing forced.", "share"),
+    }
+
+
+METRICS: dict[str, Metric] = {**SHARED, **ADAPTTHINK, **GROUPED}
+for mode, name in MODES.items():
+    METRICS |= of_mode(mode, name)
 
 
 def register(metrics: dict[str, Metric]) -> None:

@@ -75,6 +75,31 @@ def same_answer(answer: str, gold: str | int | float) -> bool:
     return any(_same(presentation_free(answer), presentation_free(option)) for option in _options(gold))
 
 
+LATEX = LatexExtractionConfig()
+
+
+def verified_answer(answer: str, gold: str) -> bool:
+    """Return whether `answer` is right by ARM's three rules: plain math-verify, which accepts unfinished calculations.
+
+    The form of the reference says which rule is meant: a letter (CommonsenseQA) has to be that letter; a number (GSM8K)
+    is compared after every comma and dollar sign of the answer is deleted; anything else is LaTeX (MATH).
+
+    Raises:
+        Exception: whatever math-verify or sympy raise on input they cannot compare. May also never return.
+    """
+    if len(answer) > MAX_ANSWER:
+        return False
+    answer, gold = answer.strip(), str(gold).strip()
+    options = {"parsing_timeout": None, "raise_on_error": True}
+    if re.fullmatch("[A-J]", gold):
+        return answer == gold
+    if re.fullmatch(r"-?[\d,]+(\.\d+)?", gold):
+        target, answer = parse(gold.replace(",", ""), **options), re.sub("[,$]", "", answer)
+    else:
+        target = parse(gold if "\\boxed" in gold else f"$\\boxed{{{gold}}}$", [LATEX], **options)
+    return verify(target, parse(answer, **options), timeout_seconds=None, raise_on_error=True)
+
+
 def _options(gold: str) -> list[str]:
     if gold.startswith(("['", '["')):
         try:

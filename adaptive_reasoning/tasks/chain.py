@@ -3,8 +3,7 @@
 A question is `3*7+4-9`, worked out from left to right modulo 10; its difficulty is the number of operations. One
 operation can be answered at once, six cannot: where the line runs is what "when to think" has to find out.
 
-The thinking is as wordy as that of the models the papers start from: it opens with a phrase, works step by step, and
-checks itself once more before it answers.
+How a chain is answered is a matter of the method: `formats`.
 """
 
 import numpy as np
@@ -12,26 +11,20 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.tasks import formats
 from adaptive_reasoning.tasks.question import Question
 
-MODES = ("thinking", "nothinking")
-OPENERS = (("Alright", 0.7), ("Okay", 0.3))  # how a thinking response starts, and how often
-SPECIAL = ("<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>", "<think>", "</think>")
 SPLIT = (  # how Qwen2 cuts text before byte-pair encoding: letters together, digits one by one, a space with its word
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-TEMPLATE = (
-    "<|begin|>{% for message in messages %}{% if message['role'] == 'user' %}<|User|>{{ message['content'] }}"
-    "{% else %}<|Assistant|>{{ message['content'] }}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
-)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer of the laboratory: byte-pair encoding as in Qwen2, trained on chains, one token a word.
+def tokenizer(name: str = "adaptthink") -> PreTrainedTokenizerFast:
+    """Return the tokenizer of the laboratory: byte-pair encoding as in Qwen2, trained on chains in one method's format.
 
     It is built the way `transformers` builds every Qwen2 tokenizer, so AutoTokenizer opens the folder alike.
     """
+    form = formats.load(name)
     pieces = Tokenizer(models.BPE())
     pieces.normalizer = normalizers.NFC()
     pieces.pre_tokenizer = pre_tokenizers.Sequence(
@@ -49,18 +42,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     rng = np.random.default_rng(0)
     asked = [make_question(rng, 1 + i % 6, "") for i in range(200)]
-    pieces.train_from_iterator((response(q, mode, rng) for q in asked for mode in MODES), trainer)
+    pieces.train_from_iterator((form.response(q, mode, rng) for q in asked for mode in form.MODES), trainer)
     # As in R1's tokenizer, the marks of a turn are special tokens, the marks of thinking are ordinary ones.
-    pieces.add_special_tokens(list(SPECIAL[:4]))
-    pieces.add_tokens([AddedToken(text, normalized=False) for text in SPECIAL[4:]])
-    return PreTrainedTokenizerFast(
+    pieces.add_special_tokens(list(form.SPECIAL))
+    pieces.add_tokens([AddedToken(text, normalized=False) for text in form.TOKENS])
+    finished = PreTrainedTokenizerFast(
         tokenizer_object=pieces,
         bos_token="<|begin|>",
         eos_token="<|end|>",
         pad_token="<pad>",
-        chat_template=TEMPLATE,
+        chat_template=form.TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+    return form.finish(finished) if hasattr(form, "finish") else finished
 
 
 def steps(problem: str) -> list[tuple[str, int]]:
@@ -107,21 +101,6 @@ def questions(n: int, mix: str, seed: int, name: str) -> list[Question]:
     operations = np.searchsorted(edges, np.arange(n), side="right") + 1
     rng.shuffle(operations)
     return [make_question(rng, int(ops), f"{name}/{i}") for i, ops in enumerate(operations)]
-
-
-def response(question: Question, mode: str, rng: np.random.Generator) -> str:
-    """Return a correct response in a mode, without the end token: what the cold start teaches."""
-    if mode == "nothinking":
-        return f"</think>\n\\boxed{{{question.answer}}}"
-    if mode != "thinking":
-        raise AssertionError(f"chains know no mode {mode!r}")
-    words, shares = zip(*OPENERS)
-    opener = rng.choice(words, p=shares)
-    work = "\n".join(text for text, _ in steps(question.problem))
-    return (
-        f"{opener}, let me see.\n{work}\nWait, let me check.\n{work}\n"
-        f"So it is {question.answer}.\n</think>\n\\boxed{{{question.answer}}}"
-    )
 
 
 def tiny_model(tok: PreTrainedTokenizerFast, hidden: int = 96, layers: int = 3, seed: int = 0):

@@ -1,7 +1,8 @@
 """Math questions: local files, data sets of the hub, and the benchmarks known by name.
 
-A row has `problem` (or `question`) and `answer`, perhaps a `level`. Answers stay text as they are; only GSM8K's worked
-solutions are cut down to what follows "####". Grading is `answers.same_answer`, through a `grader.GraderPool`.
+A row has `problem` (or `question`) and `answer`, perhaps a `level`; `choices` (CommonsenseQA, OpenBookQA) are written
+behind the question, and the answer is the letter. Answers stay text as they are; only GSM8K's worked solutions are cut
+down to what follows "####". Grading is `answers.same_answer` or what the algorithm names, through a `GraderPool`.
 """
 
 import json
@@ -31,6 +32,10 @@ class Benchmark:
 BENCHMARKS = {
     "gsm8k": Benchmark("openai/gsm8k:main", "test"),
     "math500": Benchmark("HuggingFaceH4/MATH-500", "test"),
+    "csqa": Benchmark("tau/commonsense_qa", "validation"),
+    "obqa": Benchmark("allenai/openbookqa:main", "test"),
+    "svamp": Benchmark("ChilleD/SVAMP", "test"),
+    "aime25": Benchmark("math-ai/aime25", "test", samples=16),
     "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", samples=16),  # 30 questions: one sample each says little
 }
 
@@ -88,8 +93,8 @@ def _questions(rows: Iterable[tuple[str, dict]], stem: str, source: str, limit: 
         questions.append(
             Question(
                 id=f"{stem}/{len(questions)}",
-                problem=_text(row, ("problem", "question"), where),
-                answer=_text(row, ("answer",), where).rpartition("####")[2].strip(),
+                problem=_text(row, ("problem", "question", "question_stem"), where) + _options(row, where),
+                answer=_text(row, ("answer", "answerKey"), where).rpartition("####")[2].strip(),
                 difficulty=None if level is None else str(level).removeprefix("Level "),
                 source=source,
             )
@@ -103,6 +108,16 @@ def _questions(rows: Iterable[tuple[str, dict]], stem: str, source: str, limit: 
     if not questions:
         raise UserError(f"Data set {source} is empty. Give one with a row per question.")
     return questions
+
+
+def _options(row: dict, where: str) -> str:
+    """Return the options of a multiple-choice row of the hub as ARM writes them: "\\n(A)one  (B)two", else ""."""
+    if "choices" not in row:
+        return ""
+    choices = row["choices"]
+    if not isinstance(choices, dict) or not {"label", "text"} <= set(choices):
+        raise UserError(f"{where}: 'choices' needs 'label' and 'text', found {choices!r:.80}.")
+    return "\n" + "  ".join(f"({label}){text}" for label, text in zip(choices["label"], choices["text"]))
 
 
 def _text(row: dict, names: tuple[str, ...], where: str) -> str:

@@ -51,9 +51,9 @@ class Task:
         """Return the passes over the training questions after `step` steps."""
         return step / (len(self.questions) // size)
 
-    def grader(self, workers: int, timeout: float) -> "GraderPool | ExactGrader":
+    def grader(self, workers: int, timeout: float, check=None) -> "GraderPool | ExactGrader":
         """Return a context manager that checks answers: submit(answer, gold, key), drain() -> {key: Grade}."""
-        return ExactGrader() if self.exact else GraderPool(workers, timeout)
+        return ExactGrader() if self.exact else GraderPool(workers, timeout, check)
 
 
 class ExactGrader:
@@ -95,8 +95,10 @@ def load_task(args, tokenizer, train: bool = True) -> Task:
     else:
         from adaptive_reasoning.tasks import math
 
-        questions = math.load_questions(args.data, args.train_limit) if train else []
-        beside = args.data if Path(args.data).is_file() else ""
+        sources = [part.strip() for part in args.data.split(",") if part.strip()]
+        loaded = [math.load_questions(source, args.train_limit) for source in sources] if train else []
+        questions = [question for part in loaded for question in part]
+        beside = next((source for source in sources if Path(source).is_file()), "")
         benchmarks = []
         for name in filter(None, (part.strip() for part in args.eval_data.split(","))):
             known = math.BENCHMARKS.get(name)

@@ -1,0 +1,294 @@
+"""GRPO: group relative policy optimisation, the baseline the adaptive algorithms are measured against and diffed with.
+
+Paper: "DeepSeekMath", arXiv 2402.03300, Eq. 3; code: verl 0.2 as vendored by TEAM-ARM/ARM @ cee2053.
+
+    make toy-grpo SEED=0                   # collapses to one format, as in Fig. 2 of the ARM paper
+    make train-grpo-3b                     # the SFT+GRPO row of ARM's Table 1 (8 GPUs)
+
+A question gets G free samples; the advantage of each is its reward against the group's mean, in units of the group's
+standard deviation. No critic. The model answers in one of ARM's four formats and chooses which; nothing here favours
+any, and whichever is right most often takes all. With --answer_format boxed it is plain GRPO on boxed answers.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from adaptive_reasoning.episode import Episode, by_group
+from adaptive_reasoning.errors import run_cli
+from adaptive_reasoning.evaluate import Protocol
+from adaptive_reasoning.learner.packing import Counts, MicroBatch
+from adaptive_reasoning.options import RunArgs, parse_args
+from adaptive_reasoning.rollout import Request, request_seed
+from adaptive_reasoning.run import Run
+from adaptive_reasoning.tasks.answers import boxed_answer, verified_answer
+
+STD_EPS = 1e-6
+
+
+@dataclass
+class Args(RunArgs):
+    """Options of GRPO. The defaults are ARM's baseline run."""
+
+    answer_format: str = "tags"
+    """"tags": ARM's four formats, with its format gate. "boxed": one mode, the answer in the last \\\\boxed{}."""
+    std: str = "unbiased"
+    """Divide the advantage by the group's standard deviation: "unbiased", or "none" (Dr. GRPO)."""
+    aggregation: str = "token_mean"
+    """Weight of a token in the loss: "token_mean", "sequence_mean" (Eq. 3), "constant" (Dr. GRPO) or "micro_batch"."""
+    clip_low: float = 0.2
+    """epsilon below 1."""
+    clip_high: float = 0.2
+    """epsilon above 1 (DAPO: 0.28)."""
+    kl_coef: float = 0.001
+    """Weight of the divergence from the starting model (k3); 0 loads no reference model."""
+    entropy_coef: float = 0.001
+    """Weight of the entropy bonus (verl's default; in no paper)."""
+    prompts_per_step: int = 1024
+    """Questions per rollout batch, over all processes."""
+    num_generations: int = 8
+    """G: responses per question."""
+    minibatches_per_step: int = 6
+    """Optimiser steps per rollout batch."""
+
+    # --- defaults that differ from AdaptThink's
+    model: str = "runs/sft-arm-3b/model"
+    """Model to start from: a Hugging Face folder or a hub name (Qwen2, Qwen3 or Llama)."""
+    learning_rate: float = 1e-6
+    """AdamW learning rate, constant."""
+    temperature: float = 1.0
+    """Sampling temperature of training and evaluation; log-probs are taken at the same temperature."""
+    max_prompt_tokens: int = 2048
+    """Questions with a longer prompt are left out of training, and counted."""
+    max_new_tokens: int = 4096
+    """Longest response in tokens, EOS included."""
+    max_steps: int = 170
+    """Training steps: one rollout batch each."""
+
+    CHOICES: ClassVar = {
+        "answer_format": ("tags", "boxed"),
+        "std": ("unbiased", "none"),
+        "aggregation": ("token_mean", "sequence_mean", "constant", "micro_batch"),
+    }
+
+
+# ------------------------------------------------------------------------------------------ control tokens and prompts
+
+TAGS = {"direct": "ANSWER", "cot": "COT", "code": "CODE", "long_cot": "LONG_COT"}  # ordinary text, several tokens each
+
+
+def format_of(response: str) -> str:
+    """Return the format a response opens with, else "unknown"."""
+    return next((mode for mode, tag in TAGS.items() if response.startswith(f"<{tag}>")), "unknown")
+
+
+def passes_gate(response: str) -> bool:
+    """Return whether a response opens with a tag and holds no rationale tag of another format (official code)."""
+    mode = format_of(response)
+    others = [tag for other, tag in TAGS.items() if other not in (mode, "direct")]
+    return mode != "unknown" and not any(f"<{tag}>" in response or f"</{tag}>" in response for tag in others)
+
+
+def extract_answer(response: str) -> str | None:
+    """Return the text from the first <ANSWER> to the last </ANSWER>; None, so R = 0, if it or the format is missing."""
+    start, end = response.find("<ANSWER>"), response.rfind("</ANSWER>")
+    if not passes_gate(response) or start < 0 or end < start:
+        return None
+    return response[start + len("<ANSWER>") : end].strip()
+
+
+@dataclass
+class Control:
+    """How a response says which mode it is in."""
+
+    tokenizer: object
+    answer_format: str = "tags"
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return (*TAGS, "unknown") if self.answer_format == "tags" else ("response",)
+
+    def mode_of(self, response_ids) -> str:
+        """Return the mode of a response from its own first tokens."""
+        opening = self.tokenizer.decode(list(response_ids[:16]), clean_up_tokenization_spaces=False)
+        return format_of(opening) if self.answer_format == "tags" else "response"
+
+    def extract_answer(self, response: str) -> str | None:
+        return extract_answer(response) if self.answer_format == "tags" else boxed_answer(response)
+
+    def opening(self, mode: str) -> tuple[tuple[int, float], ...]:
+        """Return the tokens that force a format: its tag and the newline after it."""
+        ids = self.tokenizer.encode(f"<{TAGS[mode]}>\n", add_special_tokens=False)
+        return tuple((i, 1.0) for i in ids)
+
+    def findings(self, args) -> dict[str, str]:
+        """Return the lines of the preflight table about the formats."""
+        return {"formats": ", ".join(f"<{tag}>" for tag in TAGS.values()) if args.answer_format == "tags" else "boxed"}
+
+    def protocol(self) -> Protocol:
+        """Return how evaluation forces and tells modes apart."""
+        forced = {mode: self.opening(mode) for mode in TAGS} if self.answer_format == "tags" else {}
+        return Protocol({"adaptive": (), **forced}, self.mode_of, self.extract_answer, self.modes, verified_answer)
+
+
+def control_tokens(tokenizer, args) -> Control:
+    """Look up what the modes need; UserError if the tokenizer does not fit the method."""
+    return Control(tokenizer, args.answer_format)
+
+
+# --------------------------------------------------------------------------------------------------------- the method
+
+
+def plan_rollouts(questions, control: Control, args, stop_ids, step: int) -> list[Request]:
+    """Return the requests of one step: G free samples of every question.
+
+    `questions` holds (index in the task, question, prompt ids); the index is the group of the samples.
+    """
+    requests = []
+    for i, question, prompt_ids in questions:
+        for k in range(args.num_generations):
+            seed = request_seed(args.seed, step, i, k)
+            requests.append(Request(prompt_ids, args.max_new_tokens, stop_ids, seed, tag=(question, i)))
+    return requests
+
+
+def reward(e: Episode, args) -> float:
+    """Return R: 1 for a well-formed right answer, else 0."""
+    return float(e.info["correct"])
+
+
+def advantages(group: list[Episode], args) -> list[float]:
+    """Return A_i = (R_i - mean R) / (std R + 1e-6) of the samples of one question.
+
+    In float64: with equal rewards that fp32 cannot represent, mean and standard deviation miss by one unit in the last
+    place, and 1e-6 does not hide that. A group of one is not centred (official code: mean 0, std 1).
+    """
+    R = torch.tensor([e.reward for e in group], dtype=torch.float64)
+    if len(R) == 1:
+        return R.tolist()
+    A = R - R.mean()
+    if args.std == "unbiased":
+        A = A / (R.std() + STD_EPS)
+    return A.tolist()
+
+
+def token_weights(mb: MicroBatch, counts: Counts, args) -> torch.Tensor:
+    """Return the weight of each token in the loss [N]; over the whole step they sum to 1 (but for "constant").
+
+    "micro_batch" is verl's dynamic batching: a token mean per micro-batch, weighted by its share of the sequences. It
+    depends on how the step is split; the others do not.
+    """
+    T = mb.lengths[mb.sequence].to(mb.advantages.dtype)  # [N] length of the token's own response
+    return {
+        "token_mean": torch.full_like(T, 1 / counts.tokens),
+        "sequence_mean": 1 / (T * counts.sequences),
+        "constant": torch.full_like(T, 1 / (counts.sequences * args.max_new_tokens)),
+        "micro_batch": torch.full_like(T, len(mb.lengths) / (max(len(T), 1) * counts.sequences)),
+    }[args.aggregation]
+
+
+def loss(logprobs, entropy, mb: MicroBatch, counts: Counts, args) -> tuple[torch.Tensor, dict]:
+    """Return this micro-batch's share of the loss (Eq. 3, to be minimised) and of the metrics.
+
+    Shapes: logprobs, entropy [N] of all tokens of S sequences; `counts` are those of the whole step over all processes,
+    so the shares of all micro-batches add up to the loss whatever the split.
+    """
+    A, weight = mb.advantages, token_weights(mb, counts, args)  # [N]
+    log_ratio = logprobs - mb.old_logprobs
+    ratio = log_ratio.exp()
+    free = -A * ratio
+    clipped = -A * ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+    value = policy = (torch.maximum(free, clipped) * weight).sum()
+    mean = torch.full_like(weight, 1 / counts.tokens)
+    stats = {"loss/clip_fraction": ((clipped > free) * mean).sum(), "loss/approx_kl": (-log_ratio * mean).sum()}
+    if args.kl_coef:
+        d = mb.ref_logprobs - logprobs
+        k3 = ((d.exp() - d - 1).clamp(-10, 10) * weight).sum()
+        value = value + args.kl_coef * k3
+        stats["loss/ref_kl"] = k3
+    if args.entropy_coef:
+        H = (entropy * weight).sum()
+        value = value - args.entropy_coef * H
+        stats["loss/entropy"] = H
+    return value, {"loss/policy": policy.detach(), **{key: x.detach() for key, x in stats.items()}}
+
+
+def metric_rows(episodes: list[Episode]) -> list[dict]:
+    """Return what `metrics` needs of each episode, as plain numbers that can travel between processes."""
+    return [
+        {"group": e.group, "mode": e.mode, "accuracy": float(e.info["correct"]), "tokens": e.num_tokens,
+         "advantage": e.advantage}
+        for e in episodes
+    ]  # fmt: skip
+
+
+def metrics(rows: list[dict], modes: tuple[str, ...]) -> dict[str, float | None]:
+    """Return share, accuracy, length and advantage of each mode, and the groups that are all right in one mode."""
+    out, groups = {}, {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    for mode in modes:
+        mine = [row for row in rows if row["mode"] == mode]
+        out[f"mode/{mode}_share"] = len(mine) / len(rows)
+        for key in ("accuracy", "tokens", "advantage"):
+            out[f"mode/{mode}_{key}"] = sum(row[key] for row in mine) / len(mine) if mine else None
+        right = [all(row["mode"] == mode and row["accuracy"] for row in group) for group in groups.values()]
+        out[f"mode/{mode}_all_correct_groups"] = sum(right)
+    out["group/all_wrong_share"] = sum(not any(r["accuracy"] for r in g) for g in groups.values()) / len(groups)
+    out["group/all_correct_share"] = sum(all(r["accuracy"] for r in g) for g in groups.values()) / len(groups)
+    return out
+
+
+def main() -> None:
+    args = parse_args(Args)
+    run = Run(args, "grpo", verified_answer)
+    control = control_tokens(run.tokenizer, args)
+    protocol = control.protocol()
+    run.preflight(control.findings(args))
+    with run:
+        learner = run.learner
+        run.evaluate_if_due(protocol)
+
+        for step in run.steps():
+            # --- roll out: free samples; grading overlaps decoding
+            questions = run.next_questions()
+            episodes = run.rollout(plan_rollouts(questions, control, args, run.stop_ids, step), control.extract_answer)
+
+            # --- reward and advantage
+            for e in episodes:
+                e.mode = control.mode_of(e.response_ids)
+                e.reward = reward(e, args)
+            for group in by_group(episodes):
+                for e, a in zip(group, advantages(group, args)):
+                    e.advantage = a
+
+            # --- update: one optimiser step per minibatch
+            on_policy = args.minibatches_per_step == 1
+            if not on_policy:
+                learner.recompute_logprobs(episodes)
+            run.score_reference(episodes)
+            losses, updates = [], []
+            plain = not args.kl_coef and not args.entropy_coef  # then advantage 0 means no gradient
+            minibatches = learner.minibatches(episodes, args.minibatches_per_step, step, skip_zero_advantage=plain)
+            for minibatch in minibatches:
+                for mb in minibatch:
+                    logprobs, entropy = learner.score(mb, with_entropy=args.entropy_coef > 0)
+                    if on_policy:  # pi_old is the policy itself: recomputing it would give these very numbers
+                        mb.old_logprobs = logprobs.detach()
+                    value, stats = loss(logprobs, entropy, mb, minibatch.counts, args)
+                    learner.backward(value)
+                    losses.append(stats)
+                    run.observe(mb, logprobs)
+                updates.append(learner.step())
+            run.refresh()
+
+            # --- log, evaluate, save
+            run.log(episodes, metrics(run.gather(metric_rows(episodes)), control.modes), losses, updates, minibatches)
+            run.evaluate_if_due(protocol)
+            run.save_if_due()
+        run.finish()
+
+
+if __name__ == "__main__":
+    run_cli(main)
