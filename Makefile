@@ -22,8 +22,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
-COLD_START := runs/cold-start-adaptthink
-COLD_MODEL := $(COLD_START)/model/config.json
+SFT_DATA ?=
 
 # DeepSpeed compiles a small extension for ZeRO-3 on the CPU; it belongs to this .venv, not to the home directory.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
@@ -57,9 +56,22 @@ PRECISION ?=
 
 # Options from the command line of make; what is not given stays as the YAML file has it. ARGS comes last and wins.
 WHAT = $(strip $(PRECISION) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)"))
-TOY_MODEL = --model "$(or $(MODEL),$(COLD_START)/model)"
 ABLATION = $(or $(OUT),runs/toy-ablation)
-TOY_NEEDS = $(INSTALLED) $(if $(MODEL),,$(COLD_MODEL))
+LABORATORY = $(or $(OUT),runs/laboratory)
+
+# Folder and YAML file of a run follow from the name of its target: train-adaptthink-1.5b writes runs/adaptthink-1.5b and
+# reads experiments/adaptthink_1_5b.yaml.
+NAME = $(patsubst train-%,%,$@)
+YAML = experiments/$(subst .,_,$(subst -,_,$(1))).yaml
+# $(call paper,MODULE): the run of a paper. $(call toy,MODULE,FORMAT,YAML,FOLDER): a run of the laboratory, SEED=0.
+paper = @$(LAUNCH) adaptive_reasoning.$(1) --config $(call YAML,$(NAME)) $(WHAT) \
+  --output_dir "$(or $(OUT),runs/$(NAME))" $(ARGS)
+toy = $(ON_CPU) $(PY) -m adaptive_reasoning.$(1) --config $(call YAML,$(3)) \
+  --model "$(or $(MODEL),runs/cold-start-$(2)/model)" --output_dir "$(4)"
+# The folder of a cold start holds a model once it is complete.
+cold = $(INSTALLED) $(if $(MODEL),,runs/cold-start-$(1)/model/config.json)
+COLD_STARTS := $(foreach format,adaptthink arm thinkless thinker,runs/cold-start-$(format)/model/config.json)
+toy_folder = $(or $(OUT),runs/$@-seed$(SEED))
 
 .PHONY: help
 help:  ## list the targets
@@ -101,50 +113,136 @@ install-gpu: $(INSTALLED)  ## add flash-attn and triton (compiles; needs the CUD
 # --- see it work
 
 .PHONY: quickstart
-quickstart: $(TOY_NEEDS)  ## install, teach a tiny model when to think, show where it learned to (CPU, minutes)
-	@$(ON_CPU) $(PY) -m adaptive_reasoning.adaptthink --config experiments/quickstart.yaml $(TOY_MODEL) \
-	  --output_dir "$(or $(OUT),runs/quickstart)" $(ARGS)
+quickstart: $(call cold,adaptthink)  ## install, teach a tiny model when to think, show where it learned to (CPU, minutes)
+	@$(call toy,adaptthink,adaptthink,quickstart,$(or $(OUT),runs/quickstart)) $(ARGS)
 	@echo "open $(or $(OUT),runs/quickstart)/report.html to see what happened"
 
 # The folder appears whole or not at all, so an interrupted cold start is not mistaken for a finished one.
-$(COLD_MODEL): | $(INSTALLED)
-	@$(ON_CPU) $(PY) -m adaptive_reasoning.sft --config experiments/cold_start_adaptthink.yaml \
-	  --output_dir $(COLD_START)
+runs/cold-start-%/model/config.json: | $(INSTALLED)
+	@$(ON_CPU) $(PY) -m adaptive_reasoning.sft --config $(call YAML,cold-start-$*) --output_dir runs/cold-start-$*
 	@test -f $@
+.PRECIOUS: runs/cold-start-%/model/config.json
 
 .PHONY: cold-start
-cold-start: $(COLD_MODEL)  ## supervised start of the tiny model (runs/cold-start-adaptthink; skipped if it is there)
+cold-start: $(COLD_STARTS)  ## supervised start of the tiny models, one a format (runs/cold-start-*; skipped if there)
 
 .PHONY: toy-adaptthink
-toy-adaptthink: $(TOY_NEEDS)  ## AdaptThink on arithmetic chains (CPU); SEED=0
-	@$(ON_CPU) $(PY) -m adaptive_reasoning.adaptthink --config experiments/toy_adaptthink.yaml $(TOY_MODEL) \
-	  --seed $(SEED) --output_dir "$(or $(OUT),runs/toy-adaptthink-seed$(SEED))" $(ARGS)
+toy-adaptthink: $(call cold,adaptthink)  ## AdaptThink on arithmetic chains (CPU); SEED=0
+	@$(call toy,adaptthink,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+
+.PHONY: toy-grpo
+toy-grpo: $(call cold,arm)  ## GRPO with ARM's four formats on chains: collapses to one; SEED=0
+	@$(call toy,grpo,arm,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+
+.PHONY: toy-ada-grpo
+toy-ada-grpo: $(call cold,arm)  ## Ada-GRPO (ARM) on chains: keeps the formats; SEED=0
+	@$(call toy,ada_grpo,arm,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+
+.PHONY: toy-degrpo
+toy-degrpo: $(call cold,thinkless)  ## DeGRPO (Thinkless) on chains: thinks where it has to; SEED=0
+	@$(call toy,degrpo,thinkless,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+
+.PHONY: toy-thinker
+toy-thinker: $(call cold,thinker)  ## Thinker on chains: fast answer, verification, slow answer, summary; SEED=0
+	@$(call toy,thinker,thinker,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
 
 .PHONY: toy-ablation
-toy-ablation: $(TOY_NEEDS)  ## toy-adaptthink for all DELTAS="0 0.05 0.1 0.2" and SEEDS="0 1 2 3 4"
+toy-ablation: $(call cold,adaptthink)  ## toy-adaptthink for all DELTAS="0 0.05 0.1 0.2" and SEEDS="0 1 2 3 4"
 	@for delta in $(DELTAS); do for seed in $(SEEDS); do \
 	  echo "delta $$delta, seed $$seed"; \
-	  $(ON_CPU) $(PY) -m adaptive_reasoning.adaptthink --config experiments/toy_adaptthink.yaml $(TOY_MODEL) \
-	    --delta $$delta --seed $$seed --output_dir "$(ABLATION)/delta$$delta-seed$$seed" $(ARGS); \
+	  $(call toy,adaptthink,adaptthink,toy-adaptthink,$(ABLATION)/delta$$delta-seed$$seed) \
+	    --delta $$delta --seed $$seed $(ARGS); \
 	done; done
 	@$(PY) -m adaptive_reasoning.report "$(ABLATION)"/delta*-seed* --by delta --plot "$(ABLATION)/ablation.png"
 
-# --- the paper's runs
+# Every algorithm and its baseline. Runs that are finished are not run again: the same command continues.
+.PHONY: laboratory
+laboratory: SEEDS = 0 1 2
+laboratory: $(COLD_STARTS)  ## all algorithms and their baselines on chains, three seeds, one page (CPU, about an hour)
+	@for seed in $(SEEDS); do \
+	  $(call toy,adaptthink,adaptthink,toy-adaptthink,$(LABORATORY)/adaptthink-seed$$seed) --seed $$seed $(ARGS); \
+	  $(call toy,grpo,arm,toy-grpo,$(LABORATORY)/grpo-seed$$seed) --seed $$seed $(ARGS); \
+	  $(call toy,ada_grpo,arm,toy-ada-grpo,$(LABORATORY)/ada-grpo-seed$$seed) --seed $$seed $(ARGS); \
+	  $(call toy,degrpo,thinkless,toy-degrpo,$(LABORATORY)/degrpo-seed$$seed) --seed $$seed $(ARGS); \
+	  $(call toy,degrpo,thinkless,toy-degrpo,$(LABORATORY)/degrpo-vanilla-seed$$seed) --aggregation vanilla \
+	    --seed $$seed $(ARGS); \
+	  $(call toy,thinker,thinker,toy-thinker,$(LABORATORY)/thinker-seed$$seed) --seed $$seed $(ARGS); \
+	  $(call toy,thinker,thinker,toy-thinker-qa,$(LABORATORY)/thinker-qa-seed$$seed) --seed $$seed $(ARGS); \
+	done
+	@$(PY) -m adaptive_reasoning.report.laboratory "$(LABORATORY)"
+
+# --- the papers' runs
 
 .PHONY: train-adaptthink-1.5b
 train-adaptthink-1.5b: $(INSTALLED)  ## AdaptThink, R1-Distill-Qwen-1.5B on DeepScaleR (8 GPUs, ZeRO-3)
-	@$(LAUNCH) adaptive_reasoning.adaptthink --config experiments/adaptthink_1_5b.yaml $(WHAT) \
-	  --output_dir "$(or $(OUT),runs/adaptthink-1.5b)" $(ARGS)
+	$(call paper,adaptthink)
 
 .PHONY: train-adaptthink-7b
 train-adaptthink-7b: $(INSTALLED)  ## AdaptThink, R1-Distill-Qwen-7B on DeepScaleR (8 GPUs or several machines)
-	@$(LAUNCH) adaptive_reasoning.adaptthink --config experiments/adaptthink_7b.yaml $(WHAT) \
-	  --output_dir "$(or $(OUT),runs/adaptthink-7b)" $(ARGS)
+	$(call paper,adaptthink)
 
 .PHONY: eval-adaptthink-1.5b
 eval-adaptthink-1.5b: $(INSTALLED)  ## GSM8K, MATH-500, AIME24 in all three settings, beside the paper's row
-	@$(LAUNCH) adaptive_reasoning.evaluate --config experiments/eval_adaptthink_1_5b.yaml $(WHAT) \
-	  --output_dir "$(or $(OUT),runs/eval-adaptthink-1.5b)" $(ARGS)
+	$(call paper,evaluate)
+
+# ARM and Thinkless start from a supervised model of their own. It is made first if it is not there: from SFT_DATA, rows
+# with `problem` and `response`, because the authors have not published theirs (ARM) or published two million (Thinkless).
+runs/sft-arm-%/model/config.json: | $(INSTALLED)
+	@$(MAKE) --no-print-directory sft-arm-$* MODEL= DATA="$(SFT_DATA)" OUT=runs/sft-arm-$* ARGS=
+runs/warmup-thinkless-%/model/config.json: | $(INSTALLED)
+	@$(MAKE) --no-print-directory warmup-thinkless-$* MODEL= DATA="$(SFT_DATA)" OUT=runs/warmup-thinkless-$* ARGS=
+
+.PHONY: sft-arm-3b sft-arm-7b sft-arm-14b
+sft-arm-3b: $(INSTALLED)  ## ARM's cold start in four formats, Qwen2.5-3B, LoRA; DATA=rows.jsonl
+	$(call paper,sft)
+sft-arm-7b: $(INSTALLED)  ## the same, Qwen2.5-7B
+	$(call paper,sft)
+sft-arm-14b: $(INSTALLED)  ## the same, Qwen2.5-14B
+	$(call paper,sft)
+
+.PHONY: train-grpo-3b train-grpo-7b train-ada-grpo-3b train-ada-grpo-7b train-ada-grpo-14b
+train-grpo-3b: $(if $(MODEL),$(INSTALLED),runs/sft-arm-3b/model/config.json)  ## GRPO on ARM's data, the baseline
+	$(call paper,grpo)
+train-grpo-7b: $(if $(MODEL),$(INSTALLED),runs/sft-arm-7b/model/config.json)  ## the same, 7B
+	$(call paper,grpo)
+train-ada-grpo-3b: $(if $(MODEL),$(INSTALLED),runs/sft-arm-3b/model/config.json)  ## Ada-GRPO (ARM-3B); sft-arm-3b first
+	$(call paper,ada_grpo)
+train-ada-grpo-7b: $(if $(MODEL),$(INSTALLED),runs/sft-arm-7b/model/config.json)  ## Ada-GRPO (ARM-7B)
+	$(call paper,ada_grpo)
+train-ada-grpo-14b: $(if $(MODEL),$(INSTALLED),runs/sft-arm-14b/model/config.json)  ## Ada-GRPO (ARM-14B)
+	$(call paper,ada_grpo)
+
+.PHONY: eval-ada-grpo-3b eval-ada-grpo-7b eval-ada-grpo-14b
+eval-ada-grpo-3b: $(INSTALLED)  ## ARM-3B: adaptive, each format forced, consensus, beside the paper's rows
+	$(call paper,evaluate)
+eval-ada-grpo-7b: $(INSTALLED)  ## ARM-7B
+	$(call paper,evaluate)
+eval-ada-grpo-14b: $(INSTALLED)  ## ARM-14B
+	$(call paper,evaluate)
+
+.PHONY: warmup-thinkless-1.5b train-degrpo-1.5b eval-degrpo-1.5b
+warmup-thinkless-1.5b: $(INSTALLED)  ## Thinkless' warm-up on paired answers, R1-Distill-Qwen-1.5B; DATA=pairs.jsonl
+	$(call paper,sft)
+train-degrpo-1.5b: $(if $(MODEL),$(INSTALLED),runs/warmup-thinkless-1.5b/model/config.json)  ## DeGRPO (Thinkless-1.5B)
+	$(call paper,degrpo)
+eval-degrpo-1.5b: $(INSTALLED)  ## free choice, both modes forced, routers, beside the paper's rows
+	$(call paper,evaluate)
+
+.PHONY: train-thinker-q1.5b train-thinker-r1.5b train-thinker-r7b
+train-thinker-q1.5b: $(INSTALLED)  ## Thinker, Qwen2.5-1.5B, PPO with a critic (8 GPUs, ZeRO-3)
+	$(call paper,thinker)
+train-thinker-r1.5b: $(INSTALLED)  ## Thinker, R1-Distill-Qwen-1.5B
+	$(call paper,thinker)
+train-thinker-r7b: $(INSTALLED)  ## Thinker, R1-Distill-Qwen-7B
+	$(call paper,thinker)
+
+.PHONY: eval-thinker-q1.5b eval-thinker-r1.5b eval-thinker-r7b
+eval-thinker-q1.5b: $(INSTALLED)  ## Thinker and Thinker-Fast on eight benchmarks, beside the paper's rows
+	$(call paper,evaluate)
+eval-thinker-r1.5b: $(INSTALLED)  ## the same, R1-Distill-Qwen-1.5B
+	$(call paper,evaluate)
+eval-thinker-r7b: $(INSTALLED)  ## the same, R1-Distill-Qwen-7B
+	$(call paper,evaluate)
 
 .PHONY: report
 report: $(INSTALLED)  ## write curves.png and report.html anew; RUN="runs/a runs/b" (all runs if not given)
