@@ -146,6 +146,13 @@ def fixed_items(shapes: Shapes, args, world_size: int, zero3: bool) -> list[Item
     how = f"{P / 1e9:.2f} B x {sum(parts.values())} bytes"
     how += (f" / {split} processes" if zero3 else "") + f" ({', '.join(f'{k} {v}' for k, v in parts.items())})"
     items = [Item("weights, optimiser", P * sum(parts.values()) // split, how)]
+    if getattr(args, "kl_coef", 0):
+        frozen = 2 if zero3 and args.dtype == "bf16" else 4 + 2 * (args.dtype == "bf16")
+        how = f"{P / 1e9:.2f} B x {frozen} bytes" + (f" / {split} processes" if zero3 else "") + ", frozen"
+        items.append(Item("reference policy", P * frozen // split, how))
+    if getattr(args, "critic_learning_rate", 0):
+        how = "a model of the same size with an optimiser of its own"
+        items.append(Item("critic", P * sum(parts.values()) // split, how))
     items.append(Item("rollout replica", P * b, f"{P / 1e9:.2f} B x {b} bytes, whole on every process"))
     if zero3:
         live, bucket = min(P, LIVE_PARAMETERS), min(P, REDUCE_BUCKET)

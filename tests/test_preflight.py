@@ -103,6 +103,17 @@ def test_state_of_the_learner(shapes):
     assert "ZeRO-3 exchange" not in one
 
 
+def test_reference_policy_and_critic_are_counted(shapes):
+    from types import SimpleNamespace
+
+    args = SimpleNamespace(**vars(RunArgs()), kl_coef=0.001, critic_learning_rate=5e-6)
+    eight = {item.name: item.bytes for item in fixed_items(shapes, args, 8, zero3=True)}
+    assert eight["reference policy"] == PARAMETERS * 2 // 8 and eight["critic"] == eight["weights, optimiser"]
+    one = {item.name: item.bytes for item in fixed_items(shapes, args, 1, zero3=False)}
+    assert one["reference policy"] == PARAMETERS * (4 + 2), "fp32 weights and the bf16 copy of autocast"
+    assert "reference policy" not in {item.name for item in fixed_items(shapes, RunArgs(), 8, zero3=True)}
+
+
 def test_data_parallel_splits_nothing(shapes):
     (states, *_) = fixed_items(shapes, RunArgs(), 8, zero3=False)
     assert states.bytes == PARAMETERS * 18

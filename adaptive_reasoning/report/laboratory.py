@@ -289,7 +289,8 @@ def draw(axis, panel: OverSteps | ByDifficulty, runs: Runs) -> None:
         axis.set_ylim(-0.03, 1.03)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axis.set_title(plain(panel.title), color=PALETTE["ink"][0])
-    axis.legend()
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend()
 
 
 def picture(sections: list[tuple[Section, Runs]]) -> bytes:
