@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -323,17 +322,3 @@ def test_a_tokenizer_that_splits_the_control_token_is_refused():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, chat_template="{{ '<think>\n' }}", eos_token="k")
     with pytest.raises(UserError, match="does not hold '</think>' as one token"):
         adaptthink.control_tokens(tokenizer, Args())
-
-
-def test_the_readme_points_at_the_right_lines():
-    """The README walks through the file by line numbers; an edit above must not leave it pointing elsewhere."""
-    root = Path(__file__).parent.parent
-    source = Path(adaptthink.__file__).read_text().splitlines()
-    pointed = [
-        int(n) for n in re.findall(r"\[line (\d+)\]\(adaptive_reasoning/adaptthink", (root / "README.md").read_text())
-    ]
-    expected = ["def reference_accuracy", "def plan_rollouts", "def extract_answer", "def advantage", "log_ratio =",
-                "torch.maximum", "learner.step()", "def metrics"]  # fmt: skip
-    assert len(pointed) == len(expected)
-    for number, text in zip(pointed, expected):
-        assert text in source[number - 1], f"README says line {number} is {text!r}: {source[number - 1]!r}"
