@@ -89,3 +89,21 @@ def test_an_empty_folder_says_how_to_fill_it(tmp_path):
 def test_running_mean_uses_past_steps_only():
     points = [(i, float(i)) for i in range(1, 9)]
     assert smoothed(points)[0] == (1, 1.0) and smoothed(points)[7] == (8, 6.0)
+
+
+def test_page_of_a_run_with_four_modes(tmp_path):
+    """Settings and modes come from the run: the page knows no algorithm by name."""
+    from adaptive_reasoning.report.page import write_page
+    from adaptive_reasoning.report.run_folder import load_run
+
+    start = result(0.8, 50, direct=0.25, cot=0.25, code=0.25, long_cot=0.25)
+    forced = {
+        "direct": result(0.5, 7, direct=1.0, cot=0.0, code=0.0, long_cot=0.0),
+        "consensus": result(0.99, 90, direct=0.0, cot=0.6, code=0.0, long_cot=0.4),
+    }
+    write_run(tmp_path / "run", 0, "ada_grpo", start, start, **forced)
+    write_page(tmp_path / "run")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert load_run(tmp_path / "run").forced("chain") == {"direct": "direct", "consensus": ""}
+    assert "It chooses long_cot on 0% of the questions of difficulty 1" in page
+    assert "consensus, after" in page and "Share of the modes in training" in page

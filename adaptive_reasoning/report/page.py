@@ -23,11 +23,11 @@ from adaptive_reasoning.report.panels import (
     smoothing_width,
     training_panels,
 )
-from adaptive_reasoning.report.run_folder import ADAPTIVE, FORCED, Run, load_run, shown_modes
+from adaptive_reasoning.report.run_folder import ADAPTIVE, Run, load_run
 from adaptive_reasoning.report.sample_table import sample_table
 from adaptive_reasoning.report.svg import Dot, marker, panel_svg, show, sparkline, tradeoff_svg
 
-SHAPES = {ADAPTIVE: "circle", "always_think": "up", "never_think": "down"}
+SHAPES = {ADAPTIVE: "circle", "always_think": "up", "never_think": "down"}  # other settings: by turns
 NAMES = {ADAPTIVE: "free choice", "always_think": "always think", "never_think": "never think"}
 NONE = "\u2013"  # shown where there is no value
 
@@ -64,7 +64,7 @@ def render(run: Run, samples: dict) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(percent=percent, amount=amount, points=points, relative=relative)
-    mode = (shown_modes(run.modes, "thinking") or [""])[0]
+    mode = run.thinking_mode
     return environment.get_template("page.html.j2").render(
         name=run.folder.resolve().name,
         facts=facts(run),
@@ -128,10 +128,12 @@ def sentence(run: Run) -> str:
             " with as many tokens" if same else f" with {abs(change):.0%} {'fewer' if change < 0 else 'more'} tokens"
         )
     levels = [level for level in run.difficulties(name) if level in after["by_difficulty"]]
-    if "thinking" in run.modes and len(levels) > 1:
-        shares = [after["by_difficulty"][level]["modes"].get("thinking", 0.0) for level in (levels[0], levels[-1])]
+    if run.thinking_mode and len(run.modes) > 1 and len(levels) > 1:
+        mode = run.thinking_mode
+        shares = [after["by_difficulty"][level]["modes"].get(mode, 0.0) for level in (levels[0], levels[-1])]
+        does = "thinks" if mode.startswith("think") else f"chooses {mode}"
         words += (
-            f". It thinks on {shares[0]:.0%} of the questions of difficulty {levels[0]} "
+            f". It {does} on {shares[0]:.0%} of the questions of difficulty {levels[0]} "
             f"and on {shares[1]:.0%} of those of difficulty {levels[-1]}"
         )
     return words + "."
@@ -198,16 +200,18 @@ def tradeoff(run: Run, name: str) -> dict:
     """Return accuracy against mean tokens: the picture, its legend, and the same numbers as table rows."""
     colours = mode_colours(run.modes)
     dots, rows = {}, []
-    for setting, shape in SHAPES.items():
-        row = {"label": NAMES[setting], "key": marker(shape, 8, 8, True)}
-        row["colour"] = "ink" if setting == ADAPTIVE else colours.get(FORCED[setting], "muted")
+    forced = run.forced(name)
+    for i, setting in enumerate([ADAPTIVE, *forced]):
+        shape = SHAPES.get(setting, ("up", "down")[i % 2])
+        label = NAMES.get(setting, setting.replace("_", " "))
+        row = {"label": label, "key": marker(shape, 8, 8, True)}
+        row["colour"] = "ink" if setting == ADAPTIVE else colours.get(forced[setting], "muted")
         for when, result in zip(("before", "after"), run.before_after(name, setting)):
             row[f"accuracy_{when}"] = result and result["accuracy"]
             row[f"tokens_{when}"] = result and result["mean_tokens"]
             if result and None not in (result["accuracy"], result["mean_tokens"]):
-                label = f"{NAMES[setting]}, {when}"
                 dots[setting, when] = Dot(
-                    label, result["mean_tokens"], result["accuracy"], shape, when == "after", row["colour"]
+                    f"{label}, {when}", result["mean_tokens"], result["accuracy"], shape, when == "after", row["colour"]
                 )
         if run.results(name, setting):
             rows.append(row)

@@ -7,7 +7,7 @@ Colours are safe for colour-blind readers: modes have those of Okabe and Ito, di
 from dataclasses import dataclass
 
 from adaptive_reasoning.report import glossary
-from adaptive_reasoning.report.run_folder import FORCED, Run, shown_modes
+from adaptive_reasoning.report.run_folder import Run, shown_modes
 
 # name -> (on a light page, on a dark page). m: modes, d: difficulties from easy to hard.
 PALETTE = {
@@ -96,7 +96,7 @@ def share_panels(run: Run) -> list[Panel]:
         levels = run.difficulties(benchmark)
         if not levels:
             continue
-        for mode in shown_modes(run.modes, "thinking"):
+        for mode in shown_modes(run.modes, run.thinking_mode):
             lines = []
             for level, colour in zip(levels, ramp(len(levels))):
                 points = [
@@ -123,7 +123,7 @@ def evaluation_panels(run: Run) -> list[Panel]:
         for benchmark, colour in zip(run.benchmarks, ["ink"] if one else MODE_COLOURS * len(run.benchmarks)):
             points = [(step, E[name]) for step, E in run.results(benchmark) if E[name] is not None]
             lines.append(Line("evaluation" if one else benchmark, points, colour, marks=True))
-            for setting, mode in FORCED.items() if one else ():
+            for setting, mode in run.forced(benchmark).items() if one else ():
                 points = [(step, E[name]) for step, E in run.results(benchmark, setting) if E[name] is not None]
                 lines.append(Line(setting, points, colours.get(mode, "muted"), "dashed", marks=True))
         train = run.points(train_key)
@@ -157,14 +157,20 @@ def sign_panels(run: Run) -> list[Panel]:
 def training_panels(run: Run) -> list[Panel]:
     """The training metrics worth a chart: the modes apart, loss, gradient, entropy, checks, time."""
     panels = []
-    for ending, title in (("accuracy", "Accuracy per mode in training"), ("tokens", "Tokens per mode in training")):
+    for ending, title in (
+        ("share", "Share of the modes in training"),
+        ("accuracy", "Accuracy per mode in training"),
+        ("tokens", "Tokens per mode in training"),
+        ("all_correct_groups", "Questions all right in one mode"),
+    ):
         lines = []
         for mode, colour in mode_colours(run.modes).items():
             for key in run.metric_keys():
-                if key.endswith(f"/{mode}_{ending}"):
+                if key.endswith(f"/{mode}_{ending}") and not key.startswith("eval/"):
                     lines += _noisy(run, key, mode, colour)
-        unit = "share" if ending == "accuracy" else "tokens"
-        panels.append(Panel(title, "Responses of this step, by the mode they were sampled in.", lines, unit))
+        unit = {"tokens": "tokens", "all_correct_groups": "count"}.get(ending, "share")
+        bounds = (0.0, 1.0) if ending == "share" else None
+        panels.append(Panel(title, "Responses of this step, by the mode they were sampled in.", lines, unit, bounds))
     for keys, title, note in (
         (["loss/policy"], "Policy loss", "Its size means little; jumps do."),
         (["loss/grad_norm"], "Gradient norm", "Before clipping."),

@@ -11,7 +11,7 @@ from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.report.files import read_jsonl
 
 ADAPTIVE = "adaptive"  # the setting in which nothing is forced
-FORCED = {"always_think": "thinking", "never_think": "nothinking"}  # first token forced -> the mode it leads to
+DEAR = ("thinking", "think", "long_cot", "slow")  # modes that think, whatever the algorithm calls them
 
 
 @dataclass
@@ -51,6 +51,24 @@ class Run:
         """Ways of answering, in order of appearance."""
         evaluated = [mode for row in self.evaluations for mode in row["result"]["modes"]]
         return list(dict.fromkeys(evaluated + [row["mode"] for row in self.samples if row.get("mode")]))
+
+    @property
+    def thinking_mode(self) -> str:
+        """The mode that thinks, else the last one; "" where there is none."""
+        return next((mode for mode in DEAR if mode in self.modes), (self.modes or [""])[-1])
+
+    def forced(self, benchmark: str) -> dict[str, str]:
+        """Return {setting: mode} of every setting but the adaptive one, with the mode that most responses have in it.
+
+        A setting that mixes modes as the adaptive one does (a router, a consensus) has no mode of its own: "".
+        """
+        out = {}
+        for row in self.evaluations:
+            if row["benchmark"] == benchmark and row["setting"] != ADAPTIVE:
+                shares = {mode: values["share"] for mode, values in row["result"]["modes"].items()}
+                mode = max(shares, key=shares.get, default="")
+                out[row["setting"]] = mode if shares.get(mode, 0) > 0.9 else ""
+        return out
 
     def results(self, benchmark: str, setting: str = ADAPTIVE) -> list[tuple[int, dict]]:
         """Return [(step, E)] in order of the steps; of two evaluations of one step the later one counts."""
