@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import sys
 import textwrap
 from dataclasses import dataclass, field
@@ -235,6 +236,9 @@ CHOICES = {"dtype": ("bf16", "fp32"), "task": ("math", "chain")}  # an algorithm
 
 def check(args) -> None:
     """Raise ValueError for values no run could work with; the message names the option and what it takes."""
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} {value}: must be a finite number.")
     for name in POSITIVE:
         if hasattr(args, name) and not getattr(args, name) > 0:
             raise UserError(f"--{name} {getattr(args, name)}: must be greater than 0.")

@@ -230,6 +230,7 @@ def test_bad_yaml(tmp_path, text, message):
         (["--config", "nowhere.yaml"], "no such file"),
         (["--max_stepz", "3"], "unknown option --max_stepz. Did you mean '--max_steps'"),
         (["--max_steps", "0"], "--max_steps 0: must be greater than 0"),
+        (["--learning_rate", "inf"], "--learning_rate inf: must be a finite number"),
         (["--temperature", "-1"], "--temperature -1.0: must not be negative"),
         (["--dtype", "fp16"], "--dtype fp16: takes bf16, fp32"),
         (["--task", "poetry"], "--task poetry: takes math, chain"),

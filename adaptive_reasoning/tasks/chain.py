@@ -86,7 +86,7 @@ def parse_mix(mix: str) -> list[float]:
         shares = [float(x) for x in mix.split(",")]
     except ValueError:
         shares = []
-    if not shares or min(shares) < 0 or sum(shares) <= 0:
+    if not shares or not 0 < sum(shares) < float("inf") or min(shares) < 0:
         raise UserError(
             f"--chain_mix {mix!r}: needs comma-separated shares for 1, 2, ... operations, e.g. 0.4,0.3,0.3."
         )
