@@ -270,6 +270,10 @@ bench: $(BENCH_INSTALLED)  ## rollout against generate, training step against TR
 	@$(PY) experiments/bench/bench_step.py $(ARGS)
 	@$(PY) experiments/bench/bench_memory.py $(ARGS)
 
+.PHONY: drill
+drill: $(INSTALLED)  ## 10,000 answers, some hanging, some crashing: right scores, in time (CPU, about two minutes)
+	@$(ON_CPU) $(PY) experiments/drills/grader.py $(ARGS)
+
 .PHONY: clean
 clean:  ## remove caches and build folders; runs/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 The workers import this file to find the checks, so it imports pytest only inside the tests that need it.
 """
 
+import json
 import os
 import random
 import signal
@@ -281,3 +282,25 @@ def test_workers_die_with_their_parent(tmp_path):
         parent.wait()
     pids = [int((tmp_path / name).read_text()) for name in ("idle", "busy")]
     wait_until(lambda: not any(map(alive, pids)))
+
+
+def test_the_drill_in_small():
+    """Right scores among hanging and crashing answers; the bound on time is for `make drill` on a quiet machine."""
+    drill = Path(__file__).parent.parent / "experiments" / "drills" / "grader.py"
+    command = [sys.executable, str(drill), "--answers", "200", "--crashing", "0.02"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["timeouts"], result["errors"], result["wrong"], result["alive"]) == (2, 4, 0, True), done.stdout
+
+
+def test_a_killed_worker_is_replaced_without_a_new_interpreter(monkeypatch):
+    """Importing sympy takes a second; before, each of a hundred hanging answers cost its deadline and that second."""
+    started, start = [], GraderPool._start
+    monkeypatch.setattr(GraderPool, "_start", lambda pool, slot: (started.append(slot), start(pool, slot)))
+    with GraderPool(1, 0.2) as pool:
+        for i in range(5):
+            pool.submit("9^{9^{9^{9}}}+x", f"x+{i}", i)
+            pool.submit(f"{i}", f"{i}", f"healthy {i}")
+        grades = pool.drain()
+    assert all(grades[f"healthy {i}"].correct for i in range(5))
+    assert sum(grade.status == "timeout" for grade in grades.values()) == 5 and len(started) == 1

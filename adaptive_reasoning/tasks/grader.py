@@ -1,21 +1,24 @@
 """GraderPool: check answers in worker processes that cannot take the run down with them.
 
-Some answers make sympy run forever, eat all memory or crash the interpreter. So every slot of the pool is one
-long-lived process that answers over a pipe, and the parent owns the deadline: a worker that misses it is killed by pid
-and replaced. A failure is never a silent zero: every grade says ok, timeout or error, and `rates` counts them.
+Some answers make sympy run forever, eat all memory or crash the interpreter. So every slot of the pool is one process
+that answers over a pipe, and the run owns the deadline: a worker that misses it is killed by pid and replaced. A
+failure is never a silent zero: every grade says ok, timeout or error, and `rates` counts them.
 
     with GraderPool(workers=8, timeout=10.0) as pool:
         pool.submit("\\frac12", "0.5", key=0)       # returns at once; grading overlaps whatever comes next
         pool.drain()                                # {0: Grade(correct=True, status="ok", ...)}
 
-Workers are fresh interpreters (never forks, so threads and CUDA in the parent do not matter) that import the checking
-function's module alone. One thread of the parent talks to all of them; the calling thread may be any thread.
+A slot is a fresh interpreter (never a fork of the run, so its threads and its CUDA do not matter) that imports the
+checking function's module once, does no check itself, and forks the worker that does. A killed worker is so replaced in
+milliseconds instead of the second that importing sympy takes: a hundred hanging answers cost their deadlines, no more.
+One thread of the run talks to all slots; the calling thread may be any thread.
 """
 
 import importlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -43,11 +46,14 @@ class Grade:
 
 @dataclass(eq=False)
 class _Slot:
-    """One worker process and what it is doing."""
+    """One process that forks workers, its present worker, and what that is doing."""
 
     process: subprocess.Popen | None = None
+    worker: int = 0  # pid
     ready: bool = False
     job: tuple | None = None  # the (answer, gold) pair in work
+    number: int = 0  # of the job, counted by the slot: a reply to an earlier one comes too late
+    begun: bool = False  # the worker has read the job
     started: float = 0.0  # monotonic time at which the process or, once it is ready, the job was started
     received: bytes = b""
     failures: int = 0  # starts in a row that led to nothing
@@ -208,19 +214,30 @@ class GraderPool:
             start_new_session=True,  # Ctrl-C goes to the run, which closes the pool
         )
         slot.ready, slot.job, slot.received, slot.started = False, None, b"", time.monotonic()
+        slot.worker = 0
         self._selector.register(slot.process.stdout, selectors.EVENT_READ, slot)
 
     def _kill(self, slot: _Slot) -> int | None:
-        """Kill the worker and return its exit code (negative: a signal)."""
+        """Kill the slot's processes and return the exit code of the first (negative: a signal)."""
         process, slot.process = slot.process, None
         if process is None:
             return None
         self._selector.unregister(process.stdout)
         process.kill()
+        self._kill_worker(slot)
         code = process.wait()
         process.stdin.close()
         process.stdout.close()
         return code
+
+    def _kill_worker(self, slot: _Slot) -> None:
+        """Kill the worker alone; its parent then reports the death and forks the next one."""
+        worker, slot.worker, slot.ready = slot.worker, 0, False
+        if worker:
+            try:
+                os.kill(worker, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it has just died by itself
 
     def _limit(self, slot: _Slot) -> float | None:
         """Return the monotonic time at which the slot's patience ends, None if nothing is expected of it."""
@@ -234,9 +251,9 @@ class GraderPool:
                 return
             slot.job = self._queue.popleft()
         answer, gold, _ = slot.job
-        slot.started = time.monotonic()
+        slot.started, slot.number, slot.begun = time.monotonic(), slot.number + 1, False
         try:
-            _write(slot.process.stdin.fileno(), [answer, gold])
+            _write(slot.process.stdin.fileno(), [slot.number, answer, gold])
         except BrokenPipeError:  # it died while idle: no fault of this answer, which goes to the next worker
             with self._changed:
                 self._queue.appendleft(slot.job)
@@ -245,20 +262,29 @@ class GraderPool:
 
     def _receive(self, slot: _Slot) -> None:
         chunk = os.read(slot.process.stdout.fileno(), 65536)
-        slot.received += chunk
         if not chunk:
-            self._died(slot)
-        elif slot.received.endswith(b"\n"):
-            message, slot.received = json.loads(slot.received), b""
-            if not slot.ready:
-                if not message["ready"]:
-                    raise UserError(f"A grader process cannot import {self._target}: {message['detail']}")
-                slot.ready, slot.failures = True, 0
-                return
-            self._finish(slot, message["correct"], message["status"], message["detail"])
-            if message["detail"] == "MemoryError":  # what else is broken in there nobody knows
-                self._kill(slot)
-                self._start(slot)
+            return self._died(slot)
+        *lines, slot.received = (slot.received + chunk).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if "failure" in message:
+                raise UserError(f"A grader process cannot import {self._target}: {message['failure']}")
+            if "worker" in message:
+                slot.worker, slot.ready, slot.failures = message["worker"], True, 0
+            elif "died" in message:
+                slot.worker = 0
+                if slot.job is not None and slot.begun:  # else it died idle, and the next worker reads the job
+                    self._finish(slot, False, "error", f"the worker died with exit code {message['died']}")
+                if slot.job is None:
+                    slot.ready, slot.started = False, time.monotonic()
+            elif slot.job is None or message["number"] != slot.number:
+                pass  # its deadline was over
+            elif "begun" in message:
+                slot.begun = True
+            else:
+                self._finish(slot, message["correct"], message["status"], message["detail"])
+                if message["detail"] == "MemoryError":  # it ends itself: what else is broken in there nobody knows
+                    slot.ready = False
 
     def _died(self, slot: _Slot) -> None:
         was_ready, code = slot.ready, self._kill(slot)
@@ -276,9 +302,13 @@ class GraderPool:
             return
         if not slot.ready:
             raise UserError(f"A grader process is not ready after {START_SECONDS:.0f} s. Use fewer --grader_workers.")
-        self._kill(slot)
         self._finish(slot, False, "timeout", f"no verdict after {self.timeout:g} s")
-        self._start(slot)
+        if slot.begun:
+            self._kill_worker(slot)
+            slot.started = time.monotonic()
+        else:  # the job is still in the pipe, where the next worker would find it
+            self._kill(slot)
+            self._start(slot)
 
     def _finish(self, slot: _Slot, correct: bool, status: str, detail: str) -> None:
         grade = Grade(correct, status, detail, time.monotonic() - slot.started)
@@ -303,14 +333,15 @@ def _write(pipe: int, message) -> None:
 
 
 def serve() -> None:
-    """Main function of a worker: import the check, say so, then answer requests until the pipe closes.
+    """Main function of a slot: import the check, then keep one worker alive until the pipe closes.
 
-    Command line: module:function, memory limit in GiB, pid of the parent. One JSON document a line on stdin
-    ([answer, gold]) and stdout ({"correct", "status", "detail"}).
+    Command line: module:function, memory limit in GiB, pid of the run. One JSON document a line on stdin
+    ([number, answer, gold]) and stdout: {"failure"}; {"worker": pid} when a worker is ready, {"died": exit code} when
+    it is gone; {"number", "begun"} and {"number", "correct", "status", "detail"} for an answer.
     """
     target, memory_gib, parent = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
     _die_with(parent)
-    requests, replies, nothing = os.fdopen(os.dup(0), "rb"), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    requests, replies, nothing = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)  # whatever the check prints must not end up between the replies
     try:
@@ -318,26 +349,50 @@ def serve() -> None:
         check = importlib.import_module(module)
         for part in name.split("."):
             check = getattr(check, part)
-        _limit_memory(memory_gib)
     except Exception as error:
-        return _write(replies, {"ready": False, "detail": f"{type(error).__name__}: {error}"})
-    _write(replies, {"ready": True})
+        return _write(replies, {"failure": f"{type(error).__name__}: {error}"})
     os.dup2(nothing, 2)
-    for line in requests:
-        answer, gold = json.loads(line)
+    code = None
+    while code != 0:  # a worker ends with 0 when the pipe is closed
+        me, worker = os.getpid(), os.fork()
+        if worker == 0:
+            _die_with(me)
+            _limit_memory(memory_gib)
+            os._exit(_work(check, requests, replies))
+        code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+        if code != 0:
+            _write(replies, {"died": code})
+
+
+def _work(check, requests: int, replies: int) -> int:
+    """Answer requests until the pipe closes, and return the exit code of the worker: 0 when nothing is left to do."""
+    _write(replies, {"worker": os.getpid()})
+    received = b""
+    while chunk := os.read(requests, 65536):
+        received += chunk
+        if not received.endswith(b"\n"):
+            continue
+        line, received = received, b""
+        try:
+            number, answer, gold = json.loads(line)
+        except ValueError:
+            continue  # the rest of a job that a worker died reading; its deadline ends it
+        _write(replies, {"number": number, "begun": True})
         try:
             reply = {"correct": bool(check(answer, gold)), "status": "ok", "detail": ""}
         except BaseException as error:  # SystemExit too: whatever the check raises is a verdict that was not reached
             # The name alone: the message of a failed comparison may itself take forever to print.
             reply = {"correct": False, "status": "error", "detail": type(error).__name__}
-        _write(replies, reply)
+        _write(replies, {"number": number, **reply})
+        if reply["detail"] == "MemoryError":
+            return 1
+    return 0
 
 
 def _die_with(parent: int) -> None:
     """On Linux, have the kernel kill this process when its parent dies. Elsewhere the closed pipe ends it."""
     if sys.platform == "linux":
         import ctypes
-        import signal
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
         if os.getppid() != parent:  # it died before the call
