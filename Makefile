@@ -271,8 +271,10 @@ bench: $(BENCH_INSTALLED)  ## rollout against generate, training step against TR
 	@$(PY) experiments/bench/bench_memory.py $(ARGS)
 
 .PHONY: drill
-drill: $(INSTALLED)  ## 10,000 answers, some hanging, some crashing: right scores, in time (CPU, about two minutes)
-	@$(ON_CPU) $(PY) experiments/drills/grader.py $(ARGS)
+drill: $(call cold,adaptthink)  ## 30 times kill -9 on one process and on two under ZeRO-3; 10,000 answers, some hanging
+	@$(PY) experiments/drills/kill.py
+	@$(PY) experiments/drills/kill.py --processes 2 --folder runs/drill-kill-2
+	@$(PY) experiments/drills/grader.py
 
 .PHONY: clean
 clean:  ## remove caches and build folders; runs/ and .venv stay

@@ -75,7 +75,7 @@ class Run:
         self.task = load_task(args, self.tokenizer)
         self.task.batch(1, args.prompts_per_step, args.seed)  # says at once if there are too few questions
         self.grader = self.task.grader(args.grader_workers, args.grader_timeout, check)
-        self.step = 0
+        self.step = self.continued = 0  # step reached, and the step at which this process continued
         self.spent = 0.0  # seconds of earlier parts of a resumed run
         self.clock: dict[str, float] = {}
         self.cache_bytes = CPU_CACHE_BYTES
@@ -125,6 +125,7 @@ class Run:
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, self.learner)
             self.step, self.spent = state["step"], state["wall_s"]
+            self.continued = self.step
             self.say(f"continuing {self.folder} after step {self.step}")
         if self.main:
             for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
@@ -140,6 +141,8 @@ class Run:
         )
         self.engine.refresh(self.learner.named_weights())
         rows = read_jsonl(self.folder / "metrics.jsonl") if checkpoint and self.main else []
+        if self.continued and self.main and (past := read_jsonl(self.folder / "evaluations.jsonl")):
+            self.latest = next(row["result"] for row in past if row["step"] == past[-1]["step"])
         self.console = Console(args.max_steps, rows)
         if args.report_to:
             options = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))}
@@ -367,8 +370,11 @@ class Run:
     def evaluate_if_due(self, protocol: Protocol) -> None:
         """Evaluate before the first step, every `eval_every` steps and after the last one.
 
-        Before and after training all settings of the protocol are measured, in between the adaptive one alone.
+        Before and after training all settings of the protocol are measured, in between the adaptive one alone. A step
+        is evaluated before its checkpoint is written, so a run that continues there has been.
         """
+        if self.step and self.step == self.continued:
+            return
         first, last = self.step == 0, self.step == self.args.max_steps
         due = first or last or (self.args.eval_every and self.step % self.args.eval_every == 0)
         if not due or not self.task.benchmarks:

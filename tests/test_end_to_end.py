@@ -137,8 +137,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(laboratory, tmp_path):
     assert comparable(tmp_path / "resumed") == comparable(tmp_path / "whole")
     weights = [tmp_path / n / "checkpoints/step_000004/model/model.safetensors" for n in ("whole", "resumed")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    samples = [read_jsonl(tmp_path / n / "samples.jsonl") for n in ("whole", "resumed")]
-    assert samples[0] == samples[1]
+    # The step it continues from was evaluated before its checkpoint was written: not again, and it is remembered.
+    for file in ("samples.jsonl", "evaluations.jsonl"):
+        rows = [read_jsonl(tmp_path / n / file) for n in ("whole", "resumed")]
+        assert rows[0] == rows[1], file
     after = [json.loads((tmp_path / n / "summary.json").read_text())["after"] for n in ("whole", "resumed")]
     assert after[0] == after[1]
     assert not list((tmp_path / "resumed" / "checkpoints").glob("*.partial"))

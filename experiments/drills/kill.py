@@ -1,0 +1,163 @@
+"""Drill: kill -9 a run again and again, start it by the same command, and compare with a run that nobody touched.
+
+    python experiments/drills/kill.py                              # AdaptThink, one process, 60 steps, 30 kills
+    python experiments/drills/kill.py --processes 2                # under ZeRO-3 on two CPU processes
+    python experiments/drills/kill.py --algorithm grpo --config experiments/toy_grpo.yaml \\
+        --model runs/cold-start-arm/model
+
+Kills fall at random moments, while a process still loads, trains, or writes a checkpoint. The final weights,
+metrics, samples, evaluations and summary have to be equal (times apart), and no checkpoint may ever be half-written.
+Ends with 1 if anything differs; the last line is JSON.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TIMES = ("time/", "rollout/tokens_per_s", "grader/seconds")
+
+
+def command_of(args, folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Return the command that starts or continues the run in `folder`, and its environment."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if args.processes == 1:
+        environment["ACCELERATE_USE_CPU"] = "true"
+        start = [sys.executable, "-m"]
+    else:
+        environment["DS_ACCELERATOR"] = "cpu"
+        environment.pop("ACCELERATE_USE_CPU", None)  # it would silently turn DeepSpeed off
+        start = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+        start += ["--config_file", "experiments/launch/zero3_cpu.yaml", "--num_processes", str(args.processes), "-m"]
+    options = [f"adaptive_reasoning.{args.algorithm}", "--config", args.config, "--model", args.model]
+    options += ["--max_steps", str(args.steps), "--save_every", "1", "--eval_every", "20", "--output_dir", str(folder)]
+    if args.algorithm == "adaptthink":
+        options += ["--ref_cache", str(folder.parent / f"reference-{folder.name}")]
+    return [*start, *options, *args.more], environment
+
+
+def finish(args, folder: Path) -> tuple[float, float]:
+    """Run to the end; return the seconds until the first step was written, and those from there to the end."""
+    command, environment = command_of(args, folder)
+    start, first = time.monotonic(), None
+    with open(folder.parent / f"{folder.name}.log", "a") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        while process.poll() is None:
+            time.sleep(0.1)
+            if first is None and any(row["step"] for row in rows(folder / "metrics.jsonl")):
+                first = time.monotonic()
+    if process.returncode:
+        raise SystemExit(f"{folder.name} ended with {process.returncode}; see {folder.parent / folder.name}.log")
+    end = time.monotonic()
+    return (first or end) - start, end - (first or end)
+
+
+def kill_once(args, folder: Path, after: float) -> bool:
+    """Start the run and kill all its processes after so many seconds. Returns False if it had ended before."""
+    command, environment = command_of(args, folder)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        code = process.wait(after)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return True
+    if code:
+        raise SystemExit(
+            f"{folder.name}: ended by itself with {code} when it was continued; start it by hand to see why"
+        )
+    return False
+
+
+def half_written(folder: Path) -> list[str]:
+    """Return the checkpoints that do not open: a folder of the final name must be whole at any moment."""
+    bad = []
+    for checkpoint in (folder / "checkpoints").glob("step_*"):
+        if checkpoint.name.endswith(".partial"):
+            continue
+        try:
+            json.loads((checkpoint / "state.json").read_text())
+            with safe_open(checkpoint / "model" / "model.safetensors", "pt") as file:
+                assert file.keys()
+            assert any((checkpoint / "optimizer").iterdir())
+        except Exception as error:
+            bad.append(f"{checkpoint.name}: {type(error).__name__}: {error}")
+    return bad
+
+
+def rows(path: Path) -> list[dict]:
+    """Return the rows of a JSONL file without times."""
+    lines = path.read_text().split("\n") if path.is_file() else []
+    found = [json.loads(line) for line in lines[:-1]]  # what follows the last newline is being written
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in found]
+
+
+def state_of(folder: Path, steps: int) -> dict[str, str]:
+    """Return a digest of everything that has to be equal."""
+    summary = json.loads((folder / "summary.json").read_text())
+    summary.pop("wall_s")
+    weights = (folder / "checkpoints" / f"step_{steps:06d}" / "model" / "model.safetensors").read_bytes()
+    parts = {"summary": json.dumps(summary), "weights": weights}
+    parts |= {name: json.dumps(rows(folder / f"{name}.jsonl")) for name in ("metrics", "samples", "evaluations")}
+    return {k: hashlib.sha256(v if isinstance(v, bytes) else v.encode()).hexdigest() for k, v in parts.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--algorithm", default="adaptthink")
+    parser.add_argument("--config", default="experiments/toy_adaptthink.yaml")
+    parser.add_argument("--model", default="runs/cold-start-adaptthink/model")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--processes", type=int, default=1, help="more than one: ZeRO-3 on that many CPU processes")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--folder", type=Path, default=Path("runs/drill-kill"))
+    args, args.more = parser.parse_known_args()
+    shutil.rmtree(args.folder, ignore_errors=True)
+    args.folder.mkdir(parents=True)
+    whole, killed = args.folder.resolve() / "whole", args.folder.resolve() / "killed"
+    loading, training = finish(args, whole)
+    print(f"untouched: {loading:.0f} s to the first step, {training:.0f} s for the rest of {args.steps}", flush=True)
+    rng, kills, broken = random.Random(args.seed), 0, []
+    started = time.monotonic()
+    while kills < args.kills:
+        # Every fourth kill hits a process that still loads; the others are spread over the steps that are left.
+        done = max((int(p.name[5:]) for p in (killed / "checkpoints").glob("step_??????")), default=0)
+        share = 2 * (args.steps - done) / args.steps / (args.kills - kills)
+        loads = kills % 4 == 3
+        after = rng.uniform(0.3, 1.0) * loading if loads else loading + rng.uniform(0, 1) * share * training
+        if not kill_once(args, killed, after):
+            print("the run ended before it could be killed again", flush=True)
+            break
+        kills += 1
+        broken += half_written(killed)
+        print(f"kill {kills:2d} after {after:5.1f} s, it had come to step {done} when it was started", flush=True)
+    finish(args, killed)
+    a, b = state_of(whole, args.steps), state_of(killed, args.steps)
+    differ = sorted(k for k in a if a[k] != b[k])
+    leftovers = [p.name for p in (killed / "checkpoints").glob("*.partial")]
+    print(f"{kills} kills; " + (f"DIFFERENT: {', '.join(differ)}" if differ else "everything equals the untouched run"))
+    for line in broken + leftovers:
+        print("half-written:", line)
+    print(json.dumps({
+        "drill": "kill", "algorithm": args.algorithm, "processes": args.processes, "steps": args.steps, "kills": kills,
+        "differ": differ, "half_written": broken, "left_behind": leftovers,
+        "seconds": round(time.monotonic() - started),
+    }))  # fmt: skip
+    return int(bool(differ or broken or leftovers))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
