@@ -99,6 +99,8 @@ class RunArgs:
     """Processes that check answers (task "math")."""
     grader_timeout: float = 10.0
     """Seconds one answer may take before its worker is killed and the answer counts as not verified."""
+    max_ungraded: float = 0.2
+    """Stop when more than this share of a step's answers hang or crash the grader: their reward would be a guess."""
     samples_per_step: int = 4
     """Training responses per step that go into samples.jsonl."""
     report_to: str = ""
@@ -251,6 +253,6 @@ def check(args) -> None:
     for name in ("eval_top_p", "ref_top_p"):
         if not 0 < getattr(args, name, 1.0) <= 1:
             raise UserError(f"--{name} {getattr(args, name)}: must lie in (0, 1].")
-    for name in ("nothinking_share", "nothinking_rows", "nothinking_supervised"):
+    for name in ("max_ungraded", "nothinking_share", "nothinking_rows", "nothinking_supervised"):
         if not 0 <= getattr(args, name, 0.5) <= 1:
             raise UserError(f"--{name} {getattr(args, name)}: must lie in [0, 1].")

@@ -291,6 +291,9 @@ class Run:
             losses: per micro-batch, additive shares {"loss/...": tensor} that sum to the step's value over all ranks.
             updates: what learner.step() returned.
             minibatches: what learner.minibatches() returned.
+
+        Raises:
+            UserError: on all processes, if more answers than --max_ungraded could not be graded.
         """
         now = time.perf_counter()
         sums: dict[str, float] = {}
@@ -343,6 +346,7 @@ class Run:
         for key in everyone[0]["grader"]:
             values = [part["grader"][key] for part in everyone if part["grader"][key] is not None]
             row[key] = sum(values) / len(values) if values else None
+        ungraded = sum(row.get(f"grader/{kind}_rate") or 0.0 for kind in ("timeout", "error"))
         if self.latest is not None:
             row |= {f"eval/{mode}_share": part["share"] for mode, part in self.latest["modes"].items()}
         if "eval" in self.clock:
@@ -351,6 +355,14 @@ class Run:
         if self.main:
             for e in pick(episodes, self.args.samples_per_step, self.step):
                 append_jsonl(self.folder / "samples.jsonl", sample_row(e, self.step, "train"))
+        if ungraded > self.args.max_ungraded:
+            slow, broken = (row[f"grader/{kind}_rate"] or 0.0 for kind in ("timeout", "error"))
+            raise UserError(
+                f"step {self.step}: {ungraded:.0%} of the answers could not be graded (timeouts {slow:.0%}, errors "
+                f"{broken:.0%}), more than --max_ungraded {self.args.max_ungraded}. Look at 'grader' in "
+                f"{self.folder / 'samples.jsonl'}; raise --grader_timeout or --grader_workers if the machine is too "
+                "slow. The same command continues the run from its newest checkpoint."
+            )
 
     def _write_metrics(self, row: dict) -> None:
         if self.main:
@@ -480,7 +492,7 @@ class Run:
 
 MAY_CHANGE = {
     "max_steps", "save_every", "keep_checkpoints", "grader_workers", "grader_timeout", "samples_per_step", "report_to",
-    "tokens_per_micro_batch", "rollout_rows", "gradient_checkpointing", "output_dir",
+    "max_ungraded", "tokens_per_micro_batch", "rollout_rows", "gradient_checkpointing", "output_dir",
 }  # fmt: skip
 
 

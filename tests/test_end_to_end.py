@@ -300,6 +300,24 @@ def test_a_full_disk_while_a_checkpoint_is_written(small, tmp_path):
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
+def test_a_run_whose_answers_cannot_be_graded_stops(laboratory, tmp_path):
+    """P7: a grader that fails on everything is not a model that is wrong on everything."""
+    script = (
+        "from adaptive_reasoning import adaptthink\n"
+        "from adaptive_reasoning.errors import run_cli\n"
+        "from adaptive_reasoning.tasks.task import ExactGrader\n"
+        "ExactGrader.rates = lambda self: {'grader/timeout_rate': 0.3, 'grader/error_rate': 0.1}\n"
+        "run_cli(adaptthink.main)\n"
+    )
+    command = [sys.executable, "-c", script, "--config", "experiments/toy_adaptthink.yaml", *CHAIN.split()]
+    command += ["--model", str(laboratory), "--ref_cache", str(tmp_path / "ref"), "--output_dir", str(tmp_path / "run")]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert "step 1: 40% of the answers could not be graded (timeouts 30%, errors 10%)" in done.stderr
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["grader/timeout_rate"] == 0.3
+
+
 def test_another_run_in_the_folder_is_not_continued(laboratory, tmp_path):
     options = ["--config", "experiments/toy_adaptthink.yaml", "--model", str(laboratory), *CHAIN.split()]
     options += ["--ref_cache", str(tmp_path / "ref"), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
