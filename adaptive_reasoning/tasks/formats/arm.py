@@ -4,7 +4,7 @@ The layout is that of the paper's responses: a tag opens the rationale, and the 
 
     direct      no rationale: all operations in the head
     cot         the first two operations worked out, the others in the head
-    code        a program, one line an operation, with the values the model believes it has as comments; the first four
+    code        a call, and the output that the model believes it has: the first four operations with their values
     long_cot    every operation in words, and all of it once more as a check
 """
 
@@ -23,7 +23,7 @@ SPECIAL = ("<|begin|>", "<|end|>")
 TOKENS = ()  # the tags are ordinary text
 MODES = ("direct", "cot", "code", "long_cot")
 WRITTEN = {"cot": 2, "code": 4}  # operations that are worked out in writing; the others are done in the head
-PLAIN = 0.3  # share of the cold start's steps that comes before the formats
+PLAIN = 0.4  # share of the cold start's steps that comes before the formats
 
 
 def rationale(question: Question, mode: str) -> str:
@@ -32,12 +32,8 @@ def rationale(question: Question, mode: str) -> str:
     if mode == "cot":
         return " ".join(text for text, _ in steps[: WRITTEN["cot"]])
     if mode == "code":
-        lines = []
-        for i, (_, value) in enumerate(steps):
-            left = "x" if i else problem[0]
-            shown = f" #{value}" if i < WRITTEN["code"] else ""
-            lines.append(f"x={left}{problem[2 * i + 1 : 2 * i + 3]}{shown}")
-        return "\n".join(lines)
+        shown = ",".join(text.replace("=", ":") for text, _ in steps[: WRITTEN["code"]])
+        return f">>> trace('{problem}')\noutput = {{{shown}}}"
     first = "\n".join(f"Now {text}." for text, _ in steps)
     check = "\n".join(f"Check: {text}, yes." for text, _ in steps)
     return f"Okay, let me see.\n{first}\nWait, let me check.\n{check}\nSo it is {question.answer}."
@@ -59,10 +55,9 @@ def rows(args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
     answered and long chains worked out, without any format: 36 tokens that teach six operations.
     """
     if step <= PLAIN * args.max_steps:
-        questions = [chain.make_question(rng, 6 if i % 2 else 1, f"chain/sft/{step}/{i}") for i in range(n)]
+        chains = [chain.make_question(rng, 1 if i % 4 else 6, f"chain/sft/{step}/{i}") for i in range(n)]
         return [
-            Row(q, "\n".join(text for text, _ in chain.steps(q.problem)) if i % 2 else q.answer)
-            for i, q in enumerate(questions)
+            Row(q, q.answer if i % 4 else "\n".join(t for t, _ in chain.steps(q.problem))) for i, q in enumerate(chains)
         ]
     shares = chain.parse_mix(args.chain_mix)
     out = []
