@@ -140,9 +140,8 @@ def rate(args, highest: float, step: int) -> float:
     """Return the learning rate of step 1, 2, ... before the learner's warm-up."""
     if args.lr_schedule == "constant":
         return highest
-    start = (
-        args.warmup_steps if args.warmup_share else 0
-    )  # with a share, as in transformers: the cosine begins behind it
+    # With a share of warm-up the cosine begins behind it, as in transformers.
+    start = args.warmup_steps if getattr(args, "warmup_share", 0) else 0
     return highest * 0.5 * (1 + np.cos(np.pi * max(0, step - 1 - start) / (args.max_steps - start)))
 
 

@@ -20,7 +20,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 SPECIAL = ("<|begin|>", "<|end|>")
-TOKENS = ()  # the tags are ordinary text
+TOKENS = ("Human:", "Assistant:")  # the tags are ordinary text
 MODES = ("direct", "cot", "code", "long_cot")
 WRITTEN = {"cot": 2, "code": 4}  # operations that are worked out in writing; the others are done in the head
 PLAIN = 0.4  # share of the cold start's steps that comes before the formats
