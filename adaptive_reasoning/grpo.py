@@ -295,7 +295,7 @@ def main() -> None:
         for step in run.steps():
             # --- roll out: free samples; grading overlaps decoding
             questions = run.next_questions()
-            episodes = run.rollout(plan_rollouts(questions, control, args, run.stop_ids, step), control.extract_answer)
+            episodes = run.rollout(plan_rollouts(questions, control, args, run.stop_ids, step), protocol.extract_answer)
 
             # --- reward and advantage
             for e in episodes:

@@ -1,21 +1,31 @@
 """Ada-GRPO against the official implementation (tests/golden), the specification's numbers, and its bandit."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from conftest import make_model
+from small_model import make_folder
 from test_grpo import batch, cases, episode, options
 
-from adaptive_reasoning import ada_grpo, grpo
+from adaptive_reasoning import ada_grpo, evaluate, grpo
 from adaptive_reasoning.ada_grpo import Args, advantages, extract_answer, format_of
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.options import parse_args
+from adaptive_reasoning.report.files import read_jsonl
+from adaptive_reasoning.sft import TEMPLATES, merged
 from adaptive_reasoning.tasks.answers import verified_answer
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 NAMES = {"D": "direct", "S": "cot", "C": "code", "L": "long_cot", "U": "unknown"}
 
 
@@ -255,3 +265,169 @@ def bandit(method: str, accuracy, steps: int = 170, groups: int = 256) -> list[f
 def test_bandit(method, accuracy, want):
     """GRPO collapses to the best format; Ada-GRPO keeps all, and makes the shares equal where all are right."""
     assert bandit(method, accuracy) == pytest.approx(want, abs=0.02)
+
+
+# --- the commands
+
+
+LAB = (
+    "--chain_questions 16 --chain_eval_questions 12 --prompts_per_step 4 --num_generations 4 --max_new_tokens 24 "
+    "--rollout_rows 64 --minibatches_per_step 2 --kl_coef 0.01 --entropy_coef 0.001 --eval_every 0 --save_every 1"
+)
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory):
+    """A chain model that has seen a few steps of its cold start: enough to open with a tag now and then."""
+    folder = tmp_path_factory.mktemp("cold")
+    run_module(
+        "sft", "--config", "experiments/cold_start_arm.yaml", "--output_dir", str(folder), "--max_steps", "20",
+        "--batch_size", "16", "--warmup_steps", "5",
+    )  # fmt: skip
+    return folder / "model"
+
+
+def run_module(module: str, *options: str, fails: str = "") -> str:
+    """Run `python -m adaptive_reasoning.<module>` on the CPU; return what it printed."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", f"adaptive_reasoning.{module}", *options]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == (2 if fails else 0), done.stderr[-3000:]
+    assert fails in done.stderr
+    return done.stdout
+
+
+def comparable(folder: Path) -> list[dict]:
+    """The metrics of a run without what a clock measured."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith("time/") and "per_s" not in k and k != "grader/seconds_mean"}
+        for row in read_jsonl(folder / "metrics.jsonl")
+    ]
+
+
+def interrupted(folder: Path, step: int) -> None:
+    """What a kill after `step` leaves behind: no later checkpoint and no summary."""
+    shutil.rmtree(folder / "checkpoints" / f"step_{step + 1:06d}")
+    (folder / "summary.json").unlink()
+
+
+def test_two_steps_and_a_resume(laboratory, tmp_path):
+    options = ["--config", "experiments/toy_ada_grpo.yaml", "--model", str(laboratory), *LAB.split()]
+    options += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2"]
+    run_module("ada_grpo", *options)
+    run = tmp_path / "run"
+    whole, weights = comparable(run), (run / "checkpoints/step_000002/model/model.safetensors").read_bytes()
+    assert [row["step"] for row in whole] == [1, 2]
+    assert all(row["check/logprob_gap_max"] < 1e-4 for row in whole) and whole[0]["loss/ref_kl"] < 0.01
+    assert sum(whole[0][f"mode/{mode}_share"] for mode in NAMES.values()) == 1
+    assert yaml.safe_load((run / "config.yaml").read_text())["total_steps"] == 3
+    settings = [(r["step"], r["setting"]) for r in read_jsonl(run / "evaluations.jsonl")]
+    assert settings == [(s, k) for s in (0, 2) for k in ("adaptive", "direct", "cot", "code", "long_cot")]
+    interrupted(run, 1)
+    assert "continuing" in run_module("ada_grpo", *options)
+    assert comparable(run) == whole
+    assert (run / "checkpoints/step_000002/model/model.safetensors").read_bytes() == weights
+    # T belongs to the schedule: a longer run under the same name would change what the first steps meant.
+    run_module("ada_grpo", *options, "--max_steps", "4", fails="total_steps = 3, now it is 5")
+
+
+def test_evaluation_in_all_settings(laboratory, tmp_path, monkeypatch, capsys):
+    command = ["evaluate", "--algorithm", "ada_grpo", "--model", str(laboratory), "--task", "chain", "--dtype", "fp32"]
+    command += ["--chain_eval_questions", "6", "--eval_samples", "3", "--maj_k", "3", "--max_new_tokens", "24"]
+    command += ["--settings", "adaptive,consensus", "--paper", "3b", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.chdir(ROOT)
+    evaluate.main()
+    results = {row["setting"]: row["result"] for row in json.loads((tmp_path / "evaluation.json").read_text())}
+    assert list(results) == ["adaptive", "direct", "cot", "code", "long_cot", "consensus"]
+    assert all(0 <= result["maj_accuracy"] <= 1 for result in results.values())
+    for mode in ada_grpo.TAGS:
+        assert results[mode]["modes"][mode]["share"] == 1
+    # Every answer of the three cheap settings costs its tokens; the Long CoT's are added where it was asked.
+    cheap = sum(results[mode]["mean_tokens"] for mode in ("direct", "cot", "code"))
+    assert results["consensus"]["mean_tokens"] >= cheap - 1e-9 and "fallback_share" in results["consensus"]
+    assert "no benchmark here is in the paper's table" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def arm_model(tmp_path_factory):
+    """A small model folder with ARM's chat template."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    make_folder(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATES["arm"])
+    return folder
+
+
+REAL = (
+    "--prompts_per_step 6 --num_generations 4 --max_new_tokens 24 --eval_limit 3 --grader_workers 1 --rollout_rows 32 "
+    "--tokens_per_micro_batch 4096 --minibatches_per_step 2 --dtype fp32 --max_steps 2 --save_every 1 --train_limit 40"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["ada_grpo", "grpo"])
+def test_two_steps_on_the_real_questions(module, arm_model, tmp_path):
+    """The command of the 3B run on CommonsenseQA, GSM8K and MATH together, and a resume."""
+    folder = os.environ.get("ADAPTIVE_REASONING_DATA")
+    if not folder:
+        pytest.skip("ADAPTIVE_REASONING_DATA is not set: no real questions here")
+    data = ",".join(str(Path(folder) / f"{name}_train.jsonl") for name in ("csqa", "gsm8k", "math"))
+    options = ["--config", f"experiments/{module}_3b.yaml", "--model", str(arm_model), "--data", data, *REAL.split()]
+    options += ["--output_dir", str(tmp_path / "run")]
+    out = run_module(module, *options)
+    run = tmp_path / "run"
+    assert "120 questions" in out or "120" in out
+    whole = comparable(run)
+    assert [row["step"] for row in whole] == [1, 2] and whole[0]["loss/ref_kl"] < 0.01
+    assert {r["benchmark"] for r in read_jsonl(run / "evaluations.jsonl")} == {"csqa", "gsm8k", "math500"}
+    interrupted(run, 1)
+    assert "continuing" in run_module(module, *options)
+    assert comparable(run) == whole
+
+
+@pytest.mark.slow
+def test_the_cold_start_of_the_real_run(tmp_path):
+    """LoRA of rank 8 on rows in four formats, merged; the saved tokenizer has ARM's template."""
+    make_folder(tmp_path / "base")
+    rows = [
+        {"problem": f"{i}+1?", "response": f"<{tag}>\n{i + 1}\n</{tag}>"}
+        for i in range(8)
+        for tag in ada_grpo.TAGS.values()
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_module(
+        "sft", "--config", "experiments/sft_arm_3b.yaml", "--model", str(tmp_path / "base"), "--data",
+        str(tmp_path / "rows.jsonl"), "--dtype", "fp32", "--batch_size", "8", "--epochs", "2", "--output_dir",
+        str(tmp_path / "sft"), "--max_new_tokens", "64",
+    )  # fmt: skip
+    assert read_jsonl(tmp_path / "sft" / "metrics.jsonl")[-1]["step"] == 8  # two passes over 32 rows, 8 a step
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft" / "model")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1+1?"}], add_generation_prompt=True, tokenize=False
+    )
+    assert text == "Human: 1+1?\nAssistant:"
+    assert ada_grpo.control_tokens(tokenizer, Args()).prompt_end == "\nAssistant:"
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("base", "sft/model")
+    )
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert before.keys() == after.keys() and changed and all("_proj" in name for name in changed)
+
+
+def test_merged_weights_are_those_of_peft():
+    """W + alpha/r B A, from plain tensors: what `merge_and_unload` gives where nothing is sharded."""
+    from peft import LoraConfig, get_peft_model
+
+    model = make_model("qwen2-tied")
+    wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                parameter.normal_()
+    got = merged(model.named_parameters(), 6 / 4)
+    want = dict(wrapped.merge_and_unload().named_parameters())
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor.detach())

@@ -4,7 +4,7 @@ The layout is that of the paper's responses: a tag opens the rationale, and the 
 
     direct      no rationale: all operations in the head
     cot         the first two operations worked out, the others in the head
-    code        a call, and the output that the model believes it has: the first four operations with their values
+    code        a call, and the output that the model believes it has: the first four operations
     long_cot    every operation in words, and all of it once more as a check
 """
 
@@ -23,7 +23,7 @@ SPECIAL = ("<|begin|>", "<|end|>")
 TOKENS = ("Human:", "Assistant:")  # the tags are ordinary text
 MODES = ("direct", "cot", "code", "long_cot")
 WRITTEN = {"cot": 2, "code": 4}  # operations that are worked out in writing; the others are done in the head
-PLAIN = 0.4  # share of the cold start's steps that comes before the formats
+PLAIN = 0.3  # share of the cold start's steps that comes before the formats
 
 
 def rationale(question: Question, mode: str) -> str:
@@ -32,8 +32,8 @@ def rationale(question: Question, mode: str) -> str:
     if mode == "cot":
         return " ".join(text for text, _ in steps[: WRITTEN["cot"]])
     if mode == "code":
-        shown = ",".join(text.replace("=", ":") for text, _ in steps[: WRITTEN["code"]])
-        return f">>> trace('{problem}')\noutput = {{{shown}}}"
+        shown = "\n".join(text for text, _ in steps[: WRITTEN["code"]])
+        return f">>> trace('{problem}')\n{shown}"
     first = "\n".join(f"Now {text}." for text, _ in steps)
     check = "\n".join(f"Check: {text}, yes." for text, _ in steps)
     return f"Okay, let me see.\n{first}\nWait, let me check.\n{check}\nSo it is {question.answer}."
@@ -51,14 +51,13 @@ def response(question: Question, mode: str, rng: np.random.Generator) -> str:
 def rows(args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
     """Return chains, each in all four formats, as in the paper: nothing in the prompt says which to use.
 
-    The paper starts from a base model that can calculate. Ours starts from nothing, so it first sees single operations
-    answered and long chains worked out, without any format: 36 tokens that teach six operations.
+    The paper starts from a base model that can calculate. Ours starts from nothing, so it first learns to answer single
+    operations and to work chains out.
     """
     if step <= PLAIN * args.max_steps:
-        chains = [chain.make_question(rng, 1 if i % 4 else 6, f"chain/sft/{step}/{i}") for i in range(n)]
-        return [
-            Row(q, q.answer if i % 4 else "\n".join(t for t, _ in chain.steps(q.problem))) for i, q in enumerate(chains)
-        ]
+        known = [chain.make_question(rng, 1 if i % 4 else 1 + i // 4 % 6, f"chain/sft/{step}/{i}") for i in range(n)]
+        worked = ["\n".join(text for text, _ in chain.steps(q.problem)) for q in known]
+        return [Row(q, response(q, "direct", rng) if i % 4 else worked[i]) for i, q in enumerate(known)]
     shares = chain.parse_mix(args.chain_mix)
     out = []
     for i in range(n):
