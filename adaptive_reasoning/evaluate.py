@@ -9,7 +9,9 @@ the answer the three cheap formats agree on, else the Long CoT's, from the very 
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -25,6 +27,7 @@ from adaptive_reasoning.report.console import aligned, evaluation_table, say
 from adaptive_reasoning.report.files import append_jsonl, write_json_atomic, write_text_atomic
 from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling, request_seed
 from adaptive_reasoning.tasks import prompts
+from adaptive_reasoning.tasks.sandbox import executed
 from adaptive_reasoning.tasks.task import Benchmark, load_task
 
 EVAL_STREAM = 7_919  # keeps evaluation random numbers apart from those of training
@@ -91,15 +94,27 @@ def graded(
     texts: dict[int, str] = {}
     answers: dict[int, str] = {}
 
-    def on_finish(j, completion):
-        texts[j] = prompts.decode(tokenizer, completion.response_ids.tolist(), stop_ids)
+    def grade(j):
         answer = protocol.extract_answer(texts[j])
         if answer is not None:
             answers[j] = answer
             grader.submit(answer, jobs[j][1].answer, j)
 
+    programs = {}
+    pool = ThreadPoolExecutor(os.cpu_count()) if getattr(args, "execute_code", False) else None
+
+    def on_finish(j, completion):
+        texts[j] = prompts.decode(tokenizer, completion.response_ids.tolist(), stop_ids)
+        if pool is None:
+            grade(j)
+        else:
+            programs[j] = pool.submit(executed, texts[j])
+
     sampling = Sampling(args.temperature, args.eval_top_p)
     completions = engine.run(requests, sampling, on_finish, progress if rank == 0 else "")
+    for j, program in programs.items():
+        texts[j] = program.result()
+        grade(j)
     grades = grader.drain()
     rows = [
         {
@@ -292,6 +307,8 @@ class Args(RunArgs):
     """Settings to measure, comma separated; empty: all that the algorithm has."""
     maj_k: int = 0
     """Report maj@k beside the mean over the samples: the vote of the first k responses (0: no vote)."""
+    execute_code: bool = False
+    """Run the programs of the CODE format, each in a sandboxed process, and take their answers (ARM's appendix H)."""
     answer_format: str = "tags"
     """Answers of grpo and ada_grpo: "tags" (ARM's formats) or "boxed"."""
     paper: str = ""
