@@ -140,6 +140,8 @@ class Run:
         )
         self.engine.refresh(self.learner.named_weights())
         rows = read_jsonl(self.folder / "metrics.jsonl") if checkpoint and self.main else []
+        if checkpoint and self.main and (evaluated := read_jsonl(self.folder / "evaluations.jsonl")):
+            self.latest = next(row["result"] for row in evaluated if row["step"] == evaluated[-1]["step"])
         self.console = Console(args.max_steps, rows)
         if args.report_to:
             options = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))}
