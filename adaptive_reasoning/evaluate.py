@@ -4,7 +4,7 @@
 
 The settings show what choosing when to think is worth: "adaptive" forces nothing, "always_think" and "never_think"
 force the first token and bound what the model could reach. ARM's settings force one of its four tags; "consensus" takes
-the answer the three cheap formats agree on, else the Long CoT's, from the very samples of the forced settings.
+the answer that the three cheap formats agree on, else the Long CoT's, from the samples of the forced settings.
 """
 
 import dataclasses
@@ -23,12 +23,14 @@ from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.runtime import all_gather, make_accelerator
 from adaptive_reasoning.options import RunArgs, parse_args
+from adaptive_reasoning.report.arm import ARM, arm_table
 from adaptive_reasoning.report.console import aligned, evaluation_table, say
 from adaptive_reasoning.report.files import append_jsonl, write_json_atomic, write_text_atomic
 from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling, request_seed
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.sandbox import executed
 from adaptive_reasoning.tasks.task import Benchmark, load_task
+from adaptive_reasoning.tasks.votes import consensus, majority
 
 EVAL_STREAM = 7_919  # keeps evaluation random numbers apart from those of training
 KEPT_SAMPLES = 48  # responses per setting and evaluation that go into samples.jsonl
@@ -56,28 +58,17 @@ class Protocol:
 
 def evaluate(
     engine: Engine, grader, tokenizer, stop_ids, benchmark: Benchmark, protocol: Protocol, setting: str, args,
-    accelerator=None, progress: str = "",
+    accelerator=None, progress: str = "", keep: list | None = None,
 ) -> tuple[dict, list[dict]]:  # fmt: skip
-    """Return the result of one setting (layout of design 6) and some rows for samples.jsonl: `graded`, summarised."""
-    rows, samples = graded(
-        engine, grader, tokenizer, stop_ids, benchmark, protocol, setting, args, accelerator, progress
-    )
-    return summarise(rows, protocol.modes), samples
-
-
-def graded(
-    engine: Engine, grader, tokenizer, stop_ids, benchmark: Benchmark, protocol: Protocol, setting: str, args,
-    accelerator=None, progress: str = "",
-) -> tuple[list[dict], list[dict]]:  # fmt: skip
     """Sample `benchmark.samples` responses to every question in one setting and grade them.
 
     The questions are dealt to the processes of `accelerator`; every process must call this. Responses are limited by
     args.max_new_tokens whatever their mode, sampled at args.temperature and args.eval_top_p, with random streams that
-    depend on the question and sample alone: every evaluation of a run draws the same random numbers.
+    depend on the question and sample alone: every evaluation of a run draws the same random numbers. `keep` receives
+    the graded rows of all processes.
 
     Returns:
-        one row a response, of all processes: question, sample, mode, difficulty, answer (None where the format has
-        none), correct, tokens (forced ones included); and some rows for samples.jsonl.
+        the result (layout of design 6: accuracy, mean_tokens, modes, by_difficulty) and some rows for samples.jsonl.
     """
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     jobs = [(i, q, k) for i, q in enumerate(benchmark.questions) for k in range(benchmark.samples)][rank::ranks]
@@ -93,6 +84,8 @@ def graded(
     ]
     texts: dict[int, str] = {}
     answers: dict[int, str] = {}
+    programs = {}  # those that run in the sandbox while decoding goes on
+    sandboxes = ThreadPoolExecutor(os.cpu_count()) if getattr(args, "execute_code", False) else None
 
     def grade(j):
         answer = protocol.extract_answer(texts[j])
@@ -100,15 +93,12 @@ def graded(
             answers[j] = answer
             grader.submit(answer, jobs[j][1].answer, j)
 
-    programs = {}
-    pool = ThreadPoolExecutor(os.cpu_count()) if getattr(args, "execute_code", False) else None
-
     def on_finish(j, completion):
         texts[j] = prompts.decode(tokenizer, completion.response_ids.tolist(), stop_ids)
-        if pool is None:
+        if sandboxes is None:
             grade(j)
         else:
-            programs[j] = pool.submit(executed, texts[j])
+            programs[j] = sandboxes.submit(executed, texts[j])
 
     sampling = Sampling(args.temperature, args.eval_top_p)
     completions = engine.run(requests, sampling, on_finish, progress if rank == 0 else "")
@@ -145,55 +135,9 @@ def graded(
     ]
     if accelerator:
         rows = [row for part in all_gather(accelerator, rows) for row in part]
-    return rows, samples
-
-
-def consensus(rows_of: dict[str, list[dict]], settings: tuple[str, ...]) -> list[dict]:
-    """Return the rows of the setting "consensus", made from the rows of the settings that it asks.
-
-    Where the answers of all settings but the last are the same text, and none is missing, that is the answer; else it
-    is the last one's, whose tokens are spent as well. A row has the mode of the response whose answer it takes.
-    """
-    *cheap, last = ({(r["question"], r["sample"]): r for r in rows_of[setting]} for setting in settings)
-    rows = []
-    for key in cheap[0]:
-        asked = [rows[key] for rows in cheap]
-        answers = {r["answer"] for r in asked}
-        agreed = len(answers) == 1 and None not in answers
-        taken = asked[0] if agreed else last[key]
-        tokens = sum(r["tokens"] for r in asked) + (0 if agreed else taken["tokens"])
-        rows.append({**taken, "tokens": tokens, "fallback": not agreed})
-    return rows
-
-
-def majority(rows: list[dict], k: int, grader) -> float:
-    """Return maj@k: the share of questions whose most frequent answer of the first k samples is right.
-
-    Two answers are peers if they are the same text without spaces and dollar signs, or else by the grader, the earlier
-    one as its reference: math-verify for numbers and LaTeX, the same letter for letters. Ties go to the earliest, a
-    missing answer has no vote, and a question without any answer is wrong.
-    """
-    questions: dict[int, list[dict]] = {}
-    for row in sorted(rows, key=lambda r: r["sample"]):
-        questions.setdefault(row["question"], []).append(row)
-    voters = {i: [r for r in part[:k] if r["answer"] is not None] for i, part in questions.items()}
-
-    def key(row):
-        return row["answer"].replace(" ", "").replace("$", "")
-
-    for i, part in voters.items():
-        texts = list({key(r): r["answer"] for r in reversed(part)}.items())[::-1]  # different ones, earliest first
-        for n, (text, answer) in enumerate(texts):
-            for earlier, reference in texts[:n]:
-                grader.submit(answer, reference, (i, earlier, text))
-    same = {pair for pair, grade in grader.drain().items() if grade.correct}
-
-    def peers(i, row):
-        a = key(row)
-        return sum(key(r) == a or (i, key(r), a) in same or (i, a, key(r)) in same for r in voters[i])
-
-    winners = [max(part, key=lambda r: peers(i, r)) if part else None for i, part in voters.items()]
-    return sum(bool(r and r["correct"]) for r in winners) / len(winners)
+    if keep is not None:
+        keep += rows
+    return summarise(rows, protocol.modes), samples
 
 
 def summarise(rows: list[dict], modes: tuple[str, ...]) -> dict:
@@ -228,7 +172,7 @@ def summarise(rows: list[dict], modes: tuple[str, ...]) -> dict:
 
 
 # Published rows (accuracy in %, mean tokens, share of NoThinking in %): AdaptThink, Table 1, arXiv 2505.13417.
-ADAPTTHINK = {
+PAPER = {
     "1.5b": {
         "original, always think": {"gsm8k": (79.0, 978, 0), "math500": (80.6, 4887, 0), "aime24": (29.4, 12073, 0)},
         "original, never think": {"gsm8k": (69.8, 280, 100), "math500": (67.2, 658, 100), "aime24": (14.0, 2190, 100)},
@@ -239,61 +183,6 @@ ADAPTTHINK = {
         "original, never think": {"gsm8k": (85.1, 283, 100), "math500": (80.6, 697, 100), "aime24": (24.2, 1929, 100)},
         "AdaptThink": {"gsm8k": (91.0, 309, 99.6), "math500": (92.0, 1875, 76.6), "aime24": (55.6, 8599, 6.3)},
     },
-}
-
-
-def arm_rows(table: str) -> dict[str, dict[str, tuple]]:
-    """Return {row: {benchmark: (accuracy in %, mean tokens)}} of a table: a name, seven accuracies, seven means."""
-    names = ("csqa", "obqa", "gsm8k", "math", "svamp", "bbh", "aime25")
-    rows = {}
-    for line in table.strip().splitlines():
-        name, accuracies, tokens = line.split("|")
-        pairs = zip(accuracies.split(), tokens.split(), strict=True)
-        rows[name.strip()] = {b: (float(a), int(n)) for b, (a, n) in zip(names, pairs, strict=True)}
-    return rows
-
-
-# ARM, arXiv 2505.20258v2: Table 1 (k = 1: pass@1, k = 8: maj@8), and Table 2 (settings of 7B, pass@1).
-ARM = {
-    "3b": arm_rows("""
-        base, k=1     | 66.5 65.8 66.9 37.7 71.3 38.4  0.0 |  97 120 150  419  76 232 1393
-        base, k=8     | 75.5 77.4 80.9 50.8 83.7 47.1  0.0 |  96 100 149  424  85 240 1544
-        SFT, k=1      | 72.8 72.4 35.7 20.9 62.3 37.4  0.0 |  99 108 145  229 126 311  694
-        SFT, k=8      | 75.5 77.4 56.0 27.6 74.7 43.5  0.0 |  97 103 132  231 108 309  537
-        SFT+GRPO, k=1 | 79.7 79.0 88.7 66.6 92.0 52.6  6.7 | 425 501 788 1586 630 994 3027
-        SFT+GRPO, k=8 | 80.3 80.0 91.4 74.0 94.7 56.2  6.7 | 429 506 802 1590 638 996 3247
-        ARM, k=1      | 79.8 78.0 83.8 62.9 89.7 50.0  6.7 | 118 156 346 1013 264 436 2958
-        ARM, k=8      | 80.1 78.0 90.8 72.8 95.0 53.8  6.7 | 123 169 359 1036 246 430 3083"""),
-    "7b": arm_rows("""
-        base, k=1     | 76.7 78.6 81.6 50.1 81.0 51.7  3.3 |  64  83 156  376  99 182  767
-        base, k=8     | 82.0 86.4 89.9 64.7 89.7 62.0  3.3 |  66  74 156  370  92 183  881
-        SFT, k=1      | 80.8 81.2 54.4 30.4 76.0 48.2  0.0 | 136 150 184  348 126 245 1239
-        SFT, k=8      | 83.9 84.6 79.4 42.4 88.0 56.0  0.0 | 141 137 185  361 141 274 1023
-        SFT+GRPO, k=1 | 83.1 82.2 92.8 79.4 93.7 64.3 16.7 | 491 651 739 1410 587 1133 3196
-        SFT+GRPO, k=8 | 83.7 84.6 94.8 84.9 95.3 69.3 20.0 | 496 625 745 1415 586 1135 3145
-        ARM, k=1      | 86.1 84.4 89.2 73.9 92.0 61.4 16.7 | 136 159 305  889 218 401 3253
-        ARM, k=8      | 85.7 85.8 93.7 82.6 95.3 67.9 20.0 | 134 154 297  893 218 413 3392
-        ARM, direct   | 84.1 81.8 22.9 23.1 67.0 44.7  0.0 |  10  10  11   13  11  21   12
-        ARM, cot      | 81.3 77.4 85.0 70.9 86.7 49.7 10.0 |  33  35 124  633  66 101 2010
-        ARM, code     | 84.4 81.6 84.2 65.9 88.3 57.9 10.0 | 140 147 285  559 182 344 1821
-        ARM, long_cot | 84.0 87.4 91.8 77.2 94.3 66.9 20.0 | 259 294 426 1220 340 660 4130
-        ARM, consensus| 85.8 87.0 92.9 78.4 95.7 66.4 20.0 | 228 260 777 2281 433 1039 7973"""),
-    "14b": arm_rows("""
-        base, k=1     | 79.9 83.8 84.9 52.7 84.7 56.8  3.3 |  56  60 132  335  77 139  611
-        base, k=8     | 83.8 90.2 92.3 68.4 91.7 67.4  3.3 |  55  60 131  325  81 131  735
-        SFT, k=1      | 81.8 88.0 62.6 37.4 84.0 53.5  0.0 | 155 140 161  276 152 254  527
-        SFT, k=8      | 85.0 91.4 86.4 48.8 91.7 64.4  3.3 | 149 141 165  288 140 247  493
-        SFT+GRPO, k=1 | 85.4 93.0 94.8 81.7 93.7 70.5 20.0 | 558 531 693 1805 565 945 4031
-        SFT+GRPO, k=8 | 85.8 94.2 96.1 87.1 95.3 77.0 20.0 | 552 537 696 1810 565 943 3723
-        ARM, k=1      | 85.3 91.8 92.5 79.1 93.3 66.6 20.0 | 146 128 294  903 212 420 3871
-        ARM, k=8      | 85.6 91.8 96.3 86.4 95.7 72.1 23.3 | 145 134 293  910 189 415 3996"""),
-}
-PAPER = {"adaptthink": ADAPTTHINK, "grpo": ARM, "ada_grpo": ARM}
-# What is printed behind accuracy and tokens: the share of a mode, as far as the paper has it.
-PAPER_MODE = {
-    "adaptthink": ("NoThinking", "nothinking"),
-    "grpo": ("Long CoT", "long_cot"),
-    "ada_grpo": ("Long CoT", "long_cot"),
 }
 
 
@@ -310,7 +199,7 @@ class Args(RunArgs):
     execute_code: bool = False
     """Run the programs of the CODE format, each in a sandboxed process, and take their answers (ARM's appendix H)."""
     answer_format: str = "tags"
-    """Answers of grpo and ada_grpo: "tags" (ARM's formats) or "boxed"."""
+    """Answers of grpo: "tags" (ARM's formats) or "boxed"."""
     paper: str = ""
     """Print the paper's rows beside ours: "1.5b" or "7b" (AdaptThink), "3b", "7b" or "14b" (ARM)."""
     first_word: str = "Alright"
@@ -318,38 +207,50 @@ class Args(RunArgs):
     eval_data: str = "gsm8k,math500,aime24"
     """Evaluation questions, comma separated: files, hub data sets, or the names of the built-in benchmarks."""
 
-    CHOICES: ClassVar = {"algorithm": tuple(PAPER), "paper": ("", "1.5b", "3b", "7b", "14b")}
+    CHOICES: ClassVar = {
+        "algorithm": ("adaptthink", "grpo", "ada_grpo"),
+        "answer_format": ("tags", "boxed"),
+        "paper": ("", *dict.fromkeys((*PAPER, *ARM))),
+    }
 
 
-def paper_table(rows: list[dict], algorithm: str, size: str) -> str:
-    """Return our rows and the paper's for the benchmarks that both have: accuracy %, tokens, share of one mode %."""
-    published = PAPER[algorithm][size]
-    label, mode = PAPER_MODE[algorithm]
-    names = [b for b in dict.fromkeys(r["benchmark"] for r in rows) if b in next(iter(published.values()))]
+def paper_table(rows: list[dict], size: str) -> str:
+    """Return our rows and the paper's for the benchmarks that both have: accuracy %, tokens, NoThinking %."""
+    names = [b for b in dict.fromkeys(r["benchmark"] for r in rows) if b in PAPER[size]["AdaptThink"]]
     if not names:
         return "no benchmark here is in the paper's table"
     table = [["", *names]]
     for setting in dict.fromkeys(r["setting"] for r in rows):
         ours = {r["benchmark"]: r["result"] for r in rows if r["setting"] == setting}
-        for title, key in ((setting, "accuracy"), (f"{setting}, vote", "maj_accuracy")):
-            if key in ours[names[0]]:
-                cells = [
-                    f"{100 * ours[b][key]:.1f} / {ours[b]['mean_tokens']:.0f} / "
-                    f"{100 * ours[b]['modes'].get(mode, {'share': 0})['share']:.1f}"
-                    for b in names
-                ]
-                table.append([f"here, {title}", *cells])
-    for name, row in published.items():
-        table.append([f"paper, {name}", *(" / ".join(map(str, row[b])) for b in names)])
-    return f"accuracy % / tokens / {label} %, paper {size}\n" + aligned(table)
+        cells = [
+            f"{100 * ours[b]['accuracy']:.1f} / {ours[b]['mean_tokens']:.0f} / "
+            f"{100 * ours[b]['modes'].get('nothinking', {'share': 0})['share']:.1f}"
+            for b in names
+        ]
+        table.append([f"here, {setting}", *cells])
+    for name, published in PAPER[size].items():
+        table.append([f"paper, {name}", *("{:.1f} / {} / {}".format(*published[b]) for b in names)])
+    return f"accuracy % / tokens / NoThinking %, paper {size}\n" + aligned(table)
 
 
 def check_args(args) -> None:
     """Raise UserError for options that do not go together."""
-    if args.paper and args.paper not in PAPER[args.algorithm]:
-        raise UserError(f"--paper {args.paper}: the paper of {args.algorithm} has {', '.join(PAPER[args.algorithm])}.")
+    known = PAPER if args.algorithm == "adaptthink" else ARM
+    if args.paper and args.paper not in known:
+        raise UserError(f"--paper {args.paper}: the paper of {args.algorithm} has {', '.join(known)}.")
     if args.maj_k > args.eval_samples:
         raise UserError(f"--maj_k {args.maj_k}: needs as many responses a question, --eval_samples {args.maj_k}.")
+
+
+def wanted_settings(names: str, protocol: Protocol) -> list[str]:
+    """Return the settings to measure in order; consensus is made from others, which are measured before it."""
+    known = [*protocol.settings, *(["consensus"] if protocol.consensus else [])]
+    wanted = [name.strip() for name in names.split(",") if name.strip()] or known
+    if not set(wanted) <= set(known):
+        raise UserError(f"--settings {names}: takes {', '.join(known)}.")
+    if "consensus" in wanted:
+        wanted = [*dict.fromkeys((*(w for w in wanted if w != "consensus"), *protocol.consensus)), "consensus"]
+    return wanted
 
 
 def main() -> None:
@@ -359,12 +260,7 @@ def main() -> None:
     accelerator = make_accelerator(args)
     model, tokenizer = load_model(args.model, args)
     protocol = algorithm.control_tokens(tokenizer, args).protocol()
-    known = [*protocol.settings, *(["consensus"] if protocol.consensus else [])]
-    wanted = [name.strip() for name in args.settings.split(",") if name.strip()] or known
-    if [name for name in wanted if name not in known]:
-        raise UserError(f"--settings {args.settings}: takes {', '.join(known)}.")
-    if "consensus" in wanted:  # made from the settings it asks, so these are measured first
-        wanted = [*dict.fromkeys((*(w for w in wanted if w != "consensus"), *protocol.consensus)), "consensus"]
+    wanted = wanted_settings(args.settings, protocol)
     stop_ids = prompts.stop_tokens(tokenizer, model.generation_config)
     task = load_task(args, tokenizer, train=False)
     if not task.benchmarks:
@@ -385,21 +281,19 @@ def main() -> None:
     rows = []
     with task.grader(args.grader_workers, args.grader_timeout, protocol.check) as grader:
         for benchmark in task.benchmarks:
-            graded_rows: dict[str, list[dict]] = {}
+            graded: dict[str, list[dict]] = {setting: [] for setting in wanted}
             for setting in wanted:
                 if setting == "consensus":
-                    graded_rows[setting], samples = consensus(graded_rows, protocol.consensus), []
+                    graded[setting], samples = consensus(graded, protocol.consensus), []
+                    result = summarise(graded[setting], protocol.modes)
+                    result["fallback_share"] = sum(r["fallback"] for r in graded[setting]) / len(graded[setting])
                 else:
-                    graded_rows[setting], samples = graded(
+                    result, samples = evaluate(
                         engine, grader, tokenizer, stop_ids, benchmark, protocol, setting, args, accelerator,
-                        progress=f"evaluate {benchmark.name} {setting}",
+                        progress=f"evaluate {benchmark.name} {setting}", keep=graded[setting],
                     )  # fmt: skip
-                result = summarise(graded_rows[setting], protocol.modes)
-                if setting == "consensus":
-                    fallbacks = [row["fallback"] for row in graded_rows[setting]]
-                    result["fallback_share"] = sum(fallbacks) / len(fallbacks)
                 if args.maj_k:
-                    result["maj_accuracy"] = majority(graded_rows[setting], args.maj_k, grader)
+                    result["maj_accuracy"] = majority(graded[setting], args.maj_k, grader)
                 rows.append({"step": 0, "setting": setting, "benchmark": benchmark.name, "result": result})
                 if accelerator.is_main_process:
                     for sample in samples:
@@ -412,7 +306,7 @@ def main() -> None:
                 if key in row["result"]:
                     say(f"  {row['benchmark']}, {row['setting']}: {title} {row['result'][key]:.3f}")
         if args.paper:
-            say(paper_table(rows, args.algorithm, args.paper))
+            say((paper_table if args.algorithm == "adaptthink" else arm_table)(rows, args.paper))
         say(f"wrote {folder / 'evaluation.json'}")
 
 

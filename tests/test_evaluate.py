@@ -3,11 +3,13 @@
 import pytest
 
 from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.evaluate import ARM, Args, check_args, consensus, majority, paper_table, summarise
+from adaptive_reasoning.evaluate import Args, check_args, paper_table, summarise
 from adaptive_reasoning.options import parse_args
+from adaptive_reasoning.report.arm import ARM, arm_table
 from adaptive_reasoning.tasks.answers import verified_answer
 from adaptive_reasoning.tasks.grader import GraderPool
 from adaptive_reasoning.tasks.task import ExactGrader
+from adaptive_reasoning.tasks.votes import consensus, majority
 
 SETTINGS = ("direct", "cot", "code", "long_cot")
 
@@ -86,14 +88,14 @@ def test_rows_of_the_paper():
             assert sum(n for _, n in table[name].values()) / 7 == pytest.approx(average[size], abs=1)
 
 
-def test_paper_table():
+def test_tables_of_the_papers():
     result = {"accuracy": 0.5, "mean_tokens": 100.0, "maj_accuracy": 0.75, "modes": {"long_cot": {"share": 0.25}}}
-    text = paper_table([{"setting": "adaptive", "benchmark": "csqa", "result": result}], "ada_grpo", "7b")
+    text = arm_table([{"setting": "adaptive", "benchmark": "csqa", "result": result}], "7b")
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "here, adaptive 50.0 / 100 / 25.0" in lines and "here, adaptive, vote 75.0 / 100 / 25.0" in lines
     assert "paper, ARM, k=8 85.7 / 134" in lines and "paper, ARM, consensus 85.8 / 228" in lines
     quick = {"accuracy": 0.5, "mean_tokens": 100.0, "modes": {"nothinking": {"share": 0.25}}}
-    text = paper_table([{"setting": "adaptive", "benchmark": "gsm8k", "result": quick}], "adaptthink", "7b")
+    text = paper_table([{"setting": "adaptive", "benchmark": "gsm8k", "result": quick}], "7b")
     assert "50.0 / 100 / 25.0" in text and "91.0 / 309 / 99.6" in text
 
 
