@@ -334,7 +334,16 @@ def test_two_steps_and_a_resume(laboratory, tmp_path):
 def test_evaluation_in_all_settings(laboratory, tmp_path, monkeypatch, capsys):
     command = ["evaluate", "--algorithm", "ada_grpo", "--model", str(laboratory), "--task", "chain", "--dtype", "fp32"]
     command += ["--chain_eval_questions", "6", "--eval_samples", "3", "--maj_k", "3", "--max_new_tokens", "24"]
-    command += ["--settings", "adaptive,consensus", "--paper", "3b", "--output_dir", str(tmp_path)]
+    command += [
+        "--settings",
+        "adaptive,consensus",
+        "--paper",
+        "3b",
+        "--execute_code",
+        "true",
+        "--output_dir",
+        str(tmp_path),
+    ]
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.chdir(ROOT)
     evaluate.main()

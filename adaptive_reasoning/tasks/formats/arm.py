@@ -5,7 +5,7 @@ The layout is that of the paper's responses: a tag opens the rationale, and the 
     direct      no rationale: all operations in the head
     cot         the first two operations worked out, the others in the head
     code        a call, and the output that the model believes it has: the first four operations
-    long_cot    every operation in words, and all of it twice more as a check
+    long_cot    every operation in words, and all of it once more as a check; wordy, however easy the question is
 """
 
 import numpy as np
@@ -36,10 +36,10 @@ def rationale(question: Question, mode: str) -> str:
         return f">>> trace('{problem}')\n{shown}"
     first = "\n".join(f"Now {text}." for text, _ in steps)
     check = "\n".join(f"Check: {text}, yes." for text, _ in steps)
-    again = "\n".join(f"Again: {text}." for text, _ in steps)
+    plan, answer = "I go from left to right and keep the last digit.", question.answer
     return (
-        f"Okay, let me see.\n{first}\nWait, let me check.\n{check}\nOnce more, to be sure.\n{again}\n"
-        f"So it is {question.answer}."
+        f"Okay, let me see. {plan}\n{first}\nWait, let me check. {plan}\n{check}\n"
+        f"So it is {answer}. Wait, is it {answer}? Yes, it is {answer}."
     )
 
 
