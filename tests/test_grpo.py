@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,8 @@ from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.grpo import Args, advantages, extract_answer, format_of, loss, metric_rows, metrics, passes_gate
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.options import parse_args
-from adaptive_reasoning.tasks import chain
+from adaptive_reasoning.tasks import chain, prompts
+from adaptive_reasoning.tasks.formats import arm
 from adaptive_reasoning.tasks.question import Question
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -323,3 +325,33 @@ def test_metrics():
 def test_options_that_make_no_sense(option, message):
     with pytest.raises(UserError, match=message):
         parse_args(Args, option)
+
+
+# --- the formats on chains
+
+
+def test_chain_responses_pass_the_gate_and_survive_the_tokenizer():
+    tokenizer, rng = chain.tokenizer("arm"), np.random.default_rng(0)
+    control = grpo.control_tokens(tokenizer, Args())
+    for i in range(60):
+        question = chain.make_question(rng, i % 6 + 1, "x")
+        lengths = []
+        for mode in arm.MODES:
+            text = arm.response(question, mode, rng)
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            assert extract_answer(text) == question.answer and control.mode_of(ids) == mode
+            assert grpo.empty_rationale(text) is (None if mode == "direct" else False)
+            assert prompts.decode(tokenizer, [*ids, tokenizer.eos_token_id], (tokenizer.eos_token_id,)) == text
+            lengths.append(len(ids))
+        assert lengths == sorted(lengths), "from cheap to dear"
+
+
+def test_the_cold_start_shows_every_question_in_all_formats():
+    """First what the paper's base model knows already, then each question four times, with one and the same prompt."""
+    args = SimpleNamespace(chain_mix="1,1,1", max_steps=10)
+    rows = arm.rows(args, np.random.default_rng(0), 16, 10)
+    assert [format_of(row.response) for row in rows] == [*arm.MODES] * 4
+    assert all(len({row.question.problem for row in rows[i : i + 4]}) == 1 for i in range(0, 16, 4))
+    assert all(row.prompt == "" and row.start == 0 for row in rows)
+    plain = arm.rows(args, np.random.default_rng(0), 16, 3)
+    assert {format_of(row.response) for row in plain} == {"direct", "unknown"}
