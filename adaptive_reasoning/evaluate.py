@@ -3,12 +3,15 @@
     python -m adaptive_reasoning.evaluate --config experiments/eval_adaptthink_1_5b.yaml --model runs/.../model
 
 The settings show what choosing when to think is worth: "adaptive" forces nothing, "always_think" and "never_think"
-force the first token and bound what the model could reach.
+force the first token and bound what the model could reach. ARM's settings force one of its four tags; "consensus" takes
+the answer that the three cheap formats agree on, else the Long CoT's, from the samples of the forced settings.
 """
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -20,11 +23,14 @@ from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.runtime import all_gather, make_accelerator
 from adaptive_reasoning.options import RunArgs, parse_args
+from adaptive_reasoning.report.arm import ARM, arm_table
 from adaptive_reasoning.report.console import aligned, evaluation_table, say
 from adaptive_reasoning.report.files import append_jsonl, write_json_atomic, write_text_atomic
 from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling, request_seed
 from adaptive_reasoning.tasks import prompts
+from adaptive_reasoning.tasks.sandbox import executed
 from adaptive_reasoning.tasks.task import Benchmark, load_task
+from adaptive_reasoning.tasks.votes import consensus, majority
 
 EVAL_STREAM = 7_919  # keeps evaluation random numbers apart from those of training
 KEPT_SAMPLES = 48  # responses per setting and evaluation that go into samples.jsonl
@@ -39,6 +45,7 @@ class Protocol:
     extract_answer: response text -> the answer to grade, or None where the response breaks the format.
     modes: all modes, in the order of the tables.
     check: check(answer, gold) -> bool, a function of a module that a grader process can import; None: `same_answer`.
+    consensus: settings whose answers have to agree, and behind them the one to fall back on; empty: no such setting.
     """
 
     settings: dict[str, tuple[tuple[int, float], ...]]
@@ -46,17 +53,19 @@ class Protocol:
     extract_answer: Callable[[str], str | None]
     modes: tuple[str, ...]
     check: Callable[[str, str], bool] | None = None
+    consensus: tuple[str, ...] = ()
 
 
 def evaluate(
     engine: Engine, grader, tokenizer, stop_ids, benchmark: Benchmark, protocol: Protocol, setting: str, args,
-    accelerator=None, progress: str = "",
+    accelerator=None, progress: str = "", keep: list | None = None,
 ) -> tuple[dict, list[dict]]:  # fmt: skip
     """Sample `benchmark.samples` responses to every question in one setting and grade them.
 
     The questions are dealt to the processes of `accelerator`; every process must call this. Responses are limited by
     args.max_new_tokens whatever their mode, sampled at args.temperature and args.eval_top_p, with random streams that
-    depend on the question and sample alone: every evaluation of a run draws the same random numbers.
+    depend on the question and sample alone: every evaluation of a run draws the same random numbers. `keep` receives
+    the graded rows of all processes.
 
     Returns:
         the result (layout of design 6: accuracy, mean_tokens, modes, by_difficulty) and some rows for samples.jsonl.
@@ -74,25 +83,40 @@ def evaluate(
         for i, q, k in jobs
     ]
     texts: dict[int, str] = {}
+    answers: dict[int, str] = {}
+    programs = {}  # those that run in the sandbox while decoding goes on
+    sandboxes = ThreadPoolExecutor(os.cpu_count()) if getattr(args, "execute_code", False) else None
+
+    def grade(j):
+        answer = protocol.extract_answer(texts[j])
+        if answer is not None:
+            answers[j] = answer
+            grader.submit(answer, jobs[j][1].answer, j)
 
     def on_finish(j, completion):
         texts[j] = prompts.decode(tokenizer, completion.response_ids.tolist(), stop_ids)
-        answer = protocol.extract_answer(texts[j])
-        if answer is not None:
-            grader.submit(answer, jobs[j][1].answer, j)
+        if sandboxes is None:
+            grade(j)
+        else:
+            programs[j] = sandboxes.submit(executed, texts[j])
 
     sampling = Sampling(args.temperature, args.eval_top_p)
     completions = engine.run(requests, sampling, on_finish, progress if rank == 0 else "")
+    for j, program in programs.items():
+        texts[j] = program.result()
+        grade(j)
     grades = grader.drain()
     rows = [
         {
             "question": i,
+            "sample": k,
             "mode": protocol.mode_of(c.response_ids.tolist()),
             "difficulty": q.difficulty,
+            "answer": answers.get(j),
             "correct": j in grades and grades[j].correct,
             "tokens": len(c.response_ids),
         }
-        for j, ((i, q, _), c) in enumerate(zip(jobs, completions))
+        for j, ((i, q, k), c) in enumerate(zip(jobs, completions))
     ]
     samples = [
         {
@@ -111,6 +135,8 @@ def evaluate(
     ]
     if accelerator:
         rows = [row for part in all_gather(accelerator, rows) for row in part]
+    if keep is not None:
+        keep += rows
     return summarise(rows, protocol.modes), samples
 
 
@@ -165,17 +191,27 @@ class Args(RunArgs):
     """Options of a stand-alone evaluation."""
 
     algorithm: str = "adaptthink"
-    """Whose control tokens, answer format and settings are used: adaptthink."""
-    settings: str = "adaptive,always_think,never_think"
-    """Settings to measure, comma separated."""
+    """Whose control tokens, answer format and settings are used: adaptthink, grpo or ada_grpo (the same two)."""
+    settings: str = ""
+    """Settings to measure, comma separated; empty: all that the algorithm has."""
+    maj_k: int = 0
+    """Report maj@k beside the mean over the samples: the vote of the first k responses (0: no vote)."""
+    execute_code: bool = False
+    """Run the programs of the CODE format, each in a sandboxed process, and take their answers (ARM's appendix H)."""
+    answer_format: str = "tags"
+    """Answers of grpo: "tags" (ARM's formats) or "boxed"."""
     paper: str = ""
-    """Print the paper's rows beside ours: "1.5b" or "7b"."""
+    """Print the paper's rows beside ours: "1.5b" or "7b" (AdaptThink), "3b", "7b" or "14b" (ARM)."""
     first_word: str = "Alright"
     """The word forced by always_think."""
     eval_data: str = "gsm8k,math500,aime24"
     """Evaluation questions, comma separated: files, hub data sets, or the names of the built-in benchmarks."""
 
-    CHOICES: ClassVar = {"algorithm": ("adaptthink",), "paper": ("", *PAPER)}
+    CHOICES: ClassVar = {
+        "algorithm": ("adaptthink", "grpo", "ada_grpo"),
+        "answer_format": ("tags", "boxed"),
+        "paper": ("", *dict.fromkeys((*PAPER, *ARM))),
+    }
 
 
 def paper_table(rows: list[dict], size: str) -> str:
@@ -197,16 +233,34 @@ def paper_table(rows: list[dict], size: str) -> str:
     return f"accuracy % / tokens / NoThinking %, paper {size}\n" + aligned(table)
 
 
+def check_args(args) -> None:
+    """Raise UserError for options that do not go together."""
+    known = PAPER if args.algorithm == "adaptthink" else ARM
+    if args.paper and args.paper not in known:
+        raise UserError(f"--paper {args.paper}: the paper of {args.algorithm} has {', '.join(known)}.")
+    if args.maj_k > args.eval_samples:
+        raise UserError(f"--maj_k {args.maj_k}: needs as many responses a question, --eval_samples {args.maj_k}.")
+
+
+def wanted_settings(names: str, protocol: Protocol) -> list[str]:
+    """Return the settings to measure in order; consensus is made from others, which are measured before it."""
+    known = [*protocol.settings, *(["consensus"] if protocol.consensus else [])]
+    wanted = [name.strip() for name in names.split(",") if name.strip()] or known
+    if not set(wanted) <= set(known):
+        raise UserError(f"--settings {names}: takes {', '.join(known)}.")
+    if "consensus" in wanted:
+        wanted = [*dict.fromkeys((*(w for w in wanted if w != "consensus"), *protocol.consensus)), "consensus"]
+    return wanted
+
+
 def main() -> None:
     args = parse_args(Args)
+    check_args(args)
     algorithm = importlib.import_module(f"adaptive_reasoning.{args.algorithm}")
     accelerator = make_accelerator(args)
     model, tokenizer = load_model(args.model, args)
     protocol = algorithm.control_tokens(tokenizer, args).protocol()
-    wanted = [name.strip() for name in args.settings.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in protocol.settings]
-    if unknown or not wanted:
-        raise UserError(f"--settings {args.settings}: takes {', '.join(protocol.settings)}.")
+    wanted = wanted_settings(args.settings, protocol)
     stop_ids = prompts.stop_tokens(tokenizer, model.generation_config)
     task = load_task(args, tokenizer, train=False)
     if not task.benchmarks:
@@ -227,11 +281,19 @@ def main() -> None:
     rows = []
     with task.grader(args.grader_workers, args.grader_timeout, protocol.check) as grader:
         for benchmark in task.benchmarks:
+            graded: dict[str, list[dict]] = {setting: [] for setting in wanted}
             for setting in wanted:
-                result, samples = evaluate(
-                    engine, grader, tokenizer, stop_ids, benchmark, protocol, setting, args, accelerator,
-                    progress=f"evaluate {benchmark.name} {setting}",
-                )  # fmt: skip
+                if setting == "consensus":
+                    graded[setting], samples = consensus(graded, protocol.consensus), []
+                    result = summarise(graded[setting], protocol.modes)
+                    result["fallback_share"] = sum(r["fallback"] for r in graded[setting]) / len(graded[setting])
+                else:
+                    result, samples = evaluate(
+                        engine, grader, tokenizer, stop_ids, benchmark, protocol, setting, args, accelerator,
+                        progress=f"evaluate {benchmark.name} {setting}", keep=graded[setting],
+                    )  # fmt: skip
+                if args.maj_k:
+                    result["maj_accuracy"] = majority(graded[setting], args.maj_k, grader)
                 rows.append({"step": 0, "setting": setting, "benchmark": benchmark.name, "result": result})
                 if accelerator.is_main_process:
                     for sample in samples:
@@ -239,8 +301,12 @@ def main() -> None:
     if accelerator.is_main_process:
         write_json_atomic(folder / "evaluation.json", rows)
         say(evaluation_table(rows))
+        for row in rows:
+            for key, title in (("maj_accuracy", f"maj@{args.maj_k}"), ("fallback_share", "Long CoT asked")):
+                if key in row["result"]:
+                    say(f"  {row['benchmark']}, {row['setting']}: {title} {row['result'][key]:.3f}")
         if args.paper:
-            say(paper_table(rows, args.paper))
+            say((paper_table if args.algorithm == "adaptthink" else arm_table)(rows, args.paper))
         say(f"wrote {folder / 'evaluation.json'}")
 
 

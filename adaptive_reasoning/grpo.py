@@ -10,18 +10,20 @@ standard deviation. No critic. The model answers in one of ARM's four formats an
 any, and whichever is right most often takes all. With --answer_format boxed it is plain GRPO on boxed answers.
 """
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from adaptive_reasoning.episode import Episode, by_group
-from adaptive_reasoning.errors import run_cli
+from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.evaluate import Protocol
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.options import RunArgs, parse_args
 from adaptive_reasoning.rollout import Request, request_seed
 from adaptive_reasoning.run import Run
+from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.answers import boxed_answer, verified_answer
 
 STD_EPS = 1e-6
@@ -91,11 +93,36 @@ def passes_gate(response: str) -> bool:
 
 
 def extract_answer(response: str) -> str | None:
-    """Return the text from the first <ANSWER> to the last </ANSWER>; None, so R = 0, if it or the format is missing."""
+    """Return the text from the first <ANSWER> to the last </ANSWER>; None, so r = 0, without it or outside the gate."""
     start, end = response.find("<ANSWER>"), response.rfind("</ANSWER>")
     if not passes_gate(response) or start < 0 or end < start:
         return None
     return response[start + len("<ANSWER>") : end].strip()
+
+
+def empty_rationale(response: str) -> bool | None:
+    """Return whether the rationale is a shell, with nothing in it but "The answer is X"; None without a rationale."""
+    mode = format_of(response)
+    if mode in ("direct", "unknown"):
+        return None
+    text = response[len(TAGS[mode]) + 2 :].split(f"</{TAGS[mode]}>")[0].strip()
+    return not re.sub(r"^(so |thus,? |therefore,? )?the (correct |final )?answer is[^\n]*", "", text, flags=re.I)
+
+
+def check_prompt(tokenizer) -> str:
+    """Return how a prompt ends, ARM's "\\nAssistant:"; a tag has to follow it directly.
+
+    Raises:
+        UserError: the template ends otherwise. The model would not know the place where a response has to begin.
+    """
+    text = prompts.prompt_text(tokenizer, "1+1")
+    if not text.endswith("1+1\nAssistant:"):
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path!r} must end in '\\nAssistant:' with add_generation_prompt, "
+            f"without a space, a newline or <think> behind it; found {text.rpartition('1+1')[2][-40:]!r}. ARM's cold "
+            "start writes the right one: python -m adaptive_reasoning.sft --chat_template arm."
+        )
+    return text.rpartition("1+1")[2]
 
 
 @dataclass
@@ -103,6 +130,7 @@ class Control:
     """How a response says which mode it is in."""
 
     tokenizer: object
+    prompt_end: str = ""
     answer_format: str = "tags"
 
     @property
@@ -122,19 +150,26 @@ class Control:
         ids = self.tokenizer.encode(f"<{TAGS[mode]}>\n", add_special_tokens=False)
         return tuple((i, 1.0) for i in ids)
 
-    def findings(self, args) -> dict[str, str]:
+    def findings(self) -> dict[str, str]:
         """Return the lines of the preflight table about the formats."""
-        return {"formats": ", ".join(f"<{tag}>" for tag in TAGS.values()) if args.answer_format == "tags" else "boxed"}
+        if self.answer_format == "boxed":
+            return {"formats": "boxed"}
+        return {"formats": ", ".join(f"<{tag}>" for tag in TAGS.values()), "prompt ends in": repr(self.prompt_end)}
 
     def protocol(self) -> Protocol:
         """Return how evaluation forces and tells modes apart."""
         forced = {mode: self.opening(mode) for mode in TAGS} if self.answer_format == "tags" else {}
-        return Protocol({"adaptive": (), **forced}, self.mode_of, self.extract_answer, self.modes, verified_answer)
+        return Protocol(
+            {"adaptive": (), **forced}, self.mode_of, self.extract_answer, self.modes, verified_answer,
+            consensus=tuple(forced),
+        )  # fmt: skip
 
 
 def control_tokens(tokenizer, args) -> Control:
     """Look up what the modes need; UserError if the tokenizer does not fit the method."""
-    return Control(tokenizer, args.answer_format)
+    if getattr(args, "answer_format", "tags") == "boxed":
+        return Control(tokenizer, answer_format="boxed")
+    return Control(tokenizer, check_prompt(tokenizer))
 
 
 # --------------------------------------------------------------------------------------------------------- the method
@@ -154,22 +189,21 @@ def plan_rollouts(questions, control: Control, args, stop_ids, step: int) -> lis
 
 
 def reward(e: Episode, args) -> float:
-    """Return R: 1 for a well-formed right answer, else 0."""
+    """Return r: 1 for a right answer that passes the gate, else 0."""
     return float(e.info["correct"])
 
 
 def advantages(group: list[Episode], args) -> list[float]:
-    """Return A_i = (R_i - mean R) / (std R + 1e-6) of the samples of one question.
+    """Return A_i = (r_i - mean r) / (std r + 1e-6) of the G samples of one question.
 
-    In float64: with equal rewards that fp32 cannot represent, mean and standard deviation miss by one unit in the last
-    place, and 1e-6 does not hide that. A group of one is not centred (official code: mean 0, std 1).
+    The std is the unbiased one. In float64: with equal rewards that fp32 cannot represent, mean and std miss by one
+    unit in the last place, and 1e-6 does not hide that. A group of one is not centred (official code: mean 0, std 1).
     """
-    R = torch.tensor([e.reward for e in group], dtype=torch.float64)
-    if len(R) == 1:
-        return R.tolist()
-    A = R - R.mean()
+    r = torch.tensor([e.reward for e in group], dtype=torch.float64)  # [G]
+    mean, std = (r.mean(), r.std()) if len(r) > 1 else (0.0, 1.0)
+    A = r - mean
     if args.std == "unbiased":
-        A = A / (R.std() + STD_EPS)
+        A = A / (std + STD_EPS)
     return A.tolist()
 
 
@@ -218,25 +252,33 @@ def metric_rows(episodes: list[Episode]) -> list[dict]:
     """Return what `metrics` needs of each episode, as plain numbers that can travel between processes."""
     return [
         {"group": e.group, "mode": e.mode, "accuracy": float(e.info["correct"]), "tokens": e.num_tokens,
-         "advantage": e.advantage}
+         "advantage": e.advantage, "empty": empty_rationale(e.text)}
         for e in episodes
     ]  # fmt: skip
 
 
 def metrics(rows: list[dict], modes: tuple[str, ...]) -> dict[str, float | None]:
-    """Return share, accuracy, length and advantage of each mode, and the groups that are all right in one mode."""
+    """Return share, accuracy, length and advantage of each mode, and what shows a collapse or an empty diversity."""
+
+    def mean(values):
+        values = list(values)
+        return sum(values) / len(values) if values else None
+
     out, groups = {}, {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
+    solved = [{row["mode"] for row in g} for g in groups.values() if all(row["accuracy"] for row in g)]
     for mode in modes:
         mine = [row for row in rows if row["mode"] == mode]
         out[f"mode/{mode}_share"] = len(mine) / len(rows)
         for key in ("accuracy", "tokens", "advantage"):
-            out[f"mode/{mode}_{key}"] = sum(row[key] for row in mine) / len(mine) if mine else None
-        right = [all(row["mode"] == mode and row["accuracy"] for row in group) for group in groups.values()]
-        out[f"mode/{mode}_all_correct_groups"] = sum(right)
-    out["group/all_wrong_share"] = sum(not any(r["accuracy"] for r in g) for g in groups.values()) / len(groups)
-    out["group/all_correct_share"] = sum(all(r["accuracy"] for r in g) for g in groups.values()) / len(groups)
+            out[f"mode/{mode}_{key}"] = mean(row[key] for row in mine)
+        out[f"mode/{mode}_all_correct_groups"] = sum(found == {mode} for found in solved)
+    out["group/all_wrong_share"] = mean(not any(row["accuracy"] for row in g) for g in groups.values())
+    out["group/all_correct_share"] = len(solved) / len(groups)
+    out["group/all_correct_mixed_share"] = sum(len(found) > 1 for found in solved) / len(groups)
+    out["reward/correct_negative_share"] = mean(row["advantage"] < 0 for row in rows if row["accuracy"])
+    out["rollout/empty_rationale_share"] = mean(row["empty"] for row in rows if row["empty"] is not None)
     return out
 
 
@@ -245,7 +287,7 @@ def main() -> None:
     run = Run(args, "grpo", verified_answer)
     control = control_tokens(run.tokenizer, args)
     protocol = control.protocol()
-    run.preflight(control.findings(args))
+    run.preflight(control.findings())
     with run:
         learner = run.learner
         run.evaluate_if_due(protocol)
@@ -253,7 +295,7 @@ def main() -> None:
         for step in run.steps():
             # --- roll out: free samples; grading overlaps decoding
             questions = run.next_questions()
-            episodes = run.rollout(plan_rollouts(questions, control, args, run.stop_ids, step), control.extract_answer)
+            episodes = run.rollout(plan_rollouts(questions, control, args, run.stop_ids, step), protocol.extract_answer)
 
             # --- reward and advantage
             for e in episodes:

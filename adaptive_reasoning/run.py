@@ -183,6 +183,7 @@ class Run:
         False where `extract_answer` found no answer; info["forced"] counts its forced first tokens.
         """
         start = time.perf_counter()
+        self.sampled_at = self.learner.steps
         texts: dict[int, str] = {}
 
         def on_finish(i: int, completion: Completion) -> None:
@@ -229,11 +230,13 @@ class Run:
         """Note what only the forward pass of the update knows.
 
         The distance of the learner's log-probs from the sampler's (they saw the same tokens under the same weights, so
-        anything but rounding is a bug), and each episode's info["first_logprob"].
+        anything but rounding is a bug; minibatches behind the first update do not count), and each episode's
+        info["first_logprob"].
         """
         with torch.no_grad():
-            total, number, largest = logprob_gap(mb, logprobs)
-            self.gap = [self.gap[0] + float(total), self.gap[1] + number, max(self.gap[2], float(largest))]
+            if self.learner.steps == self.sampled_at:
+                total, number, largest = logprob_gap(mb, logprobs)
+                self.gap = [self.gap[0] + float(total), self.gap[1] + number, max(self.gap[2], float(largest))]
             first = mb.position == 0
             rows, values = mb.sequence[first].tolist(), logprobs[first].tolist()
         for row, value in zip(rows, values):

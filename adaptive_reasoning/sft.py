@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -35,6 +36,13 @@ from adaptive_reasoning.report.files import append_jsonl, truncate_jsonl, write_
 from adaptive_reasoning.tasks import chain, prompts
 from adaptive_reasoning.tasks.formats import NAMES, Row, load
 from adaptive_reasoning.tasks.question import Question
+
+# LLaMA-Factory's template "default", which ARM is trained with: the end token and a newline follow a finished answer.
+TEMPLATES = {
+    "arm": "{% for message in messages %}{% if message['role'] == 'user' %}Human: {{ message['content'] }}\n"
+    "{% else %}Assistant:{{ message['content'] }}{{ eos_token }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+}
 
 
 @dataclass
@@ -59,6 +67,12 @@ class Args(RunArgs):
     """Rank of LoRA on all linear layers (0: train all weights)."""
     lora_alpha: int = 16
     """Scale of LoRA."""
+    chat_template: str = ""
+    """Chat template to train with and to save: "" keeps the model's own, "arm" is "Human: {question}\\nAssistant:"."""
+    epochs: int = 0
+    """Passes over the rows of --data, instead of --max_steps (0: --max_steps counts)."""
+    warmup_share: float = 0.0
+    """Share of the steps over which the learning rate rises from zero, instead of --warmup_steps (0: that counts)."""
 
     # --- defaults that differ from reinforcement
     task: str = "chain"
@@ -73,6 +87,7 @@ class Args(RunArgs):
     CHOICES: ClassVar = {
         "formats": NAMES,
         "lr_schedule": ("cosine", "constant"),
+        "chat_template": ("", *TEMPLATES),
     }
 
 
@@ -125,11 +140,13 @@ def rate(args, highest: float, step: int) -> float:
     """Return the learning rate of step 1, 2, ... before the learner's warm-up."""
     if args.lr_schedule == "constant":
         return highest
-    return highest * 0.5 * (1 + np.cos(np.pi * (step - 1) / args.max_steps))
+    # With a share of warm-up the cosine begins behind it, as in transformers.
+    start = args.warmup_steps if getattr(args, "warmup_share", 0) else 0
+    return highest * 0.5 * (1 + np.cos(np.pi * max(0, step - 1 - start) / (args.max_steps - start)))
 
 
 def start_model(args, accelerator):
-    """Return (model to train, tokenizer, function that returns the model to save)."""
+    """Return (model to train, tokenizer)."""
     if args.task == "math" and not args.model:
         raise UserError("--model is empty: name the model to fine-tune.")
     if args.model:
@@ -137,8 +154,10 @@ def start_model(args, accelerator):
     else:
         tokenizer = chain.tokenizer(args.formats)
         model = chain.tiny_model(tokenizer, args.hidden_size, args.layers, args.seed)
+    if args.chat_template:
+        tokenizer.chat_template = TEMPLATES[args.chat_template]
     if not args.lora_rank:
-        return model, tokenizer, lambda: model
+        return model, tokenizer
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -146,8 +165,26 @@ def start_model(args, accelerator):
     config = LoraConfig(
         r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    wrapped = get_peft_model(model, config)
-    return model, tokenizer, wrapped.merge_and_unload
+    get_peft_model(model, config)  # puts the adapters into the model itself
+    return model, tokenizer
+
+
+def merged(weights: Iterable[tuple[str, torch.Tensor]], scale: float) -> dict[str, torch.Tensor]:
+    """Return {name: tensor} of a model with LoRA in it, W + scale B A in place of each layer with adapters.
+
+    From the gathered tensors rather than with peft's `merge_and_unload`, which would see the shards of ZeRO-3.
+    """
+    found = {name: tensor.cpu().clone() for name, tensor in weights}
+    out = {}
+    for name, tensor in found.items():
+        if ".lora_" in name:
+            continue
+        layer = name.removesuffix(".base_layer.weight")
+        if layer != name:
+            A, B = (found[f"{layer}.lora_{x}.default.weight"] for x in "AB")
+            tensor = tensor + scale * (B @ A)
+        out[name.replace(".base_layer", "")] = tensor
+    return out
 
 
 def main() -> None:
@@ -164,9 +201,13 @@ def main() -> None:
         return
     accelerator = make_accelerator(args)
     rank, ranks, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    model, tokenizer, to_save = start_model(args, accelerator)
+    model, tokenizer = start_model(args, accelerator)
     learner = Learner(args, model, accelerator, trainable="marked" if args.lora_rank else "all")
     file_rows = load_rows(args.data) if args.task == "math" else None
+    if args.epochs and file_rows:
+        args.max_steps = -(-args.epochs * len(file_rows) // args.batch_size)
+    if args.warmup_share:
+        args.warmup_steps = round(args.warmup_share * args.max_steps)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     step = 0
     checkpoint = newest_checkpoint(folder / "checkpoints")
@@ -206,17 +247,21 @@ def main() -> None:
             save_checkpoint(folder / "checkpoints" / f"step_{step:06d}", learner, tokenizer, {"step": step})
             if main_process:
                 prune(folder / "checkpoints", args.keep_checkpoints)
-    save_final(folder, learner, to_save, tokenizer, options)
+    save_final(folder, learner, tokenizer, options)
     accelerator.wait_for_everyone()
 
 
-def save_final(folder: Path, learner: Learner, to_save, tokenizer, options: dict) -> None:
+def save_final(folder: Path, learner: Learner, tokenizer, options: dict) -> None:
     """Write <folder>/model whole or not at all, LoRA merged into full weights, and mark the cold start as complete."""
     save_checkpoint(folder / "final", learner, tokenizer, {})
+    weights = (
+        merged(learner.named_weights(), options["lora_alpha"] / options["lora_rank"]) if options["lora_rank"] else None
+    )
     if learner.accelerator.is_main_process:
-        if options["lora_rank"]:
-            merged = to_save()
-            merged.save_pretrained(folder / "final" / "model")
+        if weights is not None:
+            for file in (folder / "final" / "model").glob("*.safetensors*"):
+                file.unlink()
+            learner.model.save_pretrained(folder / "final" / "model", state_dict=weights)
         os.replace(folder / "final" / "model", folder / "model")
         shutil.rmtree(folder / "final")
         write_json_atomic(folder / "done.json", {"options": options})

@@ -162,6 +162,7 @@ def test_benchmarks_by_name(hub, tmp_path, monkeypatch):
     assert {name: benchmark.samples for name, benchmark in BENCHMARKS.items()} == {
         "gsm8k": 1,
         "math500": 1,
+        "math": 1,
         "csqa": 1,
         "obqa": 1,
         "svamp": 1,
@@ -184,3 +185,16 @@ def test_benchmarks_by_name(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "math500", ROWS[:1])
     assert [q.id for q in load_questions("math500")] == ["math500/0"]
+
+
+def test_worked_solutions_and_the_fields_of_svamp(hub):
+    """MATH of the hub has solutions alone, with the answer in the last box; a handful of boxes have no braces."""
+    name = "DigitalLearningGmbH/MATH-lighteval"
+    solutions = ["so $\\boxed{\\frac{1}{2}}$.", "so $\\boxed 2$.", "it is \\fbox{7}"]
+    hub[name, None, "test"] = [{"problem": "p", "level": "Level 3", "solution": s, "type": "x"} for s in solutions]
+    assert [q.answer for q in load_questions("math")] == ["\\frac{1}{2}", "2", "7"]
+    hub[name, None, "test"] = [{"problem": "p", "solution": "so it is 7"}]
+    with pytest.raises(UserError, match="row 0: 'solution' has no"):
+        load_questions("math")
+    hub["ChilleD/SVAMP", None, "test"] = [{"Body": "b.", "Question": "q?", "question_concat": "b. q?", "Answer": "5.0"}]
+    assert load_questions("svamp") == [Question("svamp/0", "b. q?", "5.0", None, "svamp")]

@@ -7,11 +7,13 @@ down to what follows "####". Grading is `answers.same_answer` or what the algori
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.tasks.answers import boxed_answer
 from adaptive_reasoning.tasks.question import Question
 
 DATA_FOLDER = "ADAPTIVE_REASONING_DATA"
@@ -32,6 +34,7 @@ class Benchmark:
 BENCHMARKS = {
     "gsm8k": Benchmark("openai/gsm8k:main", "test"),
     "math500": Benchmark("HuggingFaceH4/MATH-500", "test"),
+    "math": Benchmark("DigitalLearningGmbH/MATH-lighteval", "test"),
     "csqa": Benchmark("tau/commonsense_qa", "validation"),
     "obqa": Benchmark("allenai/openbookqa:main", "test"),
     "svamp": Benchmark("ChilleD/SVAMP", "test"),
@@ -93,8 +96,9 @@ def _questions(rows: Iterable[tuple[str, dict]], stem: str, source: str, limit: 
         questions.append(
             Question(
                 id=f"{stem}/{len(questions)}",
-                problem=_text(row, ("problem", "question", "question_stem"), where) + _options(row, where),
-                answer=_text(row, ("answer", "answerKey"), where).rpartition("####")[2].strip(),
+                problem=_text(row, ("problem", "question", "question_stem", "question_concat"), where)
+                + _options(row, where),
+                answer=_answer(row, where),
                 difficulty=None if level is None else str(level).removeprefix("Level "),
                 source=source,
             )
@@ -108,6 +112,20 @@ def _questions(rows: Iterable[tuple[str, dict]], stem: str, source: str, limit: 
     if not questions:
         raise UserError(f"Data set {source} is empty. Give one with a row per question.")
     return questions
+
+
+def _answer(row: dict, where: str) -> str:
+    """Return the reference: the answer, what follows "####" in it (GSM8K), or the box of a worked solution (MATH)."""
+    if "solution" in row and row.get("answer") is None:
+        solution = _text(row, ("solution",), where)
+        bare = re.findall(
+            r"\\(?:boxed|f?box)\s*\{?([^\s{}$]+)", solution
+        )  # "\\boxed 2", "\\fbox{2}": a handful of rows
+        boxed = boxed_answer(solution) or (bare[-1] if bare else "")
+        if not boxed.strip():
+            raise UserError(f"{where}: 'solution' has no \\boxed{{...}}, and there is no 'answer'. Add it.")
+        return boxed.strip()
+    return _text(row, ("answer", "answerKey", "Answer"), where).rpartition("####")[2].strip()
 
 
 def _options(row: dict, where: str) -> str:

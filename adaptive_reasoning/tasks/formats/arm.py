@@ -1,12 +1,11 @@
-"""ARM's four formats on chains, from cheap to dear: at once, in two-operation strides, as a program, step by step.
+"""ARM's four formats on chains. The cheaper a format, the more of a long chain it has to do in its head.
 
-The layout is that of the paper's responses: a tag opens the rationale, and the answer stands in <ANSWER>. The cheaper
-formats have more to do in one go, so they are right less often on long chains:
+The layout is that of the paper's responses: a tag opens the rationale, and the answer stands in <ANSWER>.
 
-    direct      no rationale
-    cot         terse: every second intermediate value is skipped
-    code        a program with one line an operation, and the output the model believes it has
-    long_cot    one operation a line, then the same once more as a check
+    direct      no rationale: all operations in the head
+    cot         the first two operations worked out, the others in the head
+    code        a call, and the output that the model believes it has: the first four operations
+    long_cot    every operation in words, and all of it once more as a check; wordy, however easy the question is
 """
 
 import numpy as np
@@ -21,25 +20,27 @@ TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 SPECIAL = ("<|begin|>", "<|end|>")
-TOKENS = ()  # the tags are ordinary text
+TOKENS = ("Human:", "Assistant:")  # the tags are ordinary text
 MODES = ("direct", "cot", "code", "long_cot")
+WRITTEN = {"cot": 2, "code": 4}  # operations that are worked out in writing; the others are done in the head
+PLAIN = 0.3  # share of the cold start's steps that comes before the formats
 
 
 def rationale(question: Question, mode: str) -> str:
     """Return what stands between the tags of a format."""
-    steps = chain.steps(question.problem)
+    problem, steps = question.problem, chain.steps(question.problem)
     if mode == "cot":
-        values = [value for _, value in steps]
-        return " ".join(str(value) for value in values[1::2]) or str(values[-1])
+        return " ".join(text for text, _ in steps[: WRITTEN["cot"]])
     if mode == "code":
-        lines = "\n".join(f" x=x{question.problem[i : i + 2]}" for i in range(1, len(question.problem), 2))
-        values = ",".join(str(value) for _, value in steps)
-        return (
-            f"def f():\n x={question.problem[0]}\n{lines}\n return {{'answer':x%10}}\n\n>>> f()\n\n"
-            f"output = {{'steps':[{values}],'answer':{question.answer}}}"
-        )
-    work = "\n".join(text for text, _ in steps)
-    return f"Okay, let me see.\n{work}\nWait, let me check.\n{work}\nSo it is {question.answer}."
+        shown = "\n".join(text for text, _ in steps[: WRITTEN["code"]])
+        return f">>> trace('{problem}')\n{shown}"
+    first = "\n".join(f"Now {text}." for text, _ in steps)
+    check = "\n".join(f"Check: {text}, yes." for text, _ in steps)
+    plan, answer = "I go from left to right and keep the last digit.", question.answer
+    return (
+        f"Okay, let me see. {plan}\n{first}\nWait, let me check. {plan}\n{check}\n"
+        f"So it is {answer}. Wait, is it {answer}? Yes, it is {answer}."
+    )
 
 
 def response(question: Question, mode: str, rng: np.random.Generator) -> str:
@@ -52,7 +53,15 @@ def response(question: Question, mode: str, rng: np.random.Generator) -> str:
 
 
 def rows(args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
-    """Return chains, each in all four formats, as in the paper: nothing in the prompt says which to use."""
+    """Return chains, each in all four formats, as in the paper: nothing in the prompt says which to use.
+
+    The paper starts from a base model that can calculate. Ours starts from nothing, so it first learns to answer single
+    operations and to work chains out.
+    """
+    if step <= PLAIN * args.max_steps:
+        known = [chain.make_question(rng, 1 if i % 4 else 1 + i // 4 % 6, f"chain/sft/{step}/{i}") for i in range(n)]
+        worked = ["\n".join(text for text, _ in chain.steps(q.problem)) for q in known]
+        return [Row(q, response(q, "direct", rng) if i % 4 else worked[i]) for i, q in enumerate(known)]
     shares = chain.parse_mix(args.chain_mix)
     out = []
     for i in range(n):

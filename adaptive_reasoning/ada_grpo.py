@@ -1,0 +1,368 @@
+"""Ada-GRPO: GRPO that pays more for a right answer in a format that is rare in its group, so that no format dies out.
+
+Paper: "ARM: Adaptive Reasoning Model", arXiv 2505.20258v2, Eq. 1-4; code: TEAM-ARM/ARM @ cee2053.
+
+    make toy-ada-grpo SEED=0               # keeps several formats where make toy-grpo collapses to one
+    make sft-arm-3b                        # stage 1: the four formats, LoRA
+    make train-ada-grpo-3b                 # stage 2: the ARM row of Table 1 (8 GPUs)
+
+What differs from plain GRPO (grpo.py, `diff` them): the reward r_i of a sample is multiplied by
+alpha_i(t) = 1 + (G/F_i - 1) w(t), where F_i of the G samples of its question share its format, right or wrong, and
+w(t) = (1 + cos(pi t/T))/2 falls from 1 to 0. Nothing else.
+
+Where paper [P] and code [C] disagree, and what we do (specification, section 9):
+- Reward: [P] a right answer. [C] and a format gate: see `passes_gate`. We: [C].
+- Tags: [P] <Code>, <Long CoT>, "special tokens". [C] <CODE>, <LONG_COT>, ordinary text. We: [C].
+- Format: [P] the format of o_i. [C] the first tag found in prompt + response. We: what the response opens with, the
+  same on clean data (the authors' next code does so too). No known tag: a fifth format, which carries no reward [C].
+- Decay: [P] t = 0..T, w from 1 to exactly 0. [C] T = 19 steps x 9 epochs = 171, t = 1..170. We: [C], --total_steps.
+- What decay does: [P] it brings the focus back to accuracy. In a group that is all right it cancels: the std shrinks
+  with w, so the push to equal shares keeps its strength to the end. We: as [P, C]; --std raw, --std none and
+  --drop_all_correct are three ways out, --decay none the paper's ablation.
+- Std: [P] no eps. [C] unbiased, + 1e-6, in fp32, where equal shaped rewards give up to 0.3 of noise. We: fp64 and 0.
+- Loss: [P] mean over each response, then over responses. [C] token mean per micro-batch. We: the token mean of the
+  whole minibatch; --aggregation sequence_mean is [P], micro_batch is [C].
+- Entropy bonus: [P] none. [C] 0.001. We: [C], --entropy_coef. KL: [C] k3 clamped to 10, in the loss. We: [C].
+- Minibatches: [C] five of 180 questions and one of 124 with the weight 124/180. We: six equal ones.
+- CommonsenseQA: [C] the alphabetical tail of the training set. We: all of it.
+- Not in [P], from [C]: learning rate 1e-6, clip 0.2, weight decay 0.01, prompts up to 2,048 tokens.
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from adaptive_reasoning.episode import Episode, by_group
+from adaptive_reasoning.errors import UserError, run_cli
+from adaptive_reasoning.evaluate import Protocol
+from adaptive_reasoning.learner.packing import Counts, MicroBatch
+from adaptive_reasoning.options import RunArgs, parse_args
+from adaptive_reasoning.rollout import Request, request_seed
+from adaptive_reasoning.run import Run
+from adaptive_reasoning.tasks import prompts
+from adaptive_reasoning.tasks.answers import verified_answer
+
+STD_EPS = 1e-6
+
+
+@dataclass
+class Args(RunArgs):
+    """Options of Ada-GRPO. The defaults are ARM's run."""
+
+    std: str = "shaped"
+    """Divide the advantage by the standard deviation of the "shaped" rewards, of the "raw" ones, or by "none"."""
+    drop_all_correct: bool = False
+    """Give questions that every response gets right advantage 0, as plain GRPO does."""
+    decay: str = "cosine"
+    """w(t): "cosine" falls from 1 to 0, "none" stays at 1."""
+    total_steps: int = 0
+    """T of the decay; 0: max_steps + 1, so that t = 1 .. T - 1 as in the official loop."""
+    aggregation: str = "token_mean"
+    """Weight of a token in the loss: "token_mean", "sequence_mean" (Eq. 3), "constant" (Dr. GRPO) or "micro_batch"."""
+    clip_low: float = 0.2
+    """epsilon below 1."""
+    clip_high: float = 0.2
+    """epsilon above 1 (DAPO: 0.28)."""
+    kl_coef: float = 0.001
+    """Weight of the divergence from the starting model (k3); 0 loads no reference model."""
+    entropy_coef: float = 0.001
+    """Weight of the entropy bonus (verl's default; in no paper)."""
+    prompts_per_step: int = 1024
+    """Questions per rollout batch, over all processes."""
+    num_generations: int = 8
+    """G: responses per question."""
+    minibatches_per_step: int = 6
+    """Optimiser steps per rollout batch."""
+
+    # --- defaults that differ from AdaptThink's
+    model: str = "runs/sft-arm-3b/model"
+    """Model to start from: a Hugging Face folder or a hub name (Qwen2, Qwen3 or Llama)."""
+    learning_rate: float = 1e-6
+    """AdamW learning rate, constant."""
+    temperature: float = 1.0
+    """Sampling temperature of training and evaluation; log-probs are taken at the same temperature."""
+    max_prompt_tokens: int = 2048
+    """Questions with a longer prompt are left out of training, and counted."""
+    max_new_tokens: int = 4096
+    """Longest response in tokens, EOS included."""
+    max_steps: int = 170
+    """Training steps: one rollout batch each."""
+
+    CHOICES: ClassVar = {
+        "std": ("shaped", "raw", "none"),
+        "decay": ("cosine", "none"),
+        "aggregation": ("token_mean", "sequence_mean", "constant", "micro_batch"),
+    }
+
+    def __post_init__(self):
+        self.total_steps = self.total_steps or self.max_steps + 1  # written into config.yaml: a resumed run keeps it
+        if not 0 <= self.max_steps < self.total_steps:
+            raise UserError(f"--max_steps {self.max_steps}: must be less than --total_steps {self.total_steps}, T.")
+
+
+# ------------------------------------------------------------------------------------------ control tokens and prompts
+
+TAGS = {"direct": "ANSWER", "cot": "COT", "code": "CODE", "long_cot": "LONG_COT"}  # ordinary text, several tokens each
+
+
+def format_of(response: str) -> str:
+    """Return the format a response opens with, else "unknown"."""
+    return next((mode for mode, tag in TAGS.items() if response.startswith(f"<{tag}>")), "unknown")
+
+
+def passes_gate(response: str) -> bool:
+    """Return whether a response opens with a tag and holds no rationale tag of another format (official code)."""
+    mode = format_of(response)
+    others = [tag for other, tag in TAGS.items() if other not in (mode, "direct")]
+    return mode != "unknown" and not any(f"<{tag}>" in response or f"</{tag}>" in response for tag in others)
+
+
+def extract_answer(response: str) -> str | None:
+    """Return the text from the first <ANSWER> to the last </ANSWER>; None, so r = 0, without it or outside the gate."""
+    start, end = response.find("<ANSWER>"), response.rfind("</ANSWER>")
+    if not passes_gate(response) or start < 0 or end < start:
+        return None
+    return response[start + len("<ANSWER>") : end].strip()
+
+
+def empty_rationale(response: str) -> bool | None:
+    """Return whether the rationale is a shell, with nothing in it but "The answer is X"; None without a rationale."""
+    mode = format_of(response)
+    if mode in ("direct", "unknown"):
+        return None
+    text = response[len(TAGS[mode]) + 2 :].split(f"</{TAGS[mode]}>")[0].strip()
+    return not re.sub(r"^(so |thus,? |therefore,? )?the (correct |final )?answer is[^\n]*", "", text, flags=re.I)
+
+
+def check_prompt(tokenizer) -> str:
+    """Return how a prompt ends, ARM's "\\nAssistant:"; a tag has to follow it directly.
+
+    Raises:
+        UserError: the template ends otherwise. The model would not know the place where a response has to begin.
+    """
+    text = prompts.prompt_text(tokenizer, "1+1")
+    if not text.endswith("1+1\nAssistant:"):
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path!r} must end in '\\nAssistant:' with add_generation_prompt, "
+            f"without a space, a newline or <think> behind it; found {text.rpartition('1+1')[2][-40:]!r}. ARM's cold "
+            "start writes the right one: python -m adaptive_reasoning.sft --chat_template arm."
+        )
+    return text.rpartition("1+1")[2]
+
+
+@dataclass
+class Control:
+    """How a response says which mode it is in."""
+
+    tokenizer: object
+    prompt_end: str = ""
+    modes: tuple[str, ...] = (*TAGS, "unknown")
+
+    def mode_of(self, response_ids) -> str:
+        """Return the mode of a response from its own first tokens."""
+        opening = self.tokenizer.decode(list(response_ids[:16]), clean_up_tokenization_spaces=False)
+        return format_of(opening)
+
+    def opening(self, mode: str) -> tuple[tuple[int, float], ...]:
+        """Return the tokens that force a format: its tag and the newline after it."""
+        ids = self.tokenizer.encode(f"<{TAGS[mode]}>\n", add_special_tokens=False)
+        return tuple((i, 1.0) for i in ids)
+
+    def findings(self) -> dict[str, str]:
+        """Return the lines of the preflight table about the formats."""
+        return {"formats": ", ".join(f"<{tag}>" for tag in TAGS.values()), "prompt ends in": repr(self.prompt_end)}
+
+    def protocol(self) -> Protocol:
+        """Return how evaluation forces and tells modes apart."""
+        forced = {mode: self.opening(mode) for mode in TAGS}
+        return Protocol(
+            {"adaptive": (), **forced}, self.mode_of, extract_answer, self.modes, verified_answer,
+            consensus=tuple(forced),
+        )  # fmt: skip
+
+
+def control_tokens(tokenizer, args) -> Control:
+    """Look up what the modes need; UserError if the tokenizer does not fit the method."""
+    return Control(tokenizer, check_prompt(tokenizer))
+
+
+# --------------------------------------------------------------------------------------------------------- the method
+
+
+def plan_rollouts(questions, control: Control, args, stop_ids, step: int) -> list[Request]:
+    """Return the requests of one step: G free samples of every question.
+
+    `questions` holds (index in the task, question, prompt ids); the index is the group of the samples.
+    """
+    requests = []
+    for i, question, prompt_ids in questions:
+        for k in range(args.num_generations):
+            seed = request_seed(args.seed, step, i, k)
+            requests.append(Request(prompt_ids, args.max_new_tokens, stop_ids, seed, tag=(question, i)))
+    return requests
+
+
+def reward(e: Episode, args) -> float:
+    """Return r: 1 for a right answer that passes the gate, else 0."""
+    return float(e.info["correct"])
+
+
+def advantages(group: list[Episode], args, step: int) -> list[float]:
+    """Return A_i = (r'_i - mean r') / (std r' + 1e-6) of the G samples of one question, r'_i = alpha_i(t) r_i.
+
+    alpha_i(t) = 1 + (G/F_i - 1) w(t) is the paper's G/F [F/G + (1 - F/G) (1 + cos(pi t/T))/2], Eq. 2-4. A wrong answer
+    has r' = 0 whatever its alpha; the format it opened counts all the same. The std is the unbiased one. Group of one:
+    not centred (official code: mean 0, std 1). In float64, and 0 where all shaped rewards are equal: in fp32 the mean
+    misses them by one unit in the last place, and 1e-6 does not hide that.
+    """
+    t, T, G = step, args.total_steps, len(group)
+    assert 1 <= t < T, "w(t) never is exactly 1 or 0"
+    assert not any(e.reward and e.mode == "unknown" for e in group), "the gate gives no reward outside the formats"
+    F = Counter(e.mode for e in group)
+    w = (1 + math.cos(math.pi * t / T)) / 2 if args.decay == "cosine" else 1.0
+    alpha = torch.tensor([1 + (G / F[e.mode] - 1) * w for e in group], dtype=torch.float64)  # [G]
+    r = torch.tensor([e.reward for e in group], dtype=torch.float64)  # [G]
+    shaped = alpha * r
+    dropped = args.drop_all_correct and bool(r.all())
+    if dropped or (G > 1 and shaped.max() - shaped.min() < STD_EPS):
+        return [0.0] * G
+    mean, std = (shaped.mean(), shaped.std()) if G > 1 else (0.0, 1.0)
+    if args.std == "raw":  # equal raw rewards are no unit to measure in: their group decays with w
+        std = r.std() if G > 1 and r.max() > r.min() else 1.0
+    A = shaped - mean
+    if args.std != "none":
+        A = A / (std + STD_EPS)
+    return A.tolist()
+
+
+def token_weights(mb: MicroBatch, counts: Counts, args) -> torch.Tensor:
+    """Return the weight of each token in the loss [N]; over the whole step they sum to 1 (but for "constant").
+
+    "micro_batch" is verl's dynamic batching: a token mean per micro-batch, weighted by its share of the sequences. It
+    depends on how the step is split; the others do not.
+    """
+    T = mb.lengths[mb.sequence].to(mb.advantages.dtype)  # [N] length of the token's own response
+    return {
+        "token_mean": torch.full_like(T, 1 / counts.tokens),
+        "sequence_mean": 1 / (T * counts.sequences),
+        "constant": torch.full_like(T, 1 / (counts.sequences * args.max_new_tokens)),
+        "micro_batch": torch.full_like(T, len(mb.lengths) / (max(len(T), 1) * counts.sequences)),
+    }[args.aggregation]
+
+
+def loss(logprobs, entropy, mb: MicroBatch, counts: Counts, args) -> tuple[torch.Tensor, dict]:
+    """Return this micro-batch's share of the loss (Eq. 3, to be minimised) and of the metrics.
+
+    Shapes: logprobs, entropy [N] of all tokens of S sequences; `counts` are those of the whole step over all processes,
+    so the shares of all micro-batches add up to the loss whatever the split.
+    """
+    A, weight = mb.advantages, token_weights(mb, counts, args)  # [N]
+    log_ratio = logprobs - mb.old_logprobs
+    ratio = log_ratio.exp()
+    free = -A * ratio
+    clipped = -A * ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+    value = policy = (torch.maximum(free, clipped) * weight).sum()
+    mean = torch.full_like(weight, 1 / counts.tokens)
+    stats = {"loss/clip_fraction": ((clipped > free) * mean).sum(), "loss/approx_kl": (-log_ratio * mean).sum()}
+    if args.kl_coef:
+        d = mb.ref_logprobs - logprobs
+        k3 = ((d.exp() - d - 1).clamp(-10, 10) * weight).sum()
+        value = value + args.kl_coef * k3
+        stats["loss/ref_kl"] = k3
+    if args.entropy_coef:
+        H = (entropy * weight).sum()
+        value = value - args.entropy_coef * H
+        stats["loss/entropy"] = H
+    return value, {"loss/policy": policy.detach(), **{key: x.detach() for key, x in stats.items()}}
+
+
+def metric_rows(episodes: list[Episode]) -> list[dict]:
+    """Return what `metrics` needs of each episode, as plain numbers that can travel between processes."""
+    return [
+        {"group": e.group, "mode": e.mode, "accuracy": float(e.info["correct"]), "tokens": e.num_tokens,
+         "advantage": e.advantage, "empty": empty_rationale(e.text)}
+        for e in episodes
+    ]  # fmt: skip
+
+
+def metrics(rows: list[dict], modes: tuple[str, ...]) -> dict[str, float | None]:
+    """Return share, accuracy, length and advantage of each mode, and what shows a collapse or an empty diversity."""
+
+    def mean(values):
+        values = list(values)
+        return sum(values) / len(values) if values else None
+
+    out, groups = {}, {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    solved = [{row["mode"] for row in g} for g in groups.values() if all(row["accuracy"] for row in g)]
+    for mode in modes:
+        mine = [row for row in rows if row["mode"] == mode]
+        out[f"mode/{mode}_share"] = len(mine) / len(rows)
+        for key in ("accuracy", "tokens", "advantage"):
+            out[f"mode/{mode}_{key}"] = mean(row[key] for row in mine)
+        out[f"mode/{mode}_all_correct_groups"] = sum(found == {mode} for found in solved)
+    out["group/all_wrong_share"] = mean(not any(row["accuracy"] for row in g) for g in groups.values())
+    out["group/all_correct_share"] = len(solved) / len(groups)
+    out["group/all_correct_mixed_share"] = sum(len(found) > 1 for found in solved) / len(groups)
+    out["reward/correct_negative_share"] = mean(row["advantage"] < 0 for row in rows if row["accuracy"])
+    out["rollout/empty_rationale_share"] = mean(row["empty"] for row in rows if row["empty"] is not None)
+    return out
+
+
+def main() -> None:
+    args = parse_args(Args)
+    run = Run(args, "ada_grpo", verified_answer)
+    control = control_tokens(run.tokenizer, args)
+    protocol = control.protocol()
+    run.preflight(control.findings())
+    with run:
+        learner = run.learner
+        run.evaluate_if_due(protocol)
+
+        for step in run.steps():
+            # --- roll out: free samples; grading overlaps decoding
+            questions = run.next_questions()
+            episodes = run.rollout(plan_rollouts(questions, control, args, run.stop_ids, step), protocol.extract_answer)
+
+            # --- reward and advantage
+            for e in episodes:
+                e.mode = control.mode_of(e.response_ids)
+                e.reward = reward(e, args)
+            for group in by_group(episodes):
+                for e, a in zip(group, advantages(group, args, step)):
+                    e.advantage = a
+
+            # --- update: one optimiser step per minibatch
+            on_policy = args.minibatches_per_step == 1
+            if not on_policy:
+                learner.recompute_logprobs(episodes)
+            run.score_reference(episodes)
+            losses, updates = [], []
+            plain = not args.kl_coef and not args.entropy_coef  # then advantage 0 means no gradient
+            minibatches = learner.minibatches(episodes, args.minibatches_per_step, step, skip_zero_advantage=plain)
+            for minibatch in minibatches:
+                for mb in minibatch:
+                    logprobs, entropy = learner.score(mb, with_entropy=args.entropy_coef > 0)
+                    if on_policy:  # pi_old is the policy itself: recomputing it would give these very numbers
+                        mb.old_logprobs = logprobs.detach()
+                    value, stats = loss(logprobs, entropy, mb, minibatch.counts, args)
+                    learner.backward(value)
+                    losses.append(stats)
+                    run.observe(mb, logprobs)
+                updates.append(learner.step())
+            run.refresh()
+
+            # --- log, evaluate, save
+            run.log(episodes, metrics(run.gather(metric_rows(episodes)), control.modes), losses, updates, minibatches)
+            run.evaluate_if_due(protocol)
+            run.save_if_due()
+        run.finish()
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,112 @@
+"""Evaluation beyond one setting: consensus, the vote of k responses, the rows of the papers."""
+
+import pytest
+
+from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.evaluate import Args, check_args, paper_table, summarise
+from adaptive_reasoning.options import parse_args
+from adaptive_reasoning.report.arm import ARM, arm_table
+from adaptive_reasoning.tasks.answers import verified_answer
+from adaptive_reasoning.tasks.grader import GraderPool
+from adaptive_reasoning.tasks.task import ExactGrader
+from adaptive_reasoning.tasks.votes import consensus, majority
+
+SETTINGS = ("direct", "cot", "code", "long_cot")
+
+
+def row(answer, correct=False, tokens=10, question=0, sample=0, mode="direct"):
+    return {"question": question, "sample": sample, "mode": mode, "difficulty": "1", "answer": answer,
+            "correct": correct, "tokens": tokens}  # fmt: skip
+
+
+def rows_of(*answers, tokens=(5, 20, 30, 100), correct=()):
+    return {s: [row(a, s in correct, n, mode=s)] for s, a, n in zip(SETTINGS, answers, tokens)}
+
+
+@pytest.mark.parametrize(
+    "answers, taken, tokens, fallback",
+    [
+        (("7", "7", "7", "8"), "7", 55, False),
+        (("7", "7", "6", "8"), "8", 155, True),
+        (("7", "7", None, "8"), "8", 155, True),  # a missing answer is a disagreement
+        ((None, None, None, "8"), "8", 155, True),  # three missing ones do not agree
+        (("7", "7.0", "7", "8"), "8", 155, True),  # equal as text, not as numbers
+        (("7", "6", "5", None), None, 155, True),
+    ],
+)
+def test_consensus(answers, taken, tokens, fallback):
+    """Tokens are those of the three cheap formats, and of the Long CoT where it is asked (specification, section 7)."""
+    (got,) = consensus(rows_of(*answers), SETTINGS)
+    assert (got["answer"], got["tokens"], got["fallback"]) == (taken, tokens, fallback)
+    assert got["mode"] == ("long_cot" if fallback else "direct")
+
+
+def test_consensus_pairs_samples_of_one_question():
+    rows = {s: [row(str(k + q), True, 1, q, k, s) for q in range(2) for k in (1, 0)] for s in SETTINGS}
+    rows["code"] = rows["code"][::-1]
+    assert [(r["question"], r["sample"], r["fallback"]) for r in consensus(rows, SETTINGS)] == [
+        (0, 1, False), (0, 0, False), (1, 1, False), (1, 0, False)
+    ]  # fmt: skip
+    assert summarise(consensus(rows, SETTINGS), SETTINGS)["accuracy"] == 1
+
+
+def votes(*answers, right, k=8, grader=None):
+    return majority(
+        [row(a, a is not None and a in right, sample=i) for i, a in enumerate(answers)], k, grader or ExactGrader()
+    )
+
+
+def test_majority():
+    assert votes("A", "B", "B", right="B") == 1
+    assert votes("A", "B", "B", "A", right="A") == 1  # a tie goes to the earliest
+    assert votes("A", "B", "B", "A", right="B") == 0
+    assert votes(None, None, None, "B", right="B") == 1  # no answer, no vote
+    assert votes(None, None, right="B") == 0
+    assert votes("A", "B", "B", right="A", k=2) == 1  # the first two only
+    assert votes("$7$", "8", " 7", right="$7$") == 1  # the same text without dollar signs and spaces
+
+
+def test_majority_of_equal_numbers():
+    """0.5 and 1/2 are two texts and one answer: together they outvote the 3 that came first."""
+    with GraderPool(1, 10, verified_answer) as grader:
+        assert votes("3", "3", "0.5", "1/2", "\\frac{1}{2}", right=("0.5", "1/2"), grader=grader) == 1
+
+
+def test_a_question_counts_once():
+    rows = [row("A", True, sample=0), row("A", True, sample=1), row("B", False, question=1, sample=0)]
+    assert majority(rows, 8, ExactGrader()) == 0.5
+
+
+def test_rows_of_the_paper():
+    assert ARM["7b"]["ARM, k=1"]["aime25"] == (16.7, 3253) and ARM["3b"]["base, k=8"]["csqa"] == (75.5, 96)
+    assert [sum(a for a, _ in ARM["7b"][f"ARM, {s}"].values()) / 7 for s in ("direct", "long_cot")] == pytest.approx(
+        [46.2, 74.5], abs=0.06
+    )
+    for table in ARM.values():
+        for name, average in (("ARM, k=1", {"3b": 756, "7b": 766, "14b": 853}),):
+            size = next(s for s in ARM if ARM[s] is table)
+            assert sum(n for _, n in table[name].values()) / 7 == pytest.approx(average[size], abs=1)
+
+
+def test_tables_of_the_papers():
+    result = {"accuracy": 0.5, "mean_tokens": 100.0, "maj_accuracy": 0.75, "modes": {"long_cot": {"share": 0.25}}}
+    text = arm_table([{"setting": "adaptive", "benchmark": "csqa", "result": result}], "7b")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "here, adaptive 50.0 / 100 / 25.0" in lines and "here, adaptive, vote 75.0 / 100 / 25.0" in lines
+    assert "paper, ARM, k=8 85.7 / 134" in lines and "paper, ARM, consensus 85.8 / 228" in lines
+    quick = {"accuracy": 0.5, "mean_tokens": 100.0, "modes": {"nothinking": {"share": 0.25}}}
+    text = paper_table([{"setting": "adaptive", "benchmark": "gsm8k", "result": quick}], "7b")
+    assert "50.0 / 100 / 25.0" in text and "91.0 / 309 / 99.6" in text
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--paper", "3b"], "the paper of adaptthink has 1.5b, 7b"),
+        (["--algorithm", "ada_grpo", "--paper", "1.5b"], "the paper of ada_grpo has 3b, 7b, 14b"),
+        (["--maj_k", "8"], "--maj_k 8: needs as many responses a question, --eval_samples 8"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(UserError, match=message):
+        check_args(parse_args(Args, options))

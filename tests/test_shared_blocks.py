@@ -1,0 +1,52 @@
+"""What the files of the GRPO family repeat must stay equal (P11), and each must stay short enough to be read."""
+
+import difflib
+import subprocess
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "adaptive_reasoning"
+FAMILY = [name for name in ("grpo", "ada_grpo", "degrpo") if (FOLDER / f"{name}.py").is_file()]
+ALL = [name for name in (*FAMILY, "adaptthink", "thinker", "ppo") if (FOLDER / f"{name}.py").is_file()]
+
+
+def lines(name: str) -> list[str]:
+    return (FOLDER / f"{name}.py").read_text().splitlines()
+
+
+def blocks(name: str) -> list[str]:
+    """The lines of main() from "# --- update" on to the end of the file."""
+    found = lines(name)
+    main = found.index("def main() -> None:")
+    start = next(i for i in range(main, len(found)) if found[i].strip().startswith("# --- update"))
+    return found[start:]
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY if name != "grpo"])
+def test_the_repeated_blocks_are_equal(name):
+    drift = [
+        line for line in difflib.unified_diff(blocks("grpo"), blocks(name), "grpo.py", f"{name}.py", "", "", 0, "")
+    ]
+    assert not drift, f"{name}.py has drifted from grpo.py:\n" + "\n".join(drift)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY if name != "grpo"])
+def test_the_diff_is_short(name):
+    done = subprocess.run(["diff", FOLDER / "grpo.py", FOLDER / f"{name}.py"], capture_output=True, text=True)
+    changed = sum(line.startswith(("<", ">")) for line in done.stdout.splitlines())
+    assert 0 < changed < 200, f"diff grpo.py {name}.py has {changed} changed lines"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_file_is_read_in_one_sitting(name):
+    assert 250 <= len(lines(name)) <= 400
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_sections_are_in_the_same_order(name):
+    wanted = ["class Args", "def control_tokens", "def plan_rollouts", "def reward", "def advantages", "def loss",
+              "def metric_rows", "def metrics", "def main"]  # fmt: skip
+    text = (FOLDER / f"{name}.py").read_text()
+    places = [text.find("\n" + start) for start in wanted]
+    assert -1 not in places and places == sorted(places), dict(zip(wanted, places))
