@@ -22,7 +22,9 @@ from adaptive_reasoning.learner.runtime import all_gather, make_accelerator
 from adaptive_reasoning.options import RunArgs, parse_args
 from adaptive_reasoning.report.console import aligned, evaluation_table, say
 from adaptive_reasoning.report.files import append_jsonl, write_json_atomic, write_text_atomic
+from adaptive_reasoning.report.stages import stage_rows, stage_table
 from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling, request_seed
+from adaptive_reasoning.rollout.dialogue import Dialogue, converse
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.task import Benchmark, load_task
 
@@ -39,6 +41,7 @@ class Protocol:
     extract_answer: response text -> the answer to grade, or None where the response breaks the format.
     modes: all modes, in the order of the tables.
     check: check(answer, gold) -> bool, a function of a module that a grader process can import; None: `same_answer`.
+    script: of dialogues (`rollout.dialogue`): they are held in place of single responses, and mode_of gets their turns.
     """
 
     settings: dict[str, tuple[tuple[int, float], ...]]
@@ -46,6 +49,7 @@ class Protocol:
     extract_answer: Callable[[str], str | None]
     modes: tuple[str, ...]
     check: Callable[[str, str], bool] | None = None
+    script: object = None
 
 
 def evaluate(
@@ -63,6 +67,13 @@ def evaluate(
     """
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     jobs = [(i, q, k) for i, q in enumerate(benchmark.questions) for k in range(benchmark.samples)][rank::ranks]
+    if protocol.script is not None:
+        rows, samples = hold_dialogues(
+            engine, grader, benchmark.name, jobs, protocol, setting, args, progress if rank == 0 else ""
+        )
+        if accelerator:
+            rows = [row for part in all_gather(accelerator, rows) for row in part]
+        return summarise(rows, protocol.modes) | stage_table(rows), samples
     requests = [
         Request(
             prompts.render(tokenizer, q.problem),
@@ -112,6 +123,26 @@ def evaluate(
     if accelerator:
         rows = [row for part in all_gather(accelerator, rows) for row in part]
     return summarise(rows, protocol.modes), samples
+
+
+def hold_dialogues(
+    engine, grader, benchmark: str, jobs: list, protocol: Protocol, setting: str, args, progress: str
+) -> tuple[list[dict], list[dict]]:
+    """Hold a dialogue for every job instead of sampling one response; return what `evaluate` makes of responses."""
+    dialogues = [Dialogue(q, i, request_seed(args.seed, EVAL_STREAM, i, k)) for i, q, k in jobs]
+    converse(engine, grader, dialogues, protocol.script, Sampling(args.temperature, args.eval_top_p), setting, progress)
+    rows = stage_rows(dialogues)
+    for row, d in zip(rows, dialogues):
+        mode = protocol.mode_of(d.turns)
+        row |= {"question": d.group, "mode": mode, "difficulty": d.question.difficulty, "tokens": d.num_tokens}
+        row["correct"] = d.turns[mode].correct
+    samples = []
+    for row, d in list(zip(rows, dialogues))[:: max(1, len(jobs) // KEPT_SAMPLES)]:
+        samples.append({"setting": setting, "benchmark": benchmark, "mode": row["mode"]})
+        samples[-1] |= {"difficulty": row["difficulty"], "problem": d.question.problem, "answer": d.question.answer}
+        samples[-1] |= {"response": d.text, "reward": float(row["correct"]), "tokens": row["tokens"]}
+        samples[-1] |= {"finish_reason": "length" if d.cut else "stop"}
+    return rows, samples
 
 
 def summarise(rows: list[dict], modes: tuple[str, ...]) -> dict:

@@ -146,6 +146,8 @@ def fixed_items(shapes: Shapes, args, world_size: int, zero3: bool) -> list[Item
     how = f"{P / 1e9:.2f} B x {sum(parts.values())} bytes"
     how += (f" / {split} processes" if zero3 else "") + f" ({', '.join(f'{k} {v}' for k, v in parts.items())})"
     items = [Item("weights, optimiser", P * sum(parts.values()) // split, how)]
+    if hasattr(args, "critic_learning_rate"):
+        items.append(Item("critic", P * sum(parts.values()) // split, "as the policy"))
     items.append(Item("rollout replica", P * b, f"{P / 1e9:.2f} B x {b} bytes, whole on every process"))
     if zero3:
         live, bucket = min(P, LIVE_PARAMETERS), min(P, REDUCE_BUCKET)
@@ -288,7 +290,7 @@ def preflight(
     saves = checkpoints_ahead(
         args.max_steps, args.save_every, args.keep_checkpoints, done=steps_done, there=checkpoints_there
     )
-    size = checkpoint_bytes(shapes, args.dtype, zero3)
+    size = checkpoint_bytes(shapes, args.dtype, zero3) * (2 if hasattr(args, "critic_learning_rate") else 1)
     if disk_free is not None:
         if saves * size > disk_free:
             raise UserError(
