@@ -190,23 +190,74 @@ PAPER = {
     },
 }
 
+# Thinker, README table of its second version: pass@1 in % (mean of 16 samples) on eight benchmarks, and their mean.
+THINKER_BENCHMARKS = ("math500", "aime24", "aime25", "gpqa", "olympiad", "amc23", "minerva", "college")
+THINKER = {
+    "q1.5b": {
+        "Q1.5B pretrained": ((9.05, 0.00, 0.00, 4.55, 3.09, 4.06, 2.30, 7.40), 3.81),
+        "Q1.5B QA baseline": ((59.82, 4.10, 2.43, 20.52, 26.05, 35.36, 19.25, 37.42), 25.62),
+        "Q1.5B Thinker": ((64.45, 6.25, 2.22, 19.21, 28.21, 39.06, 20.38, 38.82), 27.33),
+        "Q1.5B Thinker-Fast": ((59.82, 4.58, 1.25, 21.28, 24.52, 34.53, 17.85, 37.58), 25.18),
+        "ORZ-1.5B (quoted)": ((58.0, 3.5, 1.0, 16.8, None, None, None, None), None),
+        "SimpleRL-1.5B (quoted)": ((59.0, 4.2, None, None, 21.0, 35.0, 20.2, None), None),
+    },
+    "r1.5b": {
+        "R1.5B pretrained": ((76.21, 17.50, 17.92, 13.76, 37.46, 55.94, 24.82, 38.85), 35.31),
+        "R1.5B QA baseline": ((86.24, 35.42, 23.75, 25.69, 49.22, 72.81, 32.08, 42.02), 45.90),
+        "R1.5B Thinker": ((88.51, 38.96, 26.67, 37.41, 55.49, 83.59, 34.77, 42.46), 50.98),
+        "R1.5B Thinker-Fast": ((81.35, 18.33, 14.58, 28.85, 45.68, 66.41, 31.39, 41.74), 41.05),
+    },
+    "r7b": {  # the rows of Thinker and the end of the baseline's are not known to us
+        "R7B pretrained": ((84.05, 37.50, 28.54, 17.58, 37.92, 36.41, 34.49, 40.72), 39.65),
+        "R7B QA baseline": ((91.03, 47.50, 34.58, None, None, None, None, None), None),
+    },
+}
+
 
 @dataclass
 class Args(RunArgs):
     """Options of a stand-alone evaluation."""
 
     algorithm: str = "adaptthink"
-    """Whose control tokens, answer format and settings are used: adaptthink."""
+    """Whose control tokens, answer format and settings are used: adaptthink or thinker."""
     settings: str = "adaptive,always_think,never_think"
     """Settings to measure, comma separated."""
     paper: str = ""
-    """Print the paper's rows beside ours: "1.5b" or "7b"."""
+    """Print the paper's rows beside ours: "1.5b" or "7b" (AdaptThink), "q1.5b", "r1.5b" or "r7b" (Thinker)."""
     first_word: str = "Alright"
     """The word forced by always_think."""
     eval_data: str = "gsm8k,math500,aime24"
     """Evaluation questions, comma separated: files, hub data sets, or the names of the built-in benchmarks."""
 
-    CHOICES: ClassVar = {"algorithm": ("adaptthink",), "paper": ("", *PAPER)}
+    # --- Thinker's dialogue, as in thinker.py
+    environment: str = "thinker"
+    """Thinker: "thinker" for dialogues, "qa" for the baseline's one turn."""
+    stage_prompts: str = "paper"
+    """Thinker: the user's turns, "paper" or "chain"."""
+    template: str = "auto"
+    """Thinker: marks of a turn, "auto", "chatml" or "own"."""
+    fast_budget: int = 1000
+    """Thinker: most tokens of a Fast response."""
+    verify_budget: int = 6000
+    """Thinker: most tokens of a Verify response."""
+    slow_budget: int = 6000
+    """Thinker: most tokens of a Slow response."""
+    summary_budget: int = 1000
+    """Thinker: most tokens of a Summary, of which evaluation has none."""
+    qa_budget: int = 8000
+    """Thinker: most tokens of the baseline's response."""
+    require_stop: bool = False
+    """Thinker: a response cut at its budget has no answer."""
+    skip_verify: bool = False
+    """Thinker: the model was trained without Verify; every question goes to Slow."""
+
+    CHOICES: ClassVar = {
+        "algorithm": ("adaptthink", "thinker"),
+        "paper": ("", *PAPER, *THINKER),
+        "environment": ("thinker", "qa"),
+        "stage_prompts": ("paper", "chain"),
+        "template": ("auto", "chatml", "own"),
+    }
 
 
 def paper_table(rows: list[dict], size: str) -> str:
@@ -226,6 +277,28 @@ def paper_table(rows: list[dict], size: str) -> str:
     for name, published in PAPER[size].items():
         table.append([f"paper, {name}", *("{:.1f} / {} / {}".format(*published[b]) for b in names)])
     return f"accuracy % / tokens / NoThinking %, paper {size}\n" + aligned(table)
+
+
+def thinker_table(rows: list[dict], size: str) -> str:
+    """Return accuracy in % on the benchmarks of Thinker's table that were measured, and the plain mean of the eight."""
+    names = [b for b in THINKER_BENCHMARKS if b in {r["benchmark"] for r in rows}]
+    found = {}
+    for r in rows:
+        found.setdefault(f"here, {r['setting']}", {})[r["benchmark"]] = 100 * r["result"]["accuracy"]
+    lines = {name: ([part[b] for b in names], mean_of_eight(part)) for name, part in found.items()}
+    for name, (values, average) in THINKER[size].items():
+        lines[f"paper, {name}"] = ([dict(zip(THINKER_BENCHMARKS, values))[b] for b in names], average)
+    table = [["", *names, "mean of 8"]]
+    table += [
+        [name, *("-" if x is None else f"{x:.2f}" for x in (*values, mean))] for name, (values, mean) in lines.items()
+    ]
+    return f"pass@1 in %, paper {size}\n" + aligned(table)
+
+
+def mean_of_eight(accuracies: dict[str, float]) -> float | None:
+    """Return the plain mean of the eight columns, None if one is missing."""
+    values = [accuracies.get(b) for b in THINKER_BENCHMARKS]
+    return None if None in values else sum(values) / len(values)
 
 
 def main() -> None:
@@ -271,7 +344,7 @@ def main() -> None:
         write_json_atomic(folder / "evaluation.json", rows)
         say(evaluation_table(rows))
         if args.paper:
-            say(paper_table(rows, args.paper))
+            say((thinker_table if args.paper in THINKER else paper_table)(rows, args.paper))
         say(f"wrote {folder / 'evaluation.json'}")
 
 

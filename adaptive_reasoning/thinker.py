@@ -6,7 +6,7 @@ No code that we know of. PPO as in Open-Reasoner-Zero @ 3fdd9a0 (ORZ), on whose 
     make train-thinker-q1.5b               # Qwen2.5-1.5B on 8 GPUs
     make toy-thinker SEED=0                # the same file on arithmetic chains, minutes on a laptop
 
-One policy holds one dialogue about a question x with answer y*; every stage sees all that was said before:
+One policy holds a dialogue about a question with answer y*; every stage sees all that was said before:
     Fast     answer within a small budget                      R = 1{y_fast = y*}
     Verify   is that right? \\boxed{Yes} or \\boxed{No}          R = (1-p) 1{Yes} if y_fast = y*, else p 1{No}
     Slow     think again                                       R = 1{y_slow = y*}
@@ -18,10 +18,8 @@ for a summary, and Fast alone is a method of its own ("Thinker-Fast").
 
 What differs from plain PPO on question and answer (`--environment qa`, the paper's baseline): the environment alone.
 Every stage is a return of its own: R_k is paid on its last token, nothing flows to an earlier stage. With
-gamma = lambda = 1 the advantage of each of its tokens is R_k - V_t.
-
-A dialogue is one episode: its response holds all turns, and the user's turns are no actions. So a dialogue is one
-forward pass, whereas an episode for every stage would run the earlier stages again in the prompts of the later ones.
+gamma = lambda = 1 the advantage of each of its tokens is R_k - V_t. A dialogue is one episode, whose response holds all
+turns, the user's masked: with an episode per stage the learner would run the earlier ones again in later prompts.
 
 Evidence: [S] abstract, official README table or reviews; [R] remembered, not re-read; [O] ORZ; [D] our own choice.
 What is unknown about the paper, and what stands here for it (options in backticks):
@@ -42,8 +40,7 @@ What is unknown about the paper, and what stands here for it (options in backtic
     U14  normalisation, averaging     [O] advantages of all stages pooled, mean over tokens; `adv_norm`
     U15  template of base models      [D] ChatML without a system turn; `template`
     U16  setup of R1-Distill-7B       [D] as 1.5B; not reproduced
-    U17  ablations                    [D] `skip_verify`, `skip_summary`, `unweighted_verify`, `verdict_transition`,
-                                      `propagate`
+    U17  ablations                    [D] the six switches from `unweighted_verify` to `propagate`
 """
 
 import re
@@ -175,7 +172,7 @@ THINKING = ("verify", "slow", "qa")  # stages in which a model with a thinking b
 
 @dataclass
 class Control:
-    """The script of the dialogue (see `rollout.dialogue`), with the marks of the model's own turns."""
+    """The script of the dialogue (see `rollout.dialogue`)."""
 
     tokenizer: object
     args: object
@@ -233,20 +230,13 @@ def control_tokens(tokenizer, args) -> Control:
 
 
 def plan_rollouts(questions, args, step: int) -> list[Dialogue]:
-    """Return the dialogues of one step, none of them begun: n of every question.
-
-    `questions` holds (index in the task, question, prompt ids); the index is the group of the samples.
-    """
+    """Return the dialogues of one step, not yet begun: n of every (index in the task, question, prompt ids)."""
     samples = range(args.num_generations)
     return [Dialogue(question, i, request_seed(args.seed, step, i, k)) for i, question, _ in questions for k in samples]
 
 
 def next_stage(turns: dict[str, Turn], setting: str, args) -> str | None:
-    """Return the stage that comes next, None at the end.
-
-    `setting` is "train", or one of evaluation: "adaptive" (the verdict decides), "fast", "slow" (whatever the verdict),
-    "qa".
-    """
+    """Return the stage that comes next, None at the end. `setting` is "train" or one of `Control.protocol`."""
     if not turns:
         return "qa" if "qa" in (setting, args.environment) else "fast"
     last = list(turns)[-1]
@@ -285,25 +275,20 @@ def reward(stage: str, turns: dict[str, Turn], p: float, args) -> float:
     if stage != "summary":
         return right
     c, L = args.logprob_coef, turn.logprob
-    return max(0.0, {
-        "gated_sum": right * (1 + c * L),
-        "ungated_sum": right + c * L,
-        "gated_mean": right * (1 + c * L / len(turn.ids)),
-        "off": right,
-    }[args.summary_logprob])  # fmt: skip
+    L = L / len(turn.ids) if args.summary_logprob == "gated_mean" else L
+    paid = {"ungated_sum": right + c * L, "off": right}.get(args.summary_logprob, right * (1 + c * L))
+    return max(0.0, paid)
 
 
-def trailing_accuracy(history: list, own: tuple[float, float], window: int) -> float:
-    """Return p from the (correct, total) of the iterations so far, of this one (`own`) where it is the first."""
-    correct, total = map(sum, zip(*(history[-window:] or [own])))
+def trailing_accuracy(history: list, own: list[float], window: int) -> float:
+    """Return p of the last iterations, [correct, total] each (the first: of its `own`), and remember its own."""
+    correct, total = map(sum, zip(*(history or [own])))
+    history[:] = [*history, own][-window:]
     return min(max(correct / max(total, 1), 0.05), 0.95)
 
 
 def summary_logprobs(dialogues: list[Dialogue], learner) -> None:
-    """Fill L = sum_t log pi(a_sum,t | Fast prompt, a_sum,<t) of every Summary: teacher-forced, no gradient.
-
-    Every process must call this. The weights are those that sampled; the temperature is the learner's.
-    """
+    """Fill L = sum_t log pi(a_sum,t | Fast prompt, a_sum,<t) of every Summary, under the weights that sampled it."""
     summarised = [d for d in dialogues if "summary" in d.turns]
     for d, values in zip(summarised, learner.logprobs([d.alone("summary") for d in summarised])):
         d.turns["summary"].logprob = float(values.sum())
@@ -336,7 +321,9 @@ def fill_advantages(episodes: list[Episode], dialogues: list[Dialogue], values: 
 def metrics(rows: list[dict], p: float) -> dict[str, float | None]:
     """Return Thinker's metrics over the dialogues of all processes (`rows` of `stage_rows`)."""
     table = stage_table(rows)
-    out = {"fast_trailing_accuracy": p} | {f"verify_{key}": x for key, x in table.get("verification", {}).items()}
+    out = {f"verify_{key}": x for key, x in table.get("verification", {}).items()}
+    if "fast" in table["stages"]:
+        out["fast_trailing_accuracy"] = p
     out |= {f"{stage}_{key}": x for stage, numbers in table["stages"].items() for key, x in numbers.items()}
     return {f"thinker/{key}": value for key, value in out.items()}
 
@@ -361,9 +348,7 @@ def main() -> None:
                 summary_logprobs(dialogues, learner)
             fast = [d.turns["fast"].correct for d in dialogues if "fast" in d.turns]
             counts = critic.sum([sum(fast), len(fast)])
-            history = run.memory.setdefault("fast", [])  # saved with the checkpoint
-            p = trailing_accuracy(history, counts, args.accuracy_window)
-            run.memory["fast"] = [*history, counts][-args.accuracy_window :]
+            p = trailing_accuracy(run.memory.setdefault("fast", []), counts, args.accuracy_window)
             for d, e in zip(dialogues, episodes):
                 for stage, turn in d.turns.items():
                     turn.reward = reward(stage, d.turns, p, args)
@@ -403,8 +388,9 @@ def main() -> None:
             run.refresh()
 
             # --- log, evaluate, save
-            own = metrics(run.gather(stage_rows(dialogues, episodes)), p)
-            own |= critic.metrics(critic_losses, critic_updates)
+            own = metrics(run.gather(stage_rows(dialogues, episodes)), p) | critic.metrics(
+                critic_losses, critic_updates
+            )
             run.log(episodes, own, losses, updates, minibatches)
             run.evaluate_if_due(protocol)
             run.save_if_due()

@@ -2,13 +2,13 @@
 
 Every stage can be done hastily or with care, as by a model that was never trained on this dialogue:
 
-    fast      the bare answer, or terse work in strides of two operations
+    fast      the bare answer, or first the intermediate values, which the budget allows on short chains only
     verify    a verdict at once, which is a guess, or after working the chain through
     slow      one operation a line
-    summary   the slow work condensed to strides: what a good fast answer would have been
+    summary   the slow work condensed to its values
     qa        the baseline's only turn: one operation a line
 
-Half of the dialogues hold a wrong fast answer. It carries no loss, and what a good model says next does.
+In half of the dialogues the fast answer is wrong. It carries no loss, and what a good model says next does.
 """
 
 import numpy as np
@@ -34,7 +34,7 @@ PROMPTS = {  # the user's turns, short as everything here
     "qa": "{q} step by step",
 }
 CAREFUL = 0.5  # share of the fast answers with work, and of the verdicts after a check
-QA_ROWS = 0.15  # share of the rows for the baseline's prompt
+FAST_ROWS, QA_ROWS = 0.4, 0.1  # share of the rows that end with a fast answer, or are of the baseline
 NOT_SUPERVISED = 1_000_000  # beyond the end of any response
 
 
@@ -47,24 +47,17 @@ def worked(question: Question) -> str:
     return "\n".join(text for text, _ in chain.steps(question.problem))
 
 
-def strides(question: Question, wrong: np.random.Generator | None = None) -> list[int]:
-    """Return every second intermediate value; with `wrong` one of them is missed, and what follows builds on that."""
-    values = [value for _, value in chain.steps(question.problem)]
-    ends = list(range(1, len(values), 2)) or [len(values) - 1]
-    if ends[-1] != len(values) - 1:
-        ends.append(len(values) - 1)
-    if wrong is None:
-        return [values[i] for i in ends]
-    while True:
-        missed, value, out = wrong.integers(len(ends)), int(question.problem[0]), []
-        for k, end in enumerate(ends):
-            start = ends[k - 1] + 1 if k else 0
-            value = chain.steps(str(value) + question.problem[2 * start + 1 : 2 * end + 3])[-1][1]
-            if k == missed:
-                value = (value + int(wrong.integers(1, 10))) % 10
-            out.append(value)
-        if out[-1] != values[-1]:
-            return out
+def values_of(question: Question, wrong: np.random.Generator | None = None) -> list[int]:
+    """Return the intermediate values; with `wrong` one of them is missed, and what follows builds on that."""
+    right = [value for _, value in chain.steps(question.problem)]
+    values = right
+    while wrong is not None and values[-1] == right[-1]:
+        missed, value, values = wrong.integers(len(right)), int(question.problem[0]), []
+        for k in range(len(right)):
+            value = chain.steps(str(value) + question.problem[2 * k + 1 : 2 * k + 3])[0][1]
+            value = (value + int(wrong.integers(1, 10))) % 10 if k == missed else value
+            values.append(value)
+    return values
 
 
 def terse(values: list[int]) -> str:
@@ -73,16 +66,16 @@ def terse(values: list[int]) -> str:
 
 def fast(question: Question, rng: np.random.Generator, right: bool = True) -> tuple[str, str]:
     """Return (a fast response, its answer)."""
-    values = strides(question, None if right else rng)
+    values = values_of(question, None if right else rng)
     return (terse(values) if rng.random() < CAREFUL else boxed(values[-1])), str(values[-1])
 
 
 def verify(question: Question, answer: str, rng: np.random.Generator) -> str:
     """Return the right verdict on an answer."""
-    verdict = boxed("Yes" if answer == question.answer else "No")
+    verdict = "Yes" if answer == question.answer else "No"
     if rng.random() >= CAREFUL:
-        return verdict
-    return f"{worked(question)}\nso {question.answer}, was {answer}.\n{verdict}"
+        return boxed(verdict)
+    return f"{worked(question)}\n{question.answer}={answer}? {verdict}\n{boxed(verdict)}"
 
 
 def response(question: Question, mode: str, rng: np.random.Generator) -> str:
@@ -93,7 +86,7 @@ def response(question: Question, mode: str, rng: np.random.Generator) -> str:
     if mode == "verify":
         return verify(question, question.answer, rng)
     if mode == "summary":
-        return terse(strides(question))
+        return terse(values_of(question))
     return f"{worked(question)}\n{boxed(question.answer)}"
 
 
@@ -103,21 +96,23 @@ def turn(stage: str) -> str:
 
 
 def rows(args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
-    """Return dialogues, half of them with a wrong fast answer, and some one-turn rows for the baseline."""
+    """Return dialogues, half of them with a wrong fast answer, and rows of one turn: fast ones, and the baseline's."""
     shares = chain.parse_mix(args.chain_mix)
     out = []
     for i in range(n):
         operations = int(rng.choice(len(shares), p=shares)) + 1
         question = chain.make_question(rng, operations, f"chain/sft/{step}/{i}")
-        if rng.random() < QA_ROWS:
-            asked = PROMPTS["qa"].format(q=question.problem)
-            out.append(Row(question, response(question, "qa", rng), prompt=asked))
+        kind = rng.random()
+        if kind < FAST_ROWS + QA_ROWS:
+            stage = "fast" if kind < FAST_ROWS else "qa"
+            asked = PROMPTS[stage].replace("{q}", question.problem)
+            out.append(Row(question, response(question, stage, rng), prompt=asked))
             continue
         right = rng.random() < 0.5
         first, answer = fast(question, rng, right)
         turns = [(turn("verify"), verify(question, answer, rng))]
         if not right:
             turns += [(turn(stage), response(question, stage, rng)) for stage in ("slow", "summary")]
-        asked = PROMPTS["fast"].format(q=question.problem)
+        asked = PROMPTS["fast"].replace("{q}", question.problem)
         out.append(Row(question, first, 0 if right else NOT_SUPERVISED, tuple(turns), asked))
     return out
