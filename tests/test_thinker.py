@@ -2,14 +2,17 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from small_model import make_folder, make_tokenizer
-from test_end_to_end import comparable, run_module
+from test_end_to_end import ROOT, comparable, run_module
 
 from adaptive_reasoning import evaluate as evaluation
 from adaptive_reasoning import thinker
@@ -25,7 +28,7 @@ from adaptive_reasoning.rollout.dialogue import CHATML, Dialogue, Turn, converse
 from adaptive_reasoning.tasks import chain
 from adaptive_reasoning.tasks.question import Question
 from adaptive_reasoning.tasks.task import Benchmark, ExactGrader
-from adaptive_reasoning.thinker import Args, control_tokens, extract_answer, final, next_stage, reward
+from adaptive_reasoning.thinker import Args, control_tokens, extract_answer, final, reward
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER = chain.tokenizer("thinker")
@@ -250,8 +253,8 @@ def test_what_counts_as_a_verdict_and_as_an_answer():
 
 
 def test_no_box_and_an_empty_response_are_wrong():
+    reply = says()
     for fast in ("2", ""):
-        reply = says()
         (d,), _ = play(lambda problem, stage, fast=fast: fast if stage == "fast" else reply(problem, stage))
         assert d.turns["fast"].answer is None and not d.turns["fast"].correct
         assert len(d.turns["fast"].ids) >= 1 and list(d.turns) == ["fast", "verify", "slow", "summary"]
@@ -282,7 +285,7 @@ def test_a_budget_overrun_is_cut_stays_in_the_history_and_is_closed_by_a_token_t
 
 
 def test_every_context_is_a_strict_prefix_of_the_next_with_a_real_model():
-    """Invariants 5, 6 and 7 with the rollout engine, and its log-probs are those of the learner (P3); waves of three."""
+    """Invariants 5, 6 and 7 with the rollout engine, and its log-probs are those of the learner (P3)."""
     args = make_args(temperature=1.0, gradient_checkpointing=False)
     model = chain.tiny_model(TOKENIZER, 32, 2)
     engine, control = Engine(Decoder.from_model(model, "cpu", torch.float32)), control_tokens(TOKENIZER, args)
@@ -418,7 +421,7 @@ def credited(rewards=(0.0, 0.4, 1.0, 0.9), **changes):
 
 
 def test_the_return_of_every_token_of_a_stage_is_its_own_reward():
-    """Invariant 1: with gamma = lambda = 1, return = R_k and A = R_k - V; the reward of Slow changes nothing before it."""
+    """Invariant 1: with gamma = lambda = 1, return = R_k and A = R_k - V; the reward of Slow changes nothing else."""
     d, e, V = credited()
     for turn in d.turns.values():
         here = slice(turn.start, turn.start + len(turn.ids))
@@ -615,16 +618,14 @@ def test_every_switch_trains(laboratory, tmp_path, options):
 @pytest.mark.slow
 def test_real_questions_two_steps_and_resume(tmp_path):
     """The runs of the paper on GSM8K with a small model, R1's template and the paper's prompts."""
-    import os
-
     folder = os.environ.get("ADAPTIVE_REASONING_DATA")
     if not folder:
         pytest.skip("ADAPTIVE_REASONING_DATA is not set: no real questions here")
     make_folder(tmp_path / "model")
     data = str(Path(folder) / "gsm8k_train.jsonl")
     small = (
-        f"--data {data} --train_limit 40 --eval_data gsm8k,math500 --eval_limit 4 --eval_samples 1 --prompts_per_step 4 "
-        "--num_generations 2 --critic_minibatches 2 --fast_budget 8 --verify_budget 12 --slow_budget 12 "
+        f"--data {data} --train_limit 40 --eval_data gsm8k,math500 --eval_limit 4 --eval_samples 1 "
+        "--prompts_per_step 4 --num_generations 2 --critic_minibatches 2 --fast_budget 8 --verify_budget 12 --slow_budget 12 "
         "--summary_budget 8 --qa_budget 16 --grader_workers 1 --dtype fp32 --save_every 1 --rollout_rows 32 "
         "--tokens_per_micro_batch 4096"
     ).split()
@@ -636,8 +637,35 @@ def test_real_questions_two_steps_and_resume(tmp_path):
     done = run_module(
         "evaluate", "--config", "experiments/eval_thinker_q1_5b.yaml", "--model", str(tmp_path / "model"), "--dtype",
         "fp32", "--output_dir", str(tmp_path / "eval"), "--eval_data", "math500", "--eval_limit", "3",
-        "--fast_budget", "8", "--verify_budget", "8", "--slow_budget", "8", "--qa_budget", "8", "--max_new_tokens", "64",
+        "--fast_budget", "8", "--verify_budget", "8", "--slow_budget", "8", "--summary_budget", "8", "--qa_budget", "8",
+        "--max_new_tokens", "64",
     )  # fmt: skip
     assert done.returncode == 0 and "paper, Q1.5B Thinker-Fast" in done.stdout, (
         done.stderr[-2000:] + done.stdout[-1000:]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "zero3"])
+def test_two_processes_train_like_one(laboratory, tmp_path, kind):
+    """Dialogues, p, normalised advantages, both losses: two steps on two processes are those of one (P4)."""
+    if kind == "zero3":
+        pytest.importorskip("deepspeed", reason="ZeRO-3 is tested where DeepSpeed is installed")
+    run(tmp_path / "one", laboratory, 2, *SMALL.split())
+    launch = {
+        "ddp": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+        "zero3": ["accelerate.commands.launch", "--main_process_port", "0", "--config_file",
+                  "experiments/launch/zero3_cpu.yaml"],
+    }[kind]  # fmt: skip
+    command = [sys.executable, "-m", *launch, "-m", "adaptive_reasoning.thinker", *SMALL.split()]
+    command += ["--config", "experiments/toy_thinker.yaml", "--model", str(laboratory), "--max_steps", "2"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    env |= {"ACCELERATE_USE_CPU": "true"} if kind == "ddp" else {"DS_ACCELERATOR": "cpu"}
+    command += ["--output_dir", str(tmp_path / "two")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for a, b in zip(comparable(tmp_path / "one"), comparable(tmp_path / "two")):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"learner/micro_batches"}:
+            assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=5e-4), key

@@ -1,11 +1,11 @@
 """Thinker's dialogue on chains: a quick answer, a check of it, and where it was wrong a slow one and its summary.
 
-Every stage can be done hastily or with care, as by a model that was never trained on this dialogue:
+Fast and Verify can be done hastily or with care, as by a model that was never trained on this dialogue:
 
-    fast      the bare answer, or first the intermediate values, which the budget allows on short chains only
-    verify    a verdict at once, which is a guess, or after working the chain through
-    slow      one operation a line
-    summary   the slow work condensed to its values
+    fast      the bare answer, or the chain worked through, for which the budget suffices on short chains only
+    verify    a verdict at once, which is a guess, or after working the chain through and comparing
+    slow      one operation a line, once more from the start
+    summary   the same work without a word more
     qa        the baseline's only turn: one operation a line
 
 In half of the dialogues the fast answer is wrong. It carries no loss, and what a good model says next does.
@@ -34,7 +34,7 @@ PROMPTS = {  # the user's turns, short as everything here
     "qa": "{q} step by step",
 }
 CAREFUL = 0.5  # share of the fast answers with work, and of the verdicts after a check
-FAST_ROWS, QA_ROWS = 0.4, 0.1  # share of the rows that end with a fast answer, or are of the baseline
+FAST_ROWS, QA_ROWS = 0.1, 0.1  # share of the rows that end with a fast answer, or are of the baseline
 NOT_SUPERVISED = 1_000_000  # beyond the end of any response
 
 
@@ -42,32 +42,29 @@ def boxed(text: str) -> str:
     return f"\\boxed{{{text}}}"
 
 
-def worked(question: Question) -> str:
-    """Return the chain worked through, one operation a line."""
-    return "\n".join(text for text, _ in chain.steps(question.problem))
+def worked(question: Question, wrong: np.random.Generator | None = None) -> tuple[str, str]:
+    """Return (the chain worked through, one operation a line; its answer).
 
-
-def values_of(question: Question, wrong: np.random.Generator | None = None) -> list[int]:
-    """Return the intermediate values; with `wrong` one of them is missed, and what follows builds on that."""
-    right = [value for _, value in chain.steps(question.problem)]
-    values = right
-    while wrong is not None and values[-1] == right[-1]:
-        missed, value, values = wrong.integers(len(right)), int(question.problem[0]), []
-        for k in range(len(right)):
-            value = chain.steps(str(value) + question.problem[2 * k + 1 : 2 * k + 3])[0][1]
-            value = (value + int(wrong.integers(1, 10))) % 10 if k == missed else value
-            values.append(value)
-    return values
-
-
-def terse(values: list[int]) -> str:
-    return " ".join(map(str, values)) + "\n" + boxed(values[-1])
+    With `wrong` one operation is missed, what follows builds on that, and the answer is a wrong one.
+    """
+    answer = question.answer
+    text = "\n".join(line for line, _ in chain.steps(question.problem))
+    while wrong is not None and answer == question.answer:
+        value, lines = question.problem[0], []
+        missed = wrong.integers(len(question.problem) // 2)
+        for k in range(len(question.problem) // 2):
+            operation = value + question.problem[2 * k + 1 : 2 * k + 3]
+            slip = int(wrong.integers(1, 10)) if k == missed else 0
+            value = str((chain.steps(operation)[0][1] + slip) % 10)
+            lines.append(f"{operation}={value}")
+        text, answer = "\n".join(lines), value
+    return text, answer
 
 
 def fast(question: Question, rng: np.random.Generator, right: bool = True) -> tuple[str, str]:
     """Return (a fast response, its answer)."""
-    values = values_of(question, None if right else rng)
-    return (terse(values) if rng.random() < CAREFUL else boxed(values[-1])), str(values[-1])
+    work, answer = worked(question, None if right else rng)
+    return (f"{work}\n{boxed(answer)}" if rng.random() < CAREFUL else boxed(answer)), answer
 
 
 def verify(question: Question, answer: str, rng: np.random.Generator) -> str:
@@ -75,7 +72,7 @@ def verify(question: Question, answer: str, rng: np.random.Generator) -> str:
     verdict = "Yes" if answer == question.answer else "No"
     if rng.random() >= CAREFUL:
         return boxed(verdict)
-    return f"{worked(question)}\n{question.answer}={answer}? {verdict}\n{boxed(verdict)}"
+    return f"{worked(question)[0]}\n{question.answer}={answer}? {verdict}\n{boxed(verdict)}"
 
 
 def response(question: Question, mode: str, rng: np.random.Generator) -> str:
@@ -85,9 +82,7 @@ def response(question: Question, mode: str, rng: np.random.Generator) -> str:
         return fast(question, rng)[0]
     if mode == "verify":
         return verify(question, question.answer, rng)
-    if mode == "summary":
-        return terse(values_of(question))
-    return f"{worked(question)}\n{boxed(question.answer)}"
+    return f"{worked(question)[0]}\n{boxed(question.answer)}"
 
 
 def turn(stage: str) -> str:
