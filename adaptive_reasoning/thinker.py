@@ -312,9 +312,9 @@ def fill_advantages(episodes: list[Episode], dialogues: list[Dialogue], values: 
     for mask in alike[args.adv_norm]:
         A[mask] = normalise(A[mask], total).float()
     for e, v, a, ret in zip(episodes, values, A, returns):
-        n, blank = e.num_actions, torch.zeros(len(e.response_ids))
-        e.info |= {"values": v, "returns": blank.masked_scatter(e.action_mask, ret[:n])}
-        e.info["advantages"] = blank.masked_scatter(e.action_mask, a[:n])
+        n, m = e.num_actions, e.action_mask
+        back = [torch.zeros(len(m)).masked_scatter(m, x[:n]) for x in (ret, a)]
+        e.info |= {"values": v, "returns": back[0], "advantages": back[1]}
         e.advantage = float(a[:n].mean())
 
 

@@ -625,9 +625,9 @@ def test_real_questions_two_steps_and_resume(tmp_path):
     data = str(Path(folder) / "gsm8k_train.jsonl")
     small = (
         f"--data {data} --train_limit 40 --eval_data gsm8k,math500 --eval_limit 4 --eval_samples 1 "
-        "--prompts_per_step 4 --num_generations 2 --critic_minibatches 2 --fast_budget 8 --verify_budget 12 --slow_budget 12 "
-        "--summary_budget 8 --qa_budget 16 --grader_workers 1 --dtype fp32 --save_every 1 --rollout_rows 32 "
-        "--tokens_per_micro_batch 4096"
+        "--prompts_per_step 4 --num_generations 2 --critic_minibatches 2 --fast_budget 8 --verify_budget 12 "
+        "--slow_budget 12 --summary_budget 8 --qa_budget 16 --grader_workers 1 --dtype fp32 --save_every 1 "
+        "--rollout_rows 32 --tokens_per_micro_batch 4096"
     ).split()
     for config in ("thinker_q1_5b", "thinker_r1_5b", "thinker_r7b"):
         run(tmp_path / config, tmp_path / "model", 1, *small, config=config)
