@@ -322,8 +322,7 @@ def metrics(rows: list[dict], p: float) -> dict[str, float | None]:
     """Return Thinker's metrics over the dialogues of all processes (`rows` of `stage_rows`)."""
     table = stage_table(rows)
     out = {f"verify_{key}": x for key, x in table.get("verification", {}).items()}
-    if "fast" in table["stages"]:
-        out["fast_trailing_accuracy"] = p
+    out["fast_trailing_accuracy"] = p if "fast" in table["stages"] else None
     out |= {f"{stage}_{key}": x for stage, numbers in table["stages"].items() for key, x in numbers.items()}
     return {f"thinker/{key}": value for key, value in out.items()}
 

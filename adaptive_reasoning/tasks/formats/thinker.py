@@ -9,6 +9,9 @@ Fast and Verify can be done hastily or with care, as by a model that was never t
     qa        the baseline's only turn: one operation a line
 
 In half of the dialogues the fast answer is wrong. It carries no loss, and what a good model says next does.
+
+Before the dialogues, in the first part of the cold start, come drills: chains in the baseline's one turn, and comparing
+digits. They stand for what a pretrained model knows; a fresh one that meets everything at once learns neither.
 """
 
 import numpy as np
@@ -34,7 +37,9 @@ PROMPTS = {  # the user's turns, short as everything here
     "qa": "{q} step by step",
 }
 CAREFUL = 0.5  # share of the fast answers with work, and of the verdicts after a check
-FAST_ROWS, QA_ROWS = 0.1, 0.1  # share of the rows that end with a fast answer, or are of the baseline
+DRILLS = 0.55  # first part of the cold start: drills alone
+FAST_ROWS, QA_ROWS = 0.1, 0.15  # after it: share of the rows that end with a fast answer, or are of the baseline
+COMPARISONS = 5  # in a row of that drill: a fifth of the drills, the others are chains
 NOT_SUPERVISED = 1_000_000  # beyond the end of any response
 
 
@@ -90,24 +95,35 @@ def turn(stage: str) -> str:
     return f"{USER}{PROMPTS[stage]}{ASSISTANT}"
 
 
+def comparing(question: Question, rng: np.random.Generator) -> Row:
+    """Return a row that compares digits in the words of a careful verdict, half of them equal."""
+    left, other = rng.integers(0, 10, COMPARISONS), rng.integers(1, 10, COMPARISONS)
+    pairs = [(a, a if rng.random() < 0.5 else (a + slip) % 10) for a, slip in zip(left, other)]
+    return Row(question, "\n".join(f"{a}={b}? {'Yes' if a == b else 'No'}" for a, b in pairs), prompt="compare")
+
+
 def rows(args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
-    """Return dialogues, half of them with a wrong fast answer, and rows of one turn: fast ones, and the baseline's."""
+    """Return drills in the first part of the cold start; then dialogues, half of them with a wrong fast answer, beside
+    some rows of one turn."""
     shares = chain.parse_mix(args.chain_mix)
+    drills = step <= DRILLS * args.max_steps
     out = []
     for i in range(n):
         operations = int(rng.choice(len(shares), p=shares)) + 1
         question = chain.make_question(rng, operations, f"chain/sft/{step}/{i}")
         kind = rng.random()
-        if kind < FAST_ROWS + QA_ROWS:
-            stage = "fast" if kind < FAST_ROWS else "qa"
+        if drills and kind < 0.2:
+            out.append(comparing(question, rng))
+        elif drills or kind < FAST_ROWS + QA_ROWS:
+            stage = "qa" if drills or kind < QA_ROWS else "fast"
             asked = PROMPTS[stage].replace("{q}", question.problem)
             out.append(Row(question, response(question, stage, rng), prompt=asked))
-            continue
-        right = rng.random() < 0.5
-        first, answer = fast(question, rng, right)
-        turns = [(turn("verify"), verify(question, answer, rng))]
-        if not right:
-            turns += [(turn(stage), response(question, stage, rng)) for stage in ("slow", "summary")]
-        asked = PROMPTS["fast"].replace("{q}", question.problem)
-        out.append(Row(question, first, 0 if right else NOT_SUPERVISED, tuple(turns), asked))
+        else:
+            right = rng.random() < 0.5
+            first, answer = fast(question, rng, right)
+            turns = [(turn("verify"), verify(question, answer, rng))]
+            if not right:
+                turns += [(turn(stage), response(question, stage, rng)) for stage in ("slow", "summary")]
+            asked = PROMPTS["fast"].replace("{q}", question.problem)
+            out.append(Row(question, first, 0 if right else NOT_SUPERVISED, tuple(turns), asked))
     return out
