@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from small_model import make_folder, make_tokenizer
@@ -25,7 +26,9 @@ from adaptive_reasoning.report.files import read_jsonl
 from adaptive_reasoning.report.stages import stage_rows, stage_table, verification
 from adaptive_reasoning.rollout import Completion, Decoder, Engine, Sampling
 from adaptive_reasoning.rollout.dialogue import CHATML, Dialogue, Turn, converse, turn_marks
+from adaptive_reasoning.sft import episodes_of
 from adaptive_reasoning.tasks import chain
+from adaptive_reasoning.tasks.formats import thinker as chain_format
 from adaptive_reasoning.tasks.question import Question
 from adaptive_reasoning.tasks.task import Benchmark, ExactGrader
 from adaptive_reasoning.thinker import Args, control_tokens, extract_answer, final, reward
@@ -525,6 +528,34 @@ def test_evaluation_holds_dialogues():
     assert got["fast"]["accuracy"] == 0.75 and got["slow"]["modes"]["slow"]["share"] == 1
     assert got["qa"]["modes"]["qa"]["share"] == 1 and result["mean_tokens"] > got["fast"]["mean_tokens"]
     assert samples[0]["response"].startswith("[qa] ") and len(samples) == 8
+
+
+def test_rows_of_the_cold_start():
+    """Wrong fast answers carry no loss, verdicts are right, and what a model should learn to fit fits the budgets."""
+    args = SimpleNamespace(chain_mix="0.3,0.3,0.2,0.2", max_steps=100)
+    control = control_tokens(TOKENIZER, make_args(fast_budget=20, max_new_tokens=200))
+    assert {r.prompt.split()[-1] for r in chain_format.rows(args, np.random.default_rng(0), 99, 1)} == {
+        "step",
+        "compare",
+    }
+    rows = chain_format.rows(args, np.random.default_rng(0), 300, 100)
+    kinds = set()
+    for row, e in zip(rows, episodes_of(rows, TOKENIZER, 512)):
+        if not row.turns:
+            continue
+        answer = extract_answer("fast", row.response)
+        right = answer == row.question.answer
+        verdict = extract_answer("verify", row.turns[0][1])
+        kinds.add((right, verdict, len(row.turns)))
+        n = len(TOKENIZER(row.response)["input_ids"]) + 1
+        assert e.action_mask[:n].all() if right else not e.action_mask[:n].any()
+        fits = int(row.question.difficulty) <= 2 or "\n" not in row.response
+        assert (n <= control.budget("fast")) == fits
+        # The dialogue is the one that training builds: turn by turn, with the same tokens between.
+        text = TOKENIZER.decode([*e.prompt_ids, *e.response_ids])
+        assert TOKENIZER.decode(control.ids("fast", row.question.problem)) + row.response + "<|end|>" in text
+        assert TOKENIZER.decode(control.ids("verify", None)) in text
+    assert kinds == {(True, "yes", 1), (False, "no", 3)}
 
 
 # --- marks of a turn

@@ -39,7 +39,7 @@ PROMPTS = {  # the user's turns, short as everything here
 CAREFUL = 0.5  # share of the fast answers with work, and of the verdicts after a check
 DRILLS = 0.55  # first part of the cold start: drills alone
 FAST_ROWS, QA_ROWS = 0.1, 0.15  # after it: share of the rows that end with a fast answer, or are of the baseline
-COMPARISONS = 5  # in a row of that drill: a fifth of the drills, the others are chains
+COMPARING, COMPARISONS = 0.2, 5  # share of the drills that compare digits, and pairs in a row of them
 NOT_SUPERVISED = 1_000_000  # beyond the end of any response
 
 
@@ -112,7 +112,7 @@ def rows(args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
         operations = int(rng.choice(len(shares), p=shares)) + 1
         question = chain.make_question(rng, operations, f"chain/sft/{step}/{i}")
         kind = rng.random()
-        if drills and kind < 0.2:
+        if drills and kind < COMPARING:
             out.append(comparing(question, rng))
         elif drills or kind < FAST_ROWS + QA_ROWS:
             stage = "qa" if drills or kind < QA_ROWS else "fast"
