@@ -328,7 +328,6 @@ THINKER = {
         "Mean of the shares of right verdicts on right and on wrong Fast answers; 0.5 for a guess.",
         "share",
         "towards 1",
-        "verify",
     ),
     "thinker/verify_yes_when_right": Metric("Share of Yes among the verdicts on right Fast answers.", "share", "1"),
     "thinker/verify_no_when_right": Metric("Share of No among the verdicts on right Fast answers.", "share", "0"),
