@@ -73,7 +73,10 @@ def evaluate(
         )
         if accelerator:
             rows = [row for part in all_gather(accelerator, rows) for row in part]
-        return summarise(rows, protocol.modes) | stage_table(rows), samples
+        result = summarise(rows, protocol.modes) | stage_table(rows)
+        for level, part in result["by_difficulty"].items():
+            part |= stage_table([row for row in rows if row["difficulty"] == level])
+        return result, samples
     requests = [
         Request(
             prompts.render(tokenizer, q.problem),

@@ -524,6 +524,8 @@ def test_evaluation_holds_dialogues():
     result = got["adaptive"]
     assert result["accuracy"] == 1 and result["modes"]["slow"]["share"] == 0.25
     assert result["by_difficulty"]["2"]["modes"] == {"fast": 0.5, "slow": 0.5, "qa": 0}
+    assert result["by_difficulty"]["2"]["stages"]["slow"]["share"] == 0.5
+    assert result["by_difficulty"]["1"]["verification"]["yes_when_right"] == 1
     assert result["verification"]["balanced_accuracy"] == 1 and result["stages"]["slow"]["share"] == 0.25
     assert got["fast"]["accuracy"] == 0.75 and got["slow"]["modes"]["slow"]["share"] == 1
     assert got["qa"]["modes"]["qa"]["share"] == 1 and result["mean_tokens"] > got["fast"]["mean_tokens"]
