@@ -43,6 +43,11 @@ class Episode:
         """Response tokens, the forced first token and EOS included: the length every table reports."""
         return len(self.response_ids)
 
+    @property
+    def num_actions(self) -> int:
+        """Tokens that the policy chose: without user turns and what a budget forced."""
+        return int(self.action_mask.sum())
+
 
 def by_group(episodes: list[Episode]) -> list[list[Episode]]:
     """Return the episodes of each question, in order of their first sample. A question's samples are on one process."""
@@ -71,7 +76,7 @@ def sample_row(e: Episode, step: int, split: str) -> dict:
         "answer": e.question.answer,
         "response": e.text,
         "reward": e.reward,
-        "tokens": e.num_tokens,
+        "tokens": e.num_actions,
         "finish_reason": e.finish_reason,
         "advantage": e.advantage,
     }

@@ -23,10 +23,12 @@ from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.runtime import all_gather, make_accelerator
 from adaptive_reasoning.options import RunArgs, parse_args
-from adaptive_reasoning.report.arm import ARM, arm_table
-from adaptive_reasoning.report.console import aligned, evaluation_table, say
+from adaptive_reasoning.report.console import evaluation_table, say
 from adaptive_reasoning.report.files import append_jsonl, write_json_atomic, write_text_atomic
+from adaptive_reasoning.report.papers import PAPERS
+from adaptive_reasoning.report.stages import stage_rows, stage_table
 from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling, request_seed
+from adaptive_reasoning.rollout.dialogue import Dialogue, converse
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.sandbox import executed
 from adaptive_reasoning.tasks.task import Benchmark, load_task
@@ -46,6 +48,7 @@ class Protocol:
     modes: all modes, in the order of the tables.
     check: check(answer, gold) -> bool, a function of a module that a grader process can import; None: `same_answer`.
     consensus: settings whose answers have to agree, and behind them the one to fall back on; empty: no such setting.
+    script: of dialogues (`rollout.dialogue`): they are held in place of single responses, and mode_of gets their turns.
     """
 
     settings: dict[str, tuple[tuple[int, float], ...]]
@@ -54,6 +57,7 @@ class Protocol:
     modes: tuple[str, ...]
     check: Callable[[str, str], bool] | None = None
     consensus: tuple[str, ...] = ()
+    script: object = None
 
 
 def evaluate(
@@ -72,6 +76,16 @@ def evaluate(
     """
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     jobs = [(i, q, k) for i, q in enumerate(benchmark.questions) for k in range(benchmark.samples)][rank::ranks]
+    if protocol.script is not None:
+        rows, samples = hold_dialogues(
+            engine, grader, benchmark.name, jobs, protocol, setting, args, progress if rank == 0 else ""
+        )
+        if accelerator:
+            rows = [row for part in all_gather(accelerator, rows) for row in part]
+        result = summarise(rows, protocol.modes) | stage_table(rows)
+        for level, part in result["by_difficulty"].items():
+            part |= stage_table([row for row in rows if row["difficulty"] == level])
+        return result, samples
     requests = [
         Request(
             prompts.render(tokenizer, q.problem),
@@ -140,6 +154,26 @@ def evaluate(
     return summarise(rows, protocol.modes), samples
 
 
+def hold_dialogues(
+    engine, grader, benchmark: str, jobs: list, protocol: Protocol, setting: str, args, progress: str
+) -> tuple[list[dict], list[dict]]:
+    """Hold a dialogue for every job instead of sampling one response; return what `evaluate` makes of responses."""
+    dialogues = [Dialogue(q, i, request_seed(args.seed, EVAL_STREAM, i, k)) for i, q, k in jobs]
+    converse(engine, grader, dialogues, protocol.script, Sampling(args.temperature, args.eval_top_p), setting, progress)
+    rows = stage_rows(dialogues)
+    for row, d in zip(rows, dialogues):
+        mode = protocol.mode_of(d.turns)
+        row |= {"question": d.group, "mode": mode, "difficulty": d.question.difficulty, "tokens": d.num_tokens}
+        row["correct"] = d.turns[mode].correct
+    samples = []
+    for row, d in list(zip(rows, dialogues))[:: max(1, len(jobs) // KEPT_SAMPLES)]:
+        samples.append({"setting": setting, "benchmark": benchmark, "mode": row["mode"]})
+        samples[-1] |= {"difficulty": row["difficulty"], "problem": d.question.problem, "answer": d.question.answer}
+        samples[-1] |= {"response": d.text, "reward": float(row["correct"]), "tokens": row["tokens"]}
+        samples[-1] |= {"finish_reason": "length" if d.cut else "stop"}
+    return rows, samples
+
+
 def summarise(rows: list[dict], modes: tuple[str, ...]) -> dict:
     """Return the result of graded responses: rows with mode, difficulty, correct and tokens.
 
@@ -171,27 +205,12 @@ def summarise(rows: list[dict], modes: tuple[str, ...]) -> dict:
     }
 
 
-# Published rows (accuracy in %, mean tokens, share of NoThinking in %): AdaptThink, Table 1, arXiv 2505.13417.
-PAPER = {
-    "1.5b": {
-        "original, always think": {"gsm8k": (79.0, 978, 0), "math500": (80.6, 4887, 0), "aime24": (29.4, 12073, 0)},
-        "original, never think": {"gsm8k": (69.8, 280, 100), "math500": (67.2, 658, 100), "aime24": (14.0, 2190, 100)},
-        "AdaptThink": {"gsm8k": (83.1, 480, 86.9), "math500": (82.0, 1782, 76.8), "aime24": (31.0, 6679, 40.4)},
-    },
-    "7b": {
-        "original, always think": {"gsm8k": (87.9, 682, 0), "math500": (90.2, 3674, 0), "aime24": (53.5, 10306, 0)},
-        "original, never think": {"gsm8k": (85.1, 283, 100), "math500": (80.6, 697, 100), "aime24": (24.2, 1929, 100)},
-        "AdaptThink": {"gsm8k": (91.0, 309, 99.6), "math500": (92.0, 1875, 76.6), "aime24": (55.6, 8599, 6.3)},
-    },
-}
-
-
 @dataclass
 class Args(RunArgs):
     """Options of a stand-alone evaluation."""
 
     algorithm: str = "adaptthink"
-    """Whose control tokens, answer format and settings are used: adaptthink, grpo or ada_grpo (the same two)."""
+    """Whose control tokens, answer format and settings are used: adaptthink, grpo, ada_grpo, degrpo or thinker."""
     settings: str = ""
     """Settings to measure, comma separated; empty: all that the algorithm has."""
     maj_k: int = 0
@@ -201,43 +220,52 @@ class Args(RunArgs):
     answer_format: str = "tags"
     """Answers of grpo: "tags" (ARM's formats) or "boxed"."""
     paper: str = ""
-    """Print the paper's rows beside ours: "1.5b" or "7b" (AdaptThink), "3b", "7b" or "14b" (ARM)."""
+    """Print the paper's rows beside ours: "1.5b" or "7b" (AdaptThink), "3b", "7b" or "14b" (ARM), "q1.5b", "r1.5b" or
+    "r7b" (Thinker)."""
     first_word: str = "Alright"
     """The word forced by always_think."""
     eval_data: str = "gsm8k,math500,aime24"
     """Evaluation questions, comma separated: files, hub data sets, or the names of the built-in benchmarks."""
 
+    # --- Thinker's dialogue, as in thinker.py
+    environment: str = "thinker"
+    """Thinker: "thinker" for dialogues, "qa" for the baseline's one turn."""
+    stage_prompts: str = "paper"
+    """Thinker: the user's turns, "paper" or "chain"."""
+    template: str = "auto"
+    """Thinker: marks of a turn, "auto", "chatml" or "own"."""
+    fast_budget: int = 1000
+    """Thinker: most tokens of a Fast response."""
+    verify_budget: int = 6000
+    """Thinker: most tokens of a Verify response."""
+    slow_budget: int = 6000
+    """Thinker: most tokens of a Slow response."""
+    summary_budget: int = 1000
+    """Thinker: most tokens of a Summary, of which evaluation has none."""
+    qa_budget: int = 8000
+    """Thinker: most tokens of the baseline's response."""
+    require_stop: bool = False
+    """Thinker: a response cut at its budget has no answer."""
+    skip_verify: bool = False
+    """Thinker: the model was trained without Verify; every question goes to Slow."""
+
     CHOICES: ClassVar = {
-        "algorithm": ("adaptthink", "grpo", "ada_grpo"),
+        "algorithm": tuple(PAPERS),
         "answer_format": ("tags", "boxed"),
-        "paper": ("", *dict.fromkeys((*PAPER, *ARM))),
+        "paper": ("", *dict.fromkeys(size for rows, _ in PAPERS.values() for size in rows)),
+        "environment": ("thinker", "qa"),
+        "stage_prompts": ("paper", "chain"),
+        "template": ("auto", "chatml", "own"),
     }
-
-
-def paper_table(rows: list[dict], size: str) -> str:
-    """Return our rows and the paper's for the benchmarks that both have: accuracy %, tokens, NoThinking %."""
-    names = [b for b in dict.fromkeys(r["benchmark"] for r in rows) if b in PAPER[size]["AdaptThink"]]
-    if not names:
-        return "no benchmark here is in the paper's table"
-    table = [["", *names]]
-    for setting in dict.fromkeys(r["setting"] for r in rows):
-        ours = {r["benchmark"]: r["result"] for r in rows if r["setting"] == setting}
-        cells = [
-            f"{100 * ours[b]['accuracy']:.1f} / {ours[b]['mean_tokens']:.0f} / "
-            f"{100 * ours[b]['modes'].get('nothinking', {'share': 0})['share']:.1f}"
-            for b in names
-        ]
-        table.append([f"here, {setting}", *cells])
-    for name, published in PAPER[size].items():
-        table.append([f"paper, {name}", *("{:.1f} / {} / {}".format(*published[b]) for b in names)])
-    return f"accuracy % / tokens / NoThinking %, paper {size}\n" + aligned(table)
 
 
 def check_args(args) -> None:
     """Raise UserError for options that do not go together."""
-    known = PAPER if args.algorithm == "adaptthink" else ARM
+    known = PAPERS[args.algorithm][0]
     if args.paper and args.paper not in known:
         raise UserError(f"--paper {args.paper}: the paper of {args.algorithm} has {', '.join(known)}.")
+    if args.maj_k and args.algorithm == "thinker":
+        raise UserError("--maj_k: a dialogue already decides between two answers; there is no vote over dialogues.")
     if args.maj_k > args.eval_samples:
         raise UserError(f"--maj_k {args.maj_k}: needs as many responses a question, --eval_samples {args.maj_k}.")
 
@@ -306,7 +334,7 @@ def main() -> None:
                 if key in row["result"]:
                     say(f"  {row['benchmark']}, {row['setting']}: {title} {row['result'][key]:.3f}")
         if args.paper:
-            say((paper_table if args.algorithm == "adaptthink" else arm_table)(rows, args.paper))
+            say(PAPERS[args.algorithm][1](rows, args.paper))
         say(f"wrote {folder / 'evaluation.json'}")
 
 

@@ -218,6 +218,14 @@ POSITIVE = (  # of any algorithm
     "grader_timeout",
     "max_grad_norm",
     "eval_samples",
+    "fast_budget",
+    "verify_budget",
+    "slow_budget",
+    "summary_budget",
+    "qa_budget",
+    "accuracy_window",
+    "critic_minibatches",
+    "critic_learning_rate",
 )
 NOT_NEGATIVE = (
     "temperature",
@@ -230,6 +238,9 @@ NOT_NEGATIVE = (
     "weight_decay",
     "kl_coef",
     "entropy_coef",
+    "logprob_coef",
+    "dual_clip",
+    "value_clip",
 )
 
 
@@ -253,6 +264,6 @@ def check(args) -> None:
     for name in ("eval_top_p", "ref_top_p"):
         if not 0 < getattr(args, name, 1.0) <= 1:
             raise UserError(f"--{name} {getattr(args, name)}: must lie in (0, 1].")
-    for name in ("max_ungraded", "nothinking_share", "nothinking_rows", "nothinking_supervised"):
+    for name in ("max_ungraded", "nothinking_share", "nothinking_rows", "nothinking_supervised", "gamma", "lam"):
         if not 0 <= getattr(args, name, 0.5) <= 1:
             raise UserError(f"--{name} {getattr(args, name)}: must lie in [0, 1].")

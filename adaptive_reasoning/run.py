@@ -27,6 +27,7 @@ from adaptive_reasoning.learner.checkpoint import (
     prune,
     save_checkpoint,
 )
+from adaptive_reasoning.learner.critic import Critic, load_critic
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import load_config, load_model, load_tokenizer
 from adaptive_reasoning.learner.packing import MicroBatch, logprob_gap
@@ -43,6 +44,7 @@ from adaptive_reasoning.report.files import (
 )
 from adaptive_reasoning.report.page import write_page, write_report
 from adaptive_reasoning.rollout import Completion, Decoder, Engine, Request, Sampling
+from adaptive_reasoning.rollout.dialogue import Dialogue, converse
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.question import Question
 from adaptive_reasoning.tasks.task import load_task
@@ -78,6 +80,7 @@ class Run:
         self.step = self.continued = 0  # step reached, and the step at which this process continued
         self.spent = 0.0  # seconds of earlier parts of a resumed run
         self.clock: dict[str, float] = {}
+        self.memory: dict = {}  # what an algorithm keeps from step to step: JSON values, saved with every checkpoint
         self.cache_bytes = CPU_CACHE_BYTES
         self.latest: dict | None = None  # adaptive result of the newest evaluation
 
@@ -121,10 +124,13 @@ class Run:
         self.reference = None  # the frozen starting model, where the loss holds the policy near it
         if getattr(args, "kl_coef", 0):
             self.reference = Learner(args, load_model(args.model, args)[0], self.accelerator, trainable="none")
+        self.critic = None  # of an actor-critic algorithm: values of tokens
+        if hasattr(args, "critic_learning_rate"):
+            self.critic = Critic(args, load_critic(args.model, args), self.accelerator)
         checkpoint = newest_checkpoint(self.folder / "checkpoints")
         if checkpoint is not None:
-            state = load_checkpoint(checkpoint, self.learner)
-            self.step, self.spent = state["step"], state["wall_s"]
+            state = load_checkpoint(checkpoint, self.learner, self.critic)
+            self.step, self.spent, self.memory = state["step"], state["wall_s"], state.get("memory", {})
             self.continued = self.step
             self.say(f"continuing {self.folder} after step {self.step}")
         if self.main:
@@ -220,6 +226,15 @@ class Run:
         self.clock["update"] = time.perf_counter()
         return episodes
 
+    def converse(self, dialogues: list[Dialogue], script) -> list[Episode]:
+        """Hold dialogues in the setting "train" of their script and return them as episodes, in order."""
+        start, progress = time.perf_counter(), "rollout" if self.main else ""
+        sampling = Sampling(self.args.temperature)
+        waited = converse(self.engine, self.grader, dialogues, script, sampling, "train", progress)
+        now = time.perf_counter()
+        self.clock |= {"rollout": now - start - waited, "grade_wait": waited, "update": now}
+        return [d.episode() for d in dialogues]
+
     def score_reference(self, episodes: list[Episode]) -> None:
         """Fill `ref_logprobs` of each episode, where there is a reference policy. Every process must call this."""
         if self.reference is not None:
@@ -308,7 +323,7 @@ class Run:
         everyone = all_gather(
             self.accelerator,
             {
-                "tokens": sum(e.num_tokens for e in episodes),
+                "tokens": sum(e.num_actions for e in episodes),
                 "episodes": len(episodes),
                 "cut": sum(e.finish_reason == "length" for e in episodes),
                 "correct": sum(e.info["correct"] for e in episodes),
@@ -431,8 +446,8 @@ class Run:
         if self.main:
             root.mkdir(exist_ok=True)
         self.accelerator.wait_for_everyone()
-        state = {"step": self.step, "wall_s": self.spent + time.perf_counter() - self.started}
-        save_checkpoint(root / f"step_{self.step:06d}", self.learner, self.tokenizer, state)
+        state = {"step": self.step, "wall_s": self.spent + time.perf_counter() - self.started, "memory": self.memory}
+        save_checkpoint(root / f"step_{self.step:06d}", self.learner, self.tokenizer, state, self.critic)
         if self.main:
             prune(root, self.args.keep_checkpoints)
 

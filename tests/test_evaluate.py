@@ -3,9 +3,10 @@
 import pytest
 
 from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.evaluate import Args, check_args, paper_table, summarise
+from adaptive_reasoning.evaluate import Args, check_args, summarise
 from adaptive_reasoning.options import parse_args
 from adaptive_reasoning.report.arm import ARM, arm_table
+from adaptive_reasoning.report.papers import adaptthink_table
 from adaptive_reasoning.tasks.answers import verified_answer
 from adaptive_reasoning.tasks.grader import GraderPool
 from adaptive_reasoning.tasks.task import ExactGrader
@@ -95,7 +96,7 @@ def test_tables_of_the_papers():
     assert "here, adaptive 50.0 / 100 / 25.0" in lines and "here, adaptive, vote 75.0 / 100 / 25.0" in lines
     assert "paper, ARM, k=8 85.7 / 134" in lines and "paper, ARM, consensus 85.8 / 228" in lines
     quick = {"accuracy": 0.5, "mean_tokens": 100.0, "modes": {"nothinking": {"share": 0.25}}}
-    text = paper_table([{"setting": "adaptive", "benchmark": "gsm8k", "result": quick}], "7b")
+    text = adaptthink_table([{"setting": "adaptive", "benchmark": "gsm8k", "result": quick}], "7b")
     assert "50.0 / 100 / 25.0" in text and "91.0 / 309 / 99.6" in text
 
 

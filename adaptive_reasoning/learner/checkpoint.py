@@ -2,6 +2,7 @@
 
     checkpoints/step_000150/model/                 config, safetensors, tokenizer: opens with from_pretrained and vLLM
     checkpoints/step_000150/optimizer/rank_0.pt    AdamW state; under ZeRO-3 one shard a process, fp32 weights included
+    checkpoints/step_000150/critic/                model/ and optimizer/ of the critic, where there is one
     checkpoints/step_000150/state.json             what the caller wants back, and how the learner was distributed
 
 A checkpoint is written into a folder beside, synced to disk and renamed, so a folder with the final name is whole
@@ -25,7 +26,7 @@ PARTIAL = ".partial"  # ending of a folder that is being written or deleted
 NAME = re.compile(r"step_(\d+)")
 
 
-def save_checkpoint(folder, learner, tokenizer, state: dict) -> None:
+def save_checkpoint(folder, learner, tokenizer, state: dict, critic=None) -> None:
     """Write `folder`, whole or not at all. Every rank must call this; `state` (JSON values) is taken from rank 0.
 
     Raises:
@@ -35,27 +36,28 @@ def save_checkpoint(folder, learner, tokenizer, state: dict) -> None:
     partial = folder.with_name(folder.name + PARTIAL)
     accelerator = learner.accelerator
     main = accelerator.is_main_process
-    weights = None
+    parts = [(partial, learner)] + ([(partial / "critic", critic)] if critic else [])
     # Collective operations come first: a rank that fails to write must not leave the others waiting in one.
-    for name, tensor in learner.named_weights():
-        if main:
-            weights = weights or {}
-            weights[name] = tensor.cpu().clone() if learner.zero3 else tensor
-    shard = optimizer_shard(learner)
+    gathered = [(place, part, whole_weights(part), optimizer_shard(part)) for place, part in parts]
 
     def prepare():
         shutil.rmtree(partial, ignore_errors=True)
-        (partial / "optimizer").mkdir(parents=True)
+        for place, _ in parts:
+            (place / "optimizer").mkdir(parents=True)
 
     def write():
+        for place, part, weights, shard in gathered:
+            if main:
+                part.model.save_pretrained(place / "model", state_dict=weights)
+            if main or part.zero3:
+                with open(place / "optimizer" / f"rank_{accelerator.process_index}.pt", "wb") as file:
+                    torch.save(shard, file)
         if main:
-            learner.model.save_pretrained(partial / "model", state_dict=weights)
             tokenizer.save_pretrained(partial / "model")
             about = {"zero3": learner.zero3, "processes": accelerator.num_processes, "optimiser_steps": learner.steps}
+            if critic:
+                about["critic_steps"] = critic.steps
             (partial / "state.json").write_text(json.dumps({"learner": about, "state": state}, indent=1) + "\n")
-        if main or learner.zero3:
-            with open(partial / "optimizer" / f"rank_{accelerator.process_index}.pt", "wb") as file:
-                torch.save(shard, file)
 
     def finish():
         sync(partial)
@@ -91,6 +93,15 @@ def attempt(action) -> str | None:
     return None
 
 
+def whole_weights(learner) -> dict | None:
+    """Return {name: tensor} of all weights on the main process, None on the others."""
+    weights = {}
+    for name, tensor in learner.named_weights():
+        if learner.accelerator.is_main_process:
+            weights[name] = tensor.cpu().clone() if learner.zero3 else tensor
+    return weights or None
+
+
 def optimizer_shard(learner) -> dict:
     """Return the optimiser state that this rank has to write, made of tensors and plain values only."""
     if not learner.zero3:
@@ -102,8 +113,8 @@ def optimizer_shard(learner) -> dict:
     return {key: shard[key] for key in ("optimizer_state_dict", "fp32_flat_groups")}
 
 
-def load_checkpoint(folder, learner) -> dict:
-    """Restore weights, optimiser and step number of the learner; return the `state` that was saved.
+def load_checkpoint(folder, learner, critic=None) -> dict:
+    """Restore weights, optimiser and step number of the learner (and critic); return the `state` that was saved.
 
     Every rank must call this. The learner may have been built from any weights of the same shape.
 
@@ -122,6 +133,16 @@ def load_checkpoint(folder, learner) -> dict:
             f"{folder} was written by {wrote}, this run has {processes} {'with' if learner.zero3 else 'without'}. "
             f"Launch it as before, or start a new run with --model {folder / 'model'}."
         )
+    if critic and "critic_steps" not in about:
+        raise UserError(f"{folder} holds no critic. Start a new run with --model {folder / 'model'}.")
+    restore(folder, learner, about["optimiser_steps"])
+    if critic:
+        restore(folder / "critic", critic, about["critic_steps"])
+    return saved["state"]
+
+
+def restore(folder: Path, learner, steps: int) -> None:
+    """Read the weights and the optimiser of one learner back."""
     rank = learner.accelerator.process_index if learner.zero3 else 0
     shard = torch.load(folder / "optimizer" / f"rank_{rank}.pt", map_location="cpu", weights_only=True)
     if learner.zero3:
@@ -139,8 +160,7 @@ def load_checkpoint(folder, learner) -> dict:
         with torch.no_grad():
             for name, parameter in learner.model.named_parameters():
                 parameter.copy_(tensors[name])
-    learner.steps = about["optimiser_steps"]
-    return saved["state"]
+    learner.steps = steps
 
 
 def newest_checkpoint(root) -> Path | None:

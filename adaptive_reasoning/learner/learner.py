@@ -43,6 +43,8 @@ class Learner:
             reference policy, which only scores and has no optimiser.
     """
 
+    module = Policy  # what is made of the model: its forward pass is what `score` returns
+
     def __init__(self, args, model, accelerator: Accelerator, trainable: str = "all"):
         assert trainable in ("all", "marked", "none")
         if not args.temperature > 0:
@@ -64,7 +66,7 @@ class Learner:
         model.train(trainable != "none")
         if trainable != "marked":
             model.requires_grad_(trainable == "all")
-        self.policy = Policy(model)  # the module itself
+        self.policy = self.module(model)  # the module itself
         self.engine = self._distribute(trainable != "none")  # what it is called through
         self.no_sync = None if self.zero3 else getattr(self.engine, "no_sync", None)  # data parallelism only
 
@@ -101,12 +103,15 @@ class Learner:
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         if self.zero3:
             optimizer = torch.optim.AdamW(parameters, **options)
-            engine, _ = accelerator.prepare(self.policy, optimizer)
+            engine = self._zero3_engine(optimizer)
             self.optimizer = engine.optimizer
             return engine
         engine = accelerator.prepare_model(self.policy)
         self.optimizer = torch.optim.AdamW(parameters, fused=accelerator.device.type == "cuda", **options)
         return engine
+
+    def _zero3_engine(self, optimizer):
+        return self.accelerator.prepare(self.policy, optimizer)[0]
 
     # --- data
 

@@ -49,7 +49,7 @@ def load_config(name_or_path: str):
     return config
 
 
-def load_model(name_or_path: str, args):
+def load_model(name_or_path: str, args, kind=AutoModelForCausalLM, **options):
     """Return (model, tokenizer) of a Hugging Face folder or hub name, weights in fp32, ready for `Learner`.
 
     Under ZeRO-3 the weights are sharded while they are loaded; all ranks must call this after `make_accelerator`.
@@ -57,6 +57,7 @@ def load_model(name_or_path: str, args):
     Args:
         name_or_path: folder with config.json, safetensors and tokenizer files, or a hub name.
         args: `dtype` ("bf16" or "fp32") decides whether flash attention can be used.
+        kind: the Auto class of the model, with its `options`: a critic has another head.
 
     Raises:
         UserError: as `load_config`, or weights or tokenizer that cannot be read.
@@ -66,11 +67,12 @@ def load_model(name_or_path: str, args):
     name = str(path) if path.is_dir() else name_or_path
     flash = torch.cuda.is_available() and args.dtype == "bf16" and is_flash_attn_2_available()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             name,
             dtype=torch.float32,
             attn_implementation="flash_attention_2" if flash else "sdpa",
             attention_dropout=0.0,  # with dropout the first update would already be off-policy
+            **options,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--model {name_or_path}: cannot load the weights: {error}") from error

@@ -284,9 +284,83 @@ def of_mode(mode: str, name: str) -> dict[str, Metric]:
     }
 
 
+STAGES = {  # of Thinker's dialogue
+    "fast": "Fast",
+    "verify": "Verify",
+    "slow": "Slow",
+    "summary": "Summary",
+    "qa": "the only",
+}
+
+
+def of_stage(stage: str, name: str) -> dict[str, Metric]:
+    """Return the metrics that every stage of a dialogue has."""
+    accuracy = {
+        "verify": "Share of the verdicts that are right about the Fast answer.",
+        "summary": "Share of the summaries with the answer of the Slow stage.",
+    }
+    return {
+        f"thinker/{stage}_share": Metric(f"Share of the dialogues that reach the {name} stage.", "share"),
+        f"thinker/{stage}_reward": Metric(f"Mean reward of the {name} stage.", "", "higher"),
+        f"thinker/{stage}_accuracy": Metric(
+            accuracy.get(stage, f"Share of the answers of the {name} stage that are right."), "share", "higher"
+        ),
+        f"thinker/{stage}_tokens": Metric(f"Mean length of the responses of the {name} stage.", "tokens"),
+        f"thinker/{stage}_truncated_share": Metric(
+            f"Share of the responses of the {name} stage cut at its budget.", "share", "near 0"
+        ),
+        f"thinker/{stage}_boxed_share": Metric(
+            f"Share of the responses of the {name} stage with an answer (a verdict) in a box.", "share", "near 1"
+        ),
+        f"thinker/{stage}_reflection_words": Metric(
+            f"Self-reflection words (wait, recheck, retry, alternatively, however) per response of the {name} stage."
+        ),
+        f"thinker/{stage}_explained_variance": Metric(
+            f"Share of the variance of the {name} stage's returns that the critic foresaw, over tokens. Below 0 it is "
+            "worse than a constant.",
+            "",
+            "towards 1",
+        ),
+        f"eval/{stage}_share": Metric(
+            f"Share of the dialogues whose answer is that of the {name} stage, in the newest evaluation.", "share"
+        ),
+    }
+
+
+THINKER = {
+    "thinker/fast_trailing_accuracy": Metric(
+        "p: accuracy of the Fast stage over the last iterations before this one, clamped; weighs the two verdicts.",
+        "share",
+        "rises",
+    ),
+    "thinker/verify_balanced_accuracy": Metric(
+        "Mean of the shares of right verdicts on right and on wrong Fast answers; 0.5 for a guess.",
+        "share",
+        "towards 1",
+    ),
+    "thinker/verify_yes_when_right": Metric("Share of Yes among the verdicts on right Fast answers.", "share", "1"),
+    "thinker/verify_no_when_right": Metric("Share of No among the verdicts on right Fast answers.", "share", "0"),
+    "thinker/verify_yes_when_wrong": Metric("Share of Yes among the verdicts on wrong Fast answers.", "share", "0"),
+    "thinker/verify_no_when_wrong": Metric("Share of No among the verdicts on wrong Fast answers.", "share", "1"),
+    "thinker/verify_unparsable_share": Metric("Share of the verdicts that are neither Yes nor No.", "share", "0"),
+    "thinker/summary_logprob_per_token": Metric(
+        "L per token: mean log-prob of the summary's tokens as an answer to the Fast prompt.", "nats", "rises"
+    ),
+    "loss/value": Metric("Loss of the critic, mean over its optimiser steps of this step.", "", "falls"),
+    "loss/value_clip_fraction": Metric(
+        "Share of the action tokens whose value moved beyond the clip range of the value loss.", "share", "low"
+    ),
+    "loss/value_grad_norm": Metric(
+        "Largest norm of the critic's gradient in this step, before clipping.", "", "steady"
+    ),
+}
+
 METRICS: dict[str, Metric] = {**SHARED, **ADAPTTHINK, **GROUPED}
 for mode, name in MODES.items():
     METRICS |= of_mode(mode, name)
+METRICS |= THINKER
+for stage, name in STAGES.items():
+    METRICS |= of_stage(stage, name)
 
 
 def register(metrics: dict[str, Metric]) -> None:

@@ -1,0 +1,400 @@
+"""Thinker: learning to think fast and slow, by a dialogue of four stages with a reward each.
+
+Paper: "Learning to Think Fast and Slow for Language Models" (Thinker), arXiv 2505.21097 (v1 May 2025, v2 NeurIPS 2025).
+No code that we know of. PPO as in Open-Reasoner-Zero @ 3fdd9a0 (ORZ), on whose data the paper trains.
+
+    make train-thinker-q1.5b               # Qwen2.5-1.5B on 8 GPUs
+    make toy-thinker SEED=0                # the same file on arithmetic chains, minutes on a laptop
+
+One policy holds a dialogue about a question with answer y*; every stage sees all that was said before:
+    Fast     answer within a small budget                      R = 1{y_fast = y*}
+    Verify   is that right? \\boxed{Yes} or \\boxed{No}          R = (1-p) 1{Yes} if y_fast = y*, else p 1{No}
+    Slow     think again                                       R = 1{y_slow = y*}
+    Summary  condense the slow work to concise steps           R = g (1 + c L),  g = 1{y_sum = y_slow}
+p is the trailing accuracy of Fast: with it both constant verdicts earn the same. L = log pi(a_sum | the Fast prompt): a
+summary should be something that Fast could say. In training the gold answer decides who goes on: a wrong Fast answer
+goes to Slow whatever the verdict, a right Slow answer to the Summary. At inference the verdict decides, nobody is asked
+for a summary, and Fast alone is a method of its own ("Thinker-Fast").
+
+What differs from plain PPO on question and answer (`--environment qa`, the paper's baseline): the environment alone.
+Every stage is a return of its own: R_k is paid on its last token, nothing flows to an earlier stage. With
+gamma = lambda = 1 the advantage of each of its tokens is R_k - V_t. A dialogue is one episode, whose response holds all
+turns, the user's masked: with an episode per stage the learner would run the earlier ones again in later prompts.
+
+Evidence: [S] abstract, official README table or reviews; [R] remembered, not re-read; [O] ORZ; [D] our own choice.
+What is unknown about the paper, and what stands here for it (options in backticks):
+
+    U1   literal prompts              [D] after the figure as remembered; `PROMPTS`
+    U2   form of the log-prob term    [R] gate, sum, c = 1e-3; algebra [D]; `summary_logprob`, `logprob_coef`
+    U3   which policy scores L        [D] the one that sampled, teacher-forced, at the sampling temperature (1)
+    U4   window of p                  [D] 10 iterations before this one, clamped to [0.05, 0.95]; `accuracy_window`
+    U5   budgets of R1 models         [D] as Qwen: 1000 / 6000 / 6000 / 1000 (1000 [S], 6000 [R])
+    U6   Verify's budget in v2        [D] 6000 as in v1; one source says small; `verify_budget`
+    U7   samples per question         [D] 16 (ORZ 64); `num_generations`
+    U8   iterations                   [D] 1008, one pass over 129k questions; `max_steps`
+    U9   temperature of evaluation    [D] 1.0, as training; `eval_top_p` 1.0
+    U10  SFT of R1 before RL          [D] none; with `sft.py` if wanted
+    U11  unparsable verdict           [D] in training wrong (reward 0); at inference No
+    U12  box before a cut             [D] counts; `require_stop` for ORZ's rule
+    U13  Slow wrong in training       [R] ends without Summary
+    U14  normalisation, averaging     [O] advantages of all stages pooled, mean over tokens; `adv_norm`
+    U15  template of base models      [D] ChatML without a system turn; `template`
+    U16  setup of R1-Distill-7B       [D] as 1.5B; not reproduced
+    U17  ablations                    [D] the six switches from `unweighted_verify` to `propagate`
+"""
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from adaptive_reasoning.episode import Episode
+from adaptive_reasoning.errors import UserError, run_cli
+from adaptive_reasoning.evaluate import Protocol
+from adaptive_reasoning.learner.ppo import gae, normalise, policy_loss, value_loss
+from adaptive_reasoning.options import RunArgs, parse_args
+from adaptive_reasoning.report.stages import stage_rows, stage_table
+from adaptive_reasoning.rollout import request_seed
+from adaptive_reasoning.rollout.dialogue import Dialogue, Marks, Turn, turn_marks
+from adaptive_reasoning.run import Run
+from adaptive_reasoning.tasks import prompts
+from adaptive_reasoning.tasks.answers import boxed_answer
+from adaptive_reasoning.tasks.formats import thinker as chain_format
+
+STAGES = ("fast", "verify", "slow", "summary", "qa")
+
+
+@dataclass
+class Args(RunArgs):
+    """Options of Thinker. The defaults are the run with Qwen2.5-1.5B as far as it is known."""
+
+    environment: str = "thinker"
+    """"thinker": the dialogue. "qa": the baseline, the same PPO on one turn."""
+    fast_budget: int = 1000
+    """Most tokens of a Fast response; longer ones are cut."""
+    verify_budget: int = 6000
+    """Most tokens of a Verify response."""
+    slow_budget: int = 6000
+    """Most tokens of a Slow response."""
+    summary_budget: int = 1000
+    """Most tokens of a Summary."""
+    qa_budget: int = 8000
+    """Most tokens of the baseline's response."""
+    stage_prompts: str = "paper"
+    """The user's turns: "paper" (as far as they are known) or "chain" (the laboratory's)."""
+    template: str = "auto"
+    """Marks of a turn: "chatml", "own" (of the tokenizer's chat template), "auto": ChatML where it is known."""
+    logprob_coef: float = 1e-3
+    """c: weight of the log-prob term in the Summary's reward."""
+    summary_logprob: str = "gated_sum"
+    """"gated_sum": g (1 + c L). "ungated_sum": g + c L. "gated_mean": g (1 + c L / T), c 0.1 to 0.3. "off": g."""
+    accuracy_window: int = 10
+    """Iterations over which p, the accuracy of Fast, is taken."""
+    unweighted_verify: bool = False
+    """Pay every right verdict 1 instead of 1-p or p."""
+    skip_verify: bool = False
+    """Leave Verify out: Slow follows a wrong Fast answer, at inference every one."""
+    skip_summary: bool = False
+    """Leave the Summary out."""
+    verdict_transition: bool = False
+    """Let the model's own verdict, not the gold answer, decide in training who goes on to Slow."""
+    propagate: bool = False
+    """Let rewards flow back to earlier stages, undiscounted at their borders."""
+    require_stop: bool = False
+    """A response cut at its budget has no answer, even with a box before the cut."""
+    gamma: float = 1.0
+    """Discount per token within a stage."""
+    lam: float = 1.0
+    """lambda of GAE within a stage."""
+    adv_norm: str = "pooled"
+    """Advantages normalised over all action tokens ("pooled"), over those of each stage ("per_stage"), or "none"."""
+    clip_low: float = 0.2
+    """epsilon below 1."""
+    clip_high: float = 0.2
+    """epsilon above 1."""
+    dual_clip: float = 0.0
+    """For A < 0 cap a token's loss at -A times this (verl: 3); 0: no cap (ORZ)."""
+    value_clip: float = 0.2
+    """How far a value may move from its old one before its loss is clipped; 0: no clip."""
+    prompts_per_step: int = 128
+    """Questions per rollout batch, over all processes."""
+    num_generations: int = 16
+    """Dialogues per question."""
+    minibatches_per_step: int = 1
+    """Updates of the policy per rollout batch; with 1 it is strictly on-policy."""
+    critic_minibatches: int = 12
+    """Updates of the critic per rollout batch."""
+    critic_learning_rate: float = 5e-6
+    """AdamW learning rate of the critic."""
+
+    # --- defaults that differ from AdaptThink's
+    model: str = "Qwen/Qwen2.5-1.5B"
+    learning_rate: float = 1e-6
+    warmup_steps: int = 50
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.95
+    temperature: float = 1.0
+    eval_top_p: float = 1.0
+    max_prompt_tokens: int = 2048
+    max_new_tokens: int = 14000
+    """All responses of a dialogue together, for the memory plan; at least the sum of the budgets."""
+    max_steps: int = 1008
+
+    CHOICES: ClassVar = {
+        "environment": ("thinker", "qa"),
+        "stage_prompts": ("paper", "chain"),
+        "template": ("auto", "chatml", "own"),
+        "summary_logprob": ("gated_sum", "ungated_sum", "gated_mean", "off"),
+        "adv_norm": ("pooled", "per_stage", "none"),
+    }
+
+
+# ------------------------------------------------------------------------------------------ control tokens and prompts
+
+PROMPTS = {
+    "paper": {
+        "fast": "Answer the question below with concise steps and put the final answer in \\boxed{}. Keep the response "
+        "under 1000 words.\nQuestion: {q}",
+        "verify": "Is the answer above correct? Check each step carefully, then output \\boxed{Yes} if it is correct "
+        "or \\boxed{No} if it is not.",
+        "slow": "The initial answer is incorrect. Consider possible errors and alternative solutions, reason step by "
+        "step, and put the new final answer in \\boxed{}.",
+        "summary": "The final answer is correct. Summarise the steps that lead to it concisely and precisely, without "
+        "the internal reasoning, in 300 to 1000 words, ending with the final answer in \\boxed{}.",
+        "qa": "Reason step by step and put the final answer in \\boxed{}.\nQuestion: {q}",
+    },
+    "chain": chain_format.PROMPTS,
+}
+THINKING = ("verify", "slow", "qa")  # stages in which a model with a thinking block (R1) opens it
+
+
+@dataclass
+class Control:
+    """The script of the dialogue (see `rollout.dialogue`)."""
+
+    tokenizer: object
+    args: object
+    marks: Marks
+
+    def __post_init__(self):
+        self.end, self.wave = self.marks.end, self.args.rollout_rows
+        self.stop_ids = tuple(dict.fromkeys((self.end, *prompts.stop_tokens(self.tokenizer))))
+        self.stages = ("qa",) if self.args.environment == "qa" else STAGES[:-1]
+
+    def ids(self, stage: str, problem: str | None) -> list[int]:
+        """Return the tokens before the response of a stage: the user's turn, and how the model's turn opens."""
+        message = PROMPTS[self.args.stage_prompts][stage].replace("{q}", problem or "")
+        text = (self.marks.user if problem is None else self.marks.start) + message + self.marks.header
+        text += self.marks.think if stage in THINKING else ""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def budget(self, stage: str) -> int:
+        return getattr(self.args, f"{stage}_budget")
+
+    def next_stage(self, turns: dict[str, Turn], setting: str) -> str | None:
+        return next_stage(turns, setting, self.args)
+
+    def read(self, stage: str, text: str, cut: bool) -> str | None:
+        return None if cut and self.args.require_stop else extract_answer(stage, text)
+
+    def gold(self, stage: str, d: Dialogue) -> str:
+        """Return what the answer of a stage has to equal: Summary the answer of Slow, Verify the truth about Fast."""
+        if stage == "verify":
+            return "yes" if d.turns["fast"].correct else "no"
+        return d.turns["slow"].answer if stage == "summary" else d.question.answer
+
+    def findings(self, args) -> dict[str, str]:
+        """Return the lines of the preflight table about the dialogue."""
+        m, end = self.marks, self.tokenizer.decode([self.end])
+        marks = " ... ".join(map(repr, (m.start, m.header + m.think, end + m.user)))
+        return {"turns": marks, "budgets": ", ".join(f"{stage} {self.budget(stage):,}" for stage in self.stages)}
+
+    def protocol(self) -> Protocol:
+        """Return how evaluation holds dialogues: the verdict decides ("adaptive"), Fast alone, Slow always, or QA."""
+        settings = ("adaptive",) if self.args.environment == "qa" else ("adaptive", "fast", "slow", "qa")
+        return Protocol(dict.fromkeys(settings, ()), final, boxed_answer, ("fast", "slow", "qa"), script=self)
+
+
+def control_tokens(tokenizer, args) -> Control:
+    """Look the marks of a turn up; UserError if the tokenizer or the budgets do not fit."""
+    control = Control(tokenizer, args, turn_marks(tokenizer, args.template))
+    longest = sum(map(control.budget, control.stages))
+    if args.max_new_tokens < longest:
+        raise UserError(f"--max_new_tokens {args.max_new_tokens}: the budgets of the stages add up to {longest}.")
+    return control
+
+
+# --------------------------------------------------------------------------------------------------------- the method
+
+
+def plan_rollouts(questions, args, step: int) -> list[Dialogue]:
+    """Return the dialogues of one step, not yet begun: n of every (index in the task, question, prompt ids)."""
+    samples = range(args.num_generations)
+    return [Dialogue(question, i, request_seed(args.seed, step, i, k)) for i, question, _ in questions for k in samples]
+
+
+def next_stage(turns: dict[str, Turn], setting: str, args) -> str | None:
+    """Return the stage that comes next, None at the end. `setting` is "train" or one of `Control.protocol`."""
+    if not turns:
+        return "qa" if "qa" in (setting, args.environment) else "fast"
+    last = list(turns)[-1]
+    if last in (setting, "summary", "qa"):  # the settings "fast", "slow" and "qa" end with the stage of that name
+        return None
+    if last == "fast" and not args.skip_verify:
+        return "verify"
+    if last == "slow":
+        return "summary" if setting == "train" and turns["slow"].correct and not args.skip_summary else None
+    if setting == "train" and (args.skip_verify or not args.verdict_transition):
+        return None if turns["fast"].correct else "slow"  # the gold answer decides
+    accepted = "verify" in turns and turns["verify"].answer == "yes"  # an unparsable verdict is a No
+    return None if accepted and setting != "slow" else "slow"
+
+
+def final(turns: dict[str, Turn]) -> str:
+    """Return the stage whose answer counts, the mode of a dialogue: the second answer where there is one."""
+    return next(stage for stage in ("slow", "fast", "qa") if stage in turns)
+
+
+def extract_answer(stage: str, text: str) -> str | None:
+    """Return what the last box holds; of Verify "yes" or "no", None for any other verdict (its reward is 0)."""
+    answer = boxed_answer(text)
+    if stage != "verify" or answer is None:
+        return answer
+    word = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", answer).strip().lower()
+    return word if word in ("yes", "no") else None
+
+
+def reward(stage: str, turns: dict[str, Turn], p: float, args) -> float:
+    """Return R of a stage."""
+    turn = turns[stage]
+    right = float(turn.correct)
+    if stage == "verify" and not args.unweighted_verify:
+        return (1 - p if turns["fast"].correct else p) * right
+    if stage != "summary":
+        return right
+    c, L = args.logprob_coef, turn.logprob
+    L = L / len(turn.ids) if args.summary_logprob == "gated_mean" else L
+    paid = {"ungated_sum": right + c * L, "off": right}.get(args.summary_logprob, right * (1 + c * L))
+    return max(0.0, paid)
+
+
+def trailing_accuracy(history: list, own: list[float], window: int) -> float:
+    """Return p of the last iterations, [correct, total] each (the first: of its `own`), and remember its own."""
+    correct, total = map(sum, zip(*(history or [own])))
+    history[:] = [*history, own][-window:]
+    return min(max(correct / max(total, 1), 0.05), 0.95)
+
+
+def summary_logprobs(dialogues: list[Dialogue], learner) -> None:
+    """Fill L = sum_t log pi(a_sum,t | Fast prompt, a_sum,<t) of every Summary, under the weights that sampled it."""
+    summarised = [d for d in dialogues if "summary" in d.turns]
+    for d, values in zip(summarised, learner.logprobs([d.alone("summary") for d in summarised])):
+        d.turns["summary"].logprob = float(values.sum())
+
+
+def fill_advantages(episodes: list[Episode], dialogues: list[Dialogue], values: list, args, total) -> None:
+    """Fill info["values"], info["returns"] and info["advantages"], [T], of every episode. All processes call this."""
+
+    def padded(tensors):  # actions alone, of all stages one behind the other: [B, T]
+        return pad_sequence([x[e.action_mask] for e, x in zip(episodes, tensors)] or [torch.zeros(0)], batch_first=True)
+
+    R, last, stage = ([torch.zeros(len(e.response_ids)) for e in episodes] for _ in range(3))
+    for i, d in enumerate(dialogues):
+        for name, turn in d.turns.items():
+            end = turn.start + len(turn.ids)
+            R[i][end - 1], last[i][end - 1] = turn.reward, 1  # R_k is paid on the last token of stage k
+            stage[i][turn.start : end] = STAGES.index(name)
+    A, returns = gae(padded(R), padded(values), padded(last).bool(), args.gamma, args.lam, float(args.propagate))
+    inside, stage = padded([e.action_mask for e in episodes]).bool(), padded(stage)
+    alike = {"pooled": [inside], "per_stage": [inside & (stage == k) for k in range(len(STAGES))], "none": []}
+    for mask in alike[args.adv_norm]:
+        A[mask] = normalise(A[mask], total).float()
+    for e, v, a, ret in zip(episodes, values, A, returns):
+        n, m = e.num_actions, e.action_mask
+        back = [torch.zeros(len(m)).masked_scatter(m, x[:n]) for x in (ret, a)]
+        e.info |= {"values": v, "returns": back[0], "advantages": back[1]}
+        e.advantage = float(a[:n].mean())
+
+
+def metrics(rows: list[dict], p: float) -> dict[str, float | None]:
+    """Return Thinker's metrics over the dialogues of all processes (`rows` of `stage_rows`)."""
+    table = stage_table(rows)
+    out = {f"verify_{key}": x for key, x in table.get("verification", {}).items()}
+    out["fast_trailing_accuracy"] = p if "fast" in table["stages"] else None
+    out |= {f"{stage}_{key}": x for stage, numbers in table["stages"].items() for key, x in numbers.items()}
+    return {f"thinker/{key}": value for key, value in out.items()}
+
+
+def main() -> None:
+    args = parse_args(Args)
+    run = Run(args, "thinker" if args.environment == "thinker" else "thinker-qa")
+    control = control_tokens(run.tokenizer, args)
+    protocol = control.protocol()
+    run.preflight(control.findings(args))
+    with run:
+        learner, critic = run.learner, run.critic
+        run.evaluate_if_due(protocol)
+
+        for step in run.steps():
+            # --- roll out: whole dialogues, stage by stage; grading overlaps decoding
+            dialogues = plan_rollouts(run.next_questions(), args, step)
+            episodes = run.converse(dialogues, control)
+
+            # --- reward and advantage
+            if args.summary_logprob != "off":
+                summary_logprobs(dialogues, learner)
+            fast = [d.turns["fast"].correct for d in dialogues if "fast" in d.turns]
+            counts = critic.sum([sum(fast), len(fast)])
+            p = trailing_accuracy(run.memory.setdefault("fast", []), counts, args.accuracy_window)
+            for d, e in zip(dialogues, episodes):
+                for stage, turn in d.turns.items():
+                    turn.reward = reward(stage, d.turns, p, args)
+                e.reward = sum(turn.reward for turn in d.turns.values())
+                e.mode = final(d.turns)
+                e.info["correct"] = d.turns[e.mode].correct
+            fill_advantages(episodes, dialogues, critic.values(episodes), args, critic.sum)
+
+            # --- update: the critic, one optimiser step per minibatch
+            critic_losses, critic_updates = [], []
+            for minibatch in critic.minibatches(episodes, args.critic_minibatches, step):
+                for mb in minibatch:
+                    values, _ = critic.score(mb)
+                    old, returns = (mb.flatten([e.info[key] for e in mb.episodes]) for key in ("values", "returns"))
+                    value, stats = value_loss(values, old, returns, minibatch.counts, args)
+                    critic.backward(value)
+                    critic_losses.append(stats)
+                critic_updates.append(critic.step())
+
+            # --- update: the policy, one optimiser step per minibatch
+            on_policy = args.minibatches_per_step == 1
+            if not on_policy:
+                learner.recompute_logprobs(episodes)
+            losses, updates = [], []
+            minibatches = learner.minibatches(episodes, args.minibatches_per_step, step)
+            for minibatch in minibatches:
+                for mb in minibatch:
+                    logprobs, entropy = learner.score(mb, with_entropy=True)
+                    if on_policy:  # pi_old is the policy itself: recomputing it would give these very numbers
+                        mb.old_logprobs = logprobs.detach()
+                    A = mb.flatten([e.info["advantages"] for e in mb.episodes])
+                    value, stats = policy_loss(logprobs, entropy, A, mb, minibatch.counts, args)
+                    learner.backward(value)
+                    losses.append(stats)
+                    run.observe(mb, logprobs)
+                updates.append(learner.step())
+            run.refresh()
+
+            # --- log, evaluate, save
+            own = metrics(run.gather(stage_rows(dialogues, episodes)), p) | critic.metrics(
+                critic_losses, critic_updates
+            )
+            run.log(episodes, own, losses, updates, minibatches)
+            run.evaluate_if_due(protocol)
+            run.save_if_due()
+        run.finish()
+
+
+if __name__ == "__main__":
+    run_cli(main)
