@@ -196,6 +196,25 @@ def read_yaml(path: Path, cls: type) -> dict:
     return values
 
 
+def parse_schedule(option: str, text: str, below: float) -> list[tuple[int, float]]:
+    """Return [(steps done, value from there on)] of "0:0.5,300:0.2".
+
+    Raises:
+        UserError: not such pairs, the first for step 0, the steps rising, every value in [0, below).
+    """
+    try:
+        pairs = [(int(step), float(value)) for step, value in (part.split(":") for part in text.split(","))]
+    except ValueError:
+        pairs = []
+    steps = [step for step, _ in pairs]
+    if steps[:1] != [0] or steps != sorted(set(steps)) or not all(0 <= value < below for _, value in pairs):
+        raise UserError(
+            f"--{option} {text!r}: needs pairs steps:value such as '0:0.5,300:0.2' (0.5 for 300 steps, then 0.2), the "
+            f"first for step 0, the steps rising, every value in [0, {below:g})."
+        )
+    return pairs
+
+
 POSITIVE = (  # of any algorithm
     "prompts_per_step",
     "num_generations",
@@ -227,6 +246,7 @@ NOT_NEGATIVE = (
     "weight_decay",
     "kl_coef",
     "entropy_coef",
+    "alpha",
 )
 
 

@@ -180,9 +180,7 @@ def main() -> None:
     while step < args.max_steps:
         step += 1
         if file_rows is None:
-            rows = load(args.formats).rows(
-                args, np.random.default_rng([args.seed, step]), args.batch_size, step
-            )
+            rows = load(args.formats).rows(args, np.random.default_rng([args.seed, step]), args.batch_size, step)
         else:
             order = np.random.default_rng([args.seed, (step - 1) * args.batch_size // len(file_rows)])
             first = (step - 1) * args.batch_size % len(file_rows)
