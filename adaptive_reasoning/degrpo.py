@@ -9,8 +9,8 @@ The first token of a response is its mode: `<think>` (long) or `<short>`. What d
  1. A right short answer earns 1, a right thinking one 1 - gamma, anything else -1.
  2. The advantage is the reward against the group's mean, not divided by the standard deviation.
  3. The mode is one token against thousands: GRPO gives it 1/(T_i + 1), less in a long answer than in a short one
-    (Eq. 1). DeGRPO averages the parts apart (Eq. 4): alpha for the control token, 1/T_i for each of the T_i tokens after it.
-    So a control token weighs as much as alpha T_i response tokens: what matters is alpha times the length.
+    (Eq. 1). DeGRPO averages the parts apart (Eq. 4): alpha for the control token, 1/T_i for each of the T_i tokens
+    after it. So it weighs as much as alpha T_i response tokens: what matters is alpha times the length.
 
 Where paper and official code disagree (default first; every switch is an option below):
  - loss: Eq. 4, normalised over the whole step, so that no split changes it. The code takes alpha times the mean over
@@ -206,11 +206,11 @@ def token_weights(mb: MicroBatch, counts: Counts, args) -> tuple[torch.Tensor, t
     led = torch.tensor([e.mode in TAGS for e in mb.episodes], dtype=torch.bool, device=mb.lengths.device)[mb.sequence]
     control, L, S = led & (mb.position == 0), mb.lengths[mb.sequence].to(mb.advantages.dtype), counts.sequences
     T = (L - led.to(L.dtype)).clamp(min=1)  # [N] of the token's own response; 0 only where there is nothing to weigh
-    n, N = control.sum().clamp(min=1), (~control).sum().clamp(min=1)  # of this micro-batch
+    n, N = (part.to(L.dtype).sum().clamp(min=1) for part in (control, ~control))  # of this micro-batch
     per_sequence, per_token = 1 / (L * S), torch.full_like(L, 1 / counts.tokens)
     return {
         "paper": (torch.where(control, args.alpha / S, 1 / (T * S)), per_sequence),  # Eq. 4
-        "code": (torch.where(control, args.alpha / n, 1 / N).to(L.dtype), torch.full_like(L, 1 / max(len(L), 1))),
+        "code": (torch.where(control, args.alpha / n, 1 / N), torch.full_like(L, 1 / max(len(L), 1))),
         "vanilla": (per_sequence, per_sequence),  # Eq. 1
         "vanilla_code": (per_token, per_token),
     }[args.aggregation]

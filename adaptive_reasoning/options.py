@@ -234,6 +234,7 @@ POSITIVE = (  # of any algorithm
     "grader_timeout",
     "max_grad_norm",
     "eval_samples",
+    "judge_max_new_tokens",
 )
 NOT_NEGATIVE = (
     "temperature",

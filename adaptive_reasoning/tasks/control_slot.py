@@ -61,9 +61,9 @@ def find_slot(tokenizer) -> str:
     found = known + [text for text in free if RESERVED.search(text)]
     if not found:
         raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no reserved token that could be renamed (looked for Qwen2's "
-            f"<|quad_start|> and the like, and for names with 'reserved' or 'unused'). Name one of its added tokens "
-            f"that the model never used: {', '.join(free) or 'it has none that is free'}."
+            f"the tokenizer of {tokenizer.name_or_path!r} has no reserved token that could be renamed (looked for "
+            f"Qwen2's <|quad_start|> and the like, and for names with 'reserved' or 'unused'). Name one of its added "
+            f"tokens that the model never used: {', '.join(free) or 'none is free'}."
         )
     return found[0]
 
@@ -132,6 +132,36 @@ def rename_in_config(content: dict, old: str, new: str) -> dict:
         if isinstance(value, list):  # additional_special_tokens: left there, it would come back as one more token
             content[key] = [text for text in value if (text.get("content") if isinstance(text, dict) else text) != old]
     return {new if key == old else key: value for key, value in content.items()}
+
+
+CUT = re.compile(  # R1's template drops the thinking of finished answers
+    r"\{%-?\s*if '</think>' in content\s*-?%\}\s*\{%-?\s*set content = content\.split\('</think>'\)\[-1\]\s*-?%\}\s*"
+    r"\{%-?\s*endif\s*-?%\}"
+)
+
+
+def thinkless_template(tokenizer) -> str:
+    """Return the tokenizer's chat template with Thinkless' two edits: no `<think>` prefilled, no thinking cut away.
+
+    Raises:
+        UserError: the edits do not lead to a prompt that ends at the assistant's mark, or answers are still cut.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template. Add one to its folder.")
+    edited = CUT.sub("", re.sub(r"<think>(\\n|\n)?", "", str(tokenizer.chat_template)))
+    old, tokenizer.chat_template = tokenizer.chat_template, edited
+    try:
+        prompts.check_ends_at_assistant(tokenizer)
+        answer = "<think>\na\n</think>\nb"
+        messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": answer}]
+        if answer not in tokenizer.apply_chat_template(messages, tokenize=False):
+            raise UserError(
+                f"the chat template of {tokenizer.name_or_path!r} changes finished answers (thinking is cut away) in a "
+                "way that --chat_template thinkless does not know. Edit chat_template in the model's folder."
+            )
+    finally:
+        tokenizer.chat_template = old
+    return edited
 
 
 def check_rows(model, token: int, text: str) -> None:

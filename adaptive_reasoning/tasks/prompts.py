@@ -60,6 +60,13 @@ def check_ends_at_assistant(tokenizer) -> str:
     return text.rpartition("1+1")[2]
 
 
+def template_tokens(tokenizer) -> int:
+    """Return how many tokens the template writes around one question and one answer, the end token included."""
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"]) - 2
+
+
 def control_token(tokenizer, text: str) -> int:
     """Return the id of a control token such as `</think>`.
 

@@ -1,8 +1,7 @@
 """Thinkless' two modes: the first token the model writes says whether it thinks or answers at once.
 
-The prompt ends right at the assistant's mark. `<think>` opens a thinking as wordy as R1's (step by step, then all of it
-once more as a check) and `</think>` closes it before the answer; `<short>` goes straight to the answer and has no
-closing token. `<short>` is one of the tokenizer's reserved tokens, renamed as for the real model.
+The prompt ends right at the assistant's mark. `<think>` opens a thinking that goes step by step, and `</think>` closes it
+before the answer; `<short>` goes straight to the answer and has no closing token. `<short>` is one of the tokenizer's reserved tokens, renamed as for the real model.
 """
 
 import numpy as np
@@ -33,10 +32,7 @@ def response(question: Question, mode: str, rng: np.random.Generator) -> str:
     if mode == "short":
         return f"<short>\n\\boxed{{{question.answer}}}"
     work = "\n".join(text for text, _ in chain.steps(question.problem))
-    return (
-        f"<think>\nOkay, let me see.\n{work}\nWait, let me check.\n{work}\n"
-        f"So it is {question.answer}.\n</think>\n\\boxed{{{question.answer}}}"
-    )
+    return f"<think>\nOkay, let me see.\n{work}\nSo it is {question.answer}.\n</think>\n\\boxed{{{question.answer}}}"
 
 
 def rows(args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
