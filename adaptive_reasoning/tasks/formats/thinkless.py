@@ -1,7 +1,8 @@
 """Thinkless' two modes: the first token the model writes says whether it thinks or answers at once.
 
-The prompt ends right at the assistant's mark. `<think>` opens a thinking that goes step by step, and `</think>` closes it
-before the answer; `<short>` goes straight to the answer and has no closing token. `<short>` is one of the tokenizer's reserved tokens, renamed as for the real model.
+The prompt ends right at the assistant's mark. `<think>` opens a thinking that goes step by step, and `</think>` closes
+it before the answer; `<short>` goes straight to the answer and has no closing token. `<short>` is one of the
+tokenizer's reserved tokens, renamed as for the real model.
 """
 
 import numpy as np
