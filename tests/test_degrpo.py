@@ -269,6 +269,28 @@ def test_the_bandit_shows_the_u_curve_under_the_decoupled_loss():
     assert 5 < low < 290 and short[low] < 0.4 and short[-1] > short[low] + 0.3, short[::30]
 
 
+def test_the_normaliser_changes_the_speed_of_the_choice_and_not_its_direction():
+    """Advantages of a group add up to 0. So on policy the logit of `<short>` moves by K (w_s p_t + w_t p_s), with K the
+    advantage of all short samples together and w the weights of the control tokens: vanilla GRPO goes where DeGRPO
+    goes, only faster where it thinks and slower where it answers short.
+    """
+    T = {"think": 40, "short": 4}
+    modes = ["think"] * 6 + ["short"] * 2
+    A = torch.tensor([0.375] * 6 + [-1.125] * 2, dtype=torch.float64)  # short answers are wrong here
+    choice = torch.tensor([math.log(3.0)], dtype=torch.float64, requires_grad=True)  # p_think = 3 / 4
+    w = {"paper": {"think": 0.1, "short": 0.1}, "vanilla": {m: 1 / (n + 1) for m, n in T.items()}}
+    for aggregation, weight in w.items():
+        choice.grad = None
+        first = [torch.nn.functional.logsigmoid(choice if m == "think" else -choice) for m in modes]
+        logprobs = torch.cat([part for x, m in zip(first, modes) for part in (x, torch.zeros(T[m]).double())])
+        lengths = [T[m] + 1 for m in modes]
+        per_token = torch.repeat_interleave(A, torch.tensor(lengths))
+        mb = batch(lengths, None, logprobs.detach(), per_token, modes=modes)
+        loss(logprobs, None, mb, Counts(sum(lengths), 8, 1), options(aggregation, alpha=0.1))[0].backward()
+        K = -2.25 / 8
+        assert choice.grad.item() == pytest.approx(K * (weight["short"] * 0.75 + weight["think"] * 0.25))
+
+
 # --- reward
 
 
