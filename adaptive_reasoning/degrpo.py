@@ -19,10 +19,10 @@ Where paper and official code disagree (default first; every switch is an option
  - mode: the first token. The code pays `<short>` anywhere, also for a thinking answer that prints it: `mode_rule`
    "substring". By the first token, a second control token is malformed like an unclosed thinking or a missing box: -1.
  - a first token that is no control token is a response token; the code trains it as a control token.
- - gamma: no value in the paper; 0.5 in the code, which goes on with 0.2 after 300 steps because the model ends up
-   too short with 0.5 alone. `gamma`, `gamma_schedule`.
- - the code's divergence 0.001 (k3), entropy bonus 0.001, clip range 0.2 and beta2 0.95 are the defaults. The paper has
-   some beta and epsilon, no bonus, and beta2 0.999. `kl_coef`, `entropy_coef`, `clip_low`, `clip_high`, `adam_beta2`.
+ - gamma: no value in the paper; 0.5 in the code, then 0.2 after 300 steps because 0.5 alone ends up too short.
+   `gamma`, `gamma_schedule`.
+ - the code's divergence 0.001 (k3), entropy bonus 0.001, clip range 0.2, beta2 0.95 and log-probs at temperature 0.6
+   are followed; the paper has no values for these, no bonus, and beta2 0.999. 600 steps are the paper's.
 """
 
 import math
@@ -58,7 +58,7 @@ class Args(RunArgs):
     mode_rule: str = "first_token"
     """What the reward takes for the mode: "first_token" (paper), or "substring": `<short>` anywhere (code)."""
     std: str = "none"
-    """Divide the advantage by the group's standard deviation: "none", or "unbiased" (plain GRPO)."""
+    """Divide the advantage by the group's standard deviation: "unbiased", or "none" (Dr. GRPO)."""
     aggregation: str = "paper"
     """Weight of a token: "paper" (Eq. 4), "code" (per micro-batch), "vanilla" (Eq. 1), "vanilla_code" (token mean)."""
     clip_low: float = 0.2
@@ -90,7 +90,7 @@ class Args(RunArgs):
 
     CHOICES: ClassVar = {
         "mode_rule": ("first_token", "substring"),
-        "std": ("none", "unbiased"),
+        "std": ("unbiased", "none"),
         "aggregation": ("paper", "code", "vanilla", "vanilla_code"),
     }
 
@@ -131,7 +131,7 @@ class Control:
         return (*TAGS, "malformed")
 
     def mode_of(self, response_ids) -> str:
-        """Return the mode of a response from its own first token."""
+        """Return the mode of a response from its own first tokens."""
         return next((mode for mode, token in self.tokens.items() if token == response_ids[0]), "malformed")
 
     def extract_answer(self, response: str) -> str | None:
@@ -141,9 +141,9 @@ class Control:
         """Return the token that forces a mode."""
         return ((self.tokens[mode], 1.0),)
 
-    def findings(self, args) -> dict[str, str]:
-        """Return the lines of the preflight table about the modes."""
-        return {"modes": ", ".join(f"<{TAGS[mode]}> token {token}" for mode, token in self.tokens.items())}
+    def findings(self) -> dict[str, str]:
+        """Return the lines of the preflight table about the formats."""
+        return {"formats": ", ".join(f"<{TAGS[mode]}> token {token}" for mode, token in self.tokens.items())}
 
     def protocol(self) -> Protocol:
         """Return how evaluation forces and tells modes apart."""
@@ -154,9 +154,8 @@ class Control:
 def control_tokens(tokenizer, args) -> Control:
     """Look up what the modes need; UserError if the tokenizer does not fit the method."""
     prompts.check_ends_at_assistant(tokenizer)
-    prompts.control_token(tokenizer, "</think>")
-    tokens = {mode: prompts.control_token(tokenizer, f"<{tag}>") for mode, tag in TAGS.items()}
-    return Control(tokens, getattr(args, "mode_rule", "first_token"))
+    think, short, _ = (prompts.control_token(tokenizer, tag) for tag in ("<think>", "<short>", "</think>"))
+    return Control({"think": think, "short": short}, getattr(args, "mode_rule", "first_token"))
 
 
 # --------------------------------------------------------------------------------------------------------- the method
@@ -184,17 +183,16 @@ def reward(e: Episode, gamma: float, args) -> float:
 
 
 def advantages(group: list[Episode], args) -> list[float]:
-    """Return A_i = r_i - mean r of the samples of one question; with "unbiased" over (std r + 1e-6).
+    """Return A_i = (r_i - mean r) / (std r + 1e-6) of the G samples of one question.
 
-    In float64: with equal rewards that fp32 cannot represent, mean and standard deviation miss by one unit in the last
-    place, and 1e-6 does not hide that. A group of one is not centred (official code: mean 0, std 1).
+    The std is the unbiased one. In float64: with equal rewards that fp32 cannot represent, mean and std miss by one
+    unit in the last place, and 1e-6 does not hide that. A group of one is not centred (official code: mean 0, std 1).
     """
-    R = torch.tensor([e.reward for e in group], dtype=torch.float64)
-    if len(R) == 1:
-        return R.tolist()
-    A = R - R.mean()
+    r = torch.tensor([e.reward for e in group], dtype=torch.float64)  # [G]
+    mean, std = (r.mean(), r.std()) if len(r) > 1 else (0.0, 1.0)
+    A = r - mean
     if args.std == "unbiased":
-        A = A / (R.std() + STD_EPS)
+        A = A / (std + STD_EPS)
     return A.tolist()
 
 
@@ -222,21 +220,21 @@ def loss(logprobs, entropy, mb: MicroBatch, counts: Counts, args) -> tuple[torch
     Shapes: logprobs, entropy [N] of all tokens of S sequences; `counts` are those of the whole step over all processes,
     so the shares of all micro-batches add up to the loss whatever the split.
     """
-    A, (weight, spread) = mb.advantages, token_weights(mb, counts, args)  # [N]
+    A, (share, weight) = mb.advantages, token_weights(mb, counts, args)  # [N]
     log_ratio = logprobs - mb.old_logprobs
     ratio = log_ratio.exp()
     free = -A * ratio
     clipped = -A * ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
-    value = policy = (torch.maximum(free, clipped) * weight).sum()
+    value = policy = (torch.maximum(free, clipped) * share).sum()
     mean = torch.full_like(weight, 1 / counts.tokens)
     stats = {"loss/clip_fraction": ((clipped > free) * mean).sum(), "loss/approx_kl": (-log_ratio * mean).sum()}
     if args.kl_coef:
         d = mb.ref_logprobs - logprobs
-        k3 = ((d.exp() - d - 1).clamp(-10, 10) * spread).sum()
+        k3 = ((d.exp() - d - 1).clamp(-10, 10) * weight).sum()
         value = value + args.kl_coef * k3
         stats["loss/ref_kl"] = k3
     if args.entropy_coef:
-        H = (entropy * spread).sum()
+        H = (entropy * weight).sum()
         value = value - args.entropy_coef * H
         stats["loss/entropy"] = H
     return value, {"loss/policy": policy.detach(), **{key: x.detach() for key, x in stats.items()}}
@@ -252,23 +250,29 @@ def metric_rows(episodes: list[Episode]) -> list[dict]:
 
 
 def metrics(rows: list[dict], modes: tuple[str, ...]) -> dict[str, float | None]:
-    """Return share, accuracy, length and advantage of each mode, and the groups that are all right in one mode."""
+    """Return share, accuracy, length and advantage of each mode, and what shows a collapse or an empty diversity."""
+
+    def mean(values):
+        values = list(values)
+        return sum(values) / len(values) if values else None
+
     out, groups = {}, {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
+    solved = [{row["mode"] for row in g} for g in groups.values() if all(row["accuracy"] for row in g)]
     for mode in modes:
         mine = [row for row in rows if row["mode"] == mode]
         out[f"mode/{mode}_share"] = len(mine) / len(rows)
-        for key in ("accuracy", "tokens", "advantage"):
-            out[f"mode/{mode}_{key}"] = sum(row[key] for row in mine) / len(mine) if mine else None
-        right = [all(row["mode"] == mode and row["accuracy"] for row in group) for group in groups.values()]
-        out[f"mode/{mode}_all_correct_groups"] = sum(right)
         out[f"degrpo/num_{mode}"] = len(mine)
+        for key in ("accuracy", "tokens", "advantage"):
+            out[f"mode/{mode}_{key}"] = mean(row[key] for row in mine)
+        out[f"mode/{mode}_all_correct_groups"] = sum(found == {mode} for found in solved)
+    out["group/all_wrong_share"] = mean(not any(row["accuracy"] for row in g) for g in groups.values())
+    out["group/all_correct_share"] = len(solved) / len(groups)
+    out["group/all_correct_mixed_share"] = sum(len(found) > 1 for found in solved) / len(groups)
+    out["reward/correct_negative_share"] = mean(row["advantage"] < 0 for row in rows if row["accuracy"])
     seen = [(row["mode"], math.exp(row["first_logprob"])) for row in rows if row["first_logprob"] is not None]
-    probs = [p if mode == "think" else 1 - p for mode, p in seen if mode in TAGS]  # P(<short>) leaves the rest
-    out["degrpo/first_think_prob"] = sum(probs) / len(probs) if probs else None
-    out["group/all_wrong_share"] = sum(not any(r["accuracy"] for r in g) for g in groups.values()) / len(groups)
-    out["group/all_correct_share"] = sum(all(r["accuracy"] for r in g) for g in groups.values()) / len(groups)
+    out["degrpo/first_think_prob"] = mean(p if mode == "think" else 1 - p for mode, p in seen if mode in TAGS)
     return out
 
 
@@ -278,7 +282,7 @@ def main() -> None:
     run = Run(args, "degrpo")
     control = control_tokens(run.tokenizer, args)
     protocol = control.protocol()
-    run.preflight(control.findings(args))
+    run.preflight(control.findings())
     with run:
         learner = run.learner
         run.first_token_metrics("degrpo/first_think", control.tokens["think"])
@@ -287,7 +291,7 @@ def main() -> None:
         for step in run.steps():
             # --- roll out: free samples; grading overlaps decoding
             questions = run.next_questions()
-            episodes = run.rollout(plan_rollouts(questions, control, args, run.stop_ids, step), control.extract_answer)
+            episodes = run.rollout(plan_rollouts(questions, control, args, run.stop_ids, step), protocol.extract_answer)
 
             # --- reward and advantage
             for e in episodes:

@@ -294,6 +294,8 @@ def main() -> None:
     judged = {}
     if "router_judge" in wanted and args.judge_model:  # first, so that its weights make room for those of the model
         judged = judge(args, make_engine, *load_model(args.judge_model, args), task.benchmarks)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     engine = make_engine(model)
     if "router_judge" in wanted and not args.judge_model:
         forced = protocol.settings["never_think"]  # its verdict, not its thoughts

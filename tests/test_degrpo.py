@@ -470,7 +470,7 @@ def test_metrics_of_a_mode_that_is_gone():
     [
         (["--aggregation", "mean"], "--aggregation mean: takes paper, code, vanilla, vanilla_code"),
         (["--mode_rule", "text"], "--mode_rule text: takes first_token, substring"),
-        (["--std", "biased"], "--std biased: takes none, unbiased"),
+        (["--std", "biased"], "--std biased: takes unbiased, none"),
         (["--alpha", "-1"], "--alpha -1.0: must not be negative"),
         (["--num_generations", "0"], "must be greater than 0"),
     ],

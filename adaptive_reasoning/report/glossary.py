@@ -241,6 +241,15 @@ ADAPTTHINK = {
 GROUPED = {
     "group/all_wrong_share": Metric("Share of the questions that no response gets right.", "share", "falls"),
     "group/all_correct_share": Metric("Share of the questions that every response gets right.", "share", "rises"),
+    "group/all_correct_mixed_share": Metric(
+        "Share of the questions that every response gets right, in more than one mode.", "share", "above 0"
+    ),
+    "reward/correct_negative_share": Metric("Share of the right responses whose advantage is negative.", "share"),
+    "rollout/empty_rationale_share": Metric(
+        'Share of the rationales that hold nothing but "The answer is X".',
+        "share",
+        "low: else the modes are labels alone",
+    ),
     "loss/ref_kl": Metric(
         "Divergence of the policy from the starting model: k3 estimate, clamped to [-10, 10], weighted like the loss.",
         "nats",
