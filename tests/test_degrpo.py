@@ -22,6 +22,7 @@ from adaptive_reasoning.evaluate import PAPER, paper_table, summarise
 from adaptive_reasoning.learner.model import load_tokenizer
 from adaptive_reasoning.learner.packing import Counts, pack
 from adaptive_reasoning.options import parse_args, parse_schedule
+from adaptive_reasoning.report import modes
 from adaptive_reasoning.report.files import read_jsonl
 from adaptive_reasoning.sft import Args as SftArgs
 from adaptive_reasoning.sft import batch_of, check_pairs, load_rows
@@ -214,8 +215,14 @@ def total(split, aggregation):
 
 
 def test_no_split_changes_the_loss_but_the_official_one():
-    modes = ("think", "short", "think", "malformed", "short", "think")
-    es = [episode(*e) for e in zip(modes, (9, 3, 5, 4, 1, 17), (1.0, -0.5, 0.25, -0.75, 0.3, -1.0))]
+    es = [
+        episode(*e)
+        for e in zip(
+            ("think", "short", "think", "malformed", "short", "think"),
+            (9, 3, 5, 4, 1, 17),
+            (1.0, -0.5, 0.25, -0.75, 0.3, -1.0),
+        )
+    ]
     splits = ([es], [es[:2], es[2:]], [[e] for e in es], [es[4:], es[:1], es[1:4]])
     for aggregation in ("paper", "vanilla", "vanilla_code"):
         values = [total(split, aggregation) for split in splits]
@@ -807,6 +814,21 @@ def test_the_papers_rows_stand_beside_ours():
     table = paper_table(rows, "thinkless-1.5b")
     assert "50.0 / 160 / 25.0" in table and "84.18" not in table and "84.2 / 624 / 13.31" in table
     assert list(PAPER["1.5b"])[-1] == "AdaptThink" and "NoThinking %" in paper_table(rows, "1.5b")
+
+
+def test_the_curves_of_both_modes_beside_each_other(tmp_path):
+    for name in ("a", "b", "c"):
+        rows = [{"step": i, "mode/think_share": 1 / i, "mode/short_share": 1 - 1 / i, "mode/think_accuracy": None,
+                 "mode/short_accuracy": 0.5, "mode/short_all_correct_groups": i} for i in range(1, 9)]  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    groups = [f"DeGRPO={tmp_path / 'a'},{tmp_path / 'b'}", f"vanilla $1={tmp_path / 'c'}"]
+    modes.main([*groups, "--plot", str(tmp_path / "modes.png")])
+    assert (tmp_path / "modes.png").stat().st_size > 10_000
+    with pytest.raises(UserError, match="NAME=RUN_DIR"):
+        modes.main(["a=", "--plot", str(tmp_path / "x.png")])
+    with pytest.raises(UserError, match="Name the file"):
+        modes.main([*groups, "--plot", str(tmp_path / "x.txt")])
 
 
 # --- the user's own commands
