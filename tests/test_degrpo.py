@@ -19,6 +19,7 @@ from adaptive_reasoning.degrpo import Args, Control, advantages, extract_answer,
 from adaptive_reasoning.episode import Episode
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.evaluate import PAPER, paper_table, summarise
+from adaptive_reasoning.evaluate import Args as EvaluateArgs
 from adaptive_reasoning.learner.model import load_tokenizer
 from adaptive_reasoning.learner.packing import Counts, pack
 from adaptive_reasoning.options import parse_args, parse_schedule
@@ -485,6 +486,21 @@ def test_metrics_of_a_mode_that_is_gone():
 def test_options_that_make_no_sense(option, message):
     with pytest.raises(UserError, match=message):
         parse_args(Args, option)
+
+
+@pytest.mark.parametrize("name, options", [
+    ("degrpo_1_5b", Args), ("degrpo_1_5b_phase2", Args), ("toy_degrpo", Args), ("eval_degrpo_1_5b", EvaluateArgs),
+    ("warmup_thinkless_1_5b", SftArgs), ("cold_start_thinkless", SftArgs),
+])  # fmt: skip
+def test_the_runs_of_the_paper_have_no_misspelt_option(name, options):
+    parse_args(options, ["--config", str(ROOT / f"experiments/{name}.yaml")])
+
+
+def test_the_defaults_are_the_official_run():
+    """experiments/degrpo_1_5b.yaml writes out what degrpo.py does anyway, apart from names of files."""
+    written = vars(parse_args(Args, ["--config", str(ROOT / "experiments/degrpo_1_5b.yaml")]))
+    differ = {key for key, value in vars(Args()).items() if written[key] != value}
+    assert differ == {"output_dir", "eval_data"}
 
 
 # --- control tokens and templates
