@@ -244,7 +244,7 @@ def metric_rows(episodes: list[Episode]) -> list[dict]:
     """Return what `metrics` needs of each episode, as plain numbers that can travel between processes."""
     return [
         {"group": e.group, "mode": e.mode, "accuracy": float(e.info["correct"]), "tokens": e.num_tokens,
-         "advantage": e.advantage, "first_logprob": e.info.get("first_logprob")}
+         "advantage": e.advantage, "first_prob": math.exp(e.behaviour_logprobs[0])}
         for e in episodes
     ]  # fmt: skip
 
@@ -271,8 +271,8 @@ def metrics(rows: list[dict], modes: tuple[str, ...]) -> dict[str, float | None]
     out["group/all_correct_share"] = len(solved) / len(groups)
     out["group/all_correct_mixed_share"] = sum(len(found) > 1 for found in solved) / len(groups)
     out["reward/correct_negative_share"] = mean(row["advantage"] < 0 for row in rows if row["accuracy"])
-    seen = [(row["mode"], math.exp(row["first_logprob"])) for row in rows if row["first_logprob"] is not None]
-    out["degrpo/first_think_prob"] = mean(p if mode == "think" else 1 - p for mode, p in seen if mode in TAGS)
+    first = {"think": lambda p: p, "short": lambda p: 1 - p}  # P(<think>): all but P(<short>)
+    out["degrpo/first_think_prob"] = mean(first[r["mode"]](r["first_prob"]) for r in rows if r["mode"] in TAGS)
     return out
 
 

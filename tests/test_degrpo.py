@@ -200,7 +200,7 @@ def episode(mode, tokens, advantage=0.0, reward=0.0, group=0, text="", correct=F
         advantage=advantage, text=text, info={"forced": 0, "correct": correct},
     )  # fmt: skip
     if first is not None:
-        e.info["first_logprob"] = first
+        e.behaviour_logprobs[0] = first
     return e
 
 
@@ -453,9 +453,9 @@ def test_mode_is_read_from_the_first_token_alone():
 def test_metrics_by_mode():
     right = dict(correct=True, reward=1.0)
     es = [
-        episode("think", 20, group=0, first=math.log(0.7), **right), episode("think", 30, group=0, **right),
-        episode("short", 4, group=1, first=math.log(0.4), **right), episode("short", 6, group=1, **right),
-        episode("malformed", 5, group=2, first=math.log(0.1)), episode("think", 10, group=2),
+        episode("think", 20, group=0, first=math.log(0.7), **right), episode("think", 30, group=0, first=0.0, **right),
+        episode("short", 4, group=1, first=math.log(0.4), **right), episode("short", 6, group=1, first=0.0, **right),
+        episode("malformed", 5, group=2, first=math.log(0.1)), episode("think", 10, group=2, first=math.log(0.2)),
     ]  # fmt: skip
     got = metrics(degrpo.metric_rows(es), CONTROL.modes)
     assert (got["degrpo/num_think"], got["degrpo/num_short"], got["degrpo/num_malformed"]) == (3, 2, 1)
@@ -464,13 +464,13 @@ def test_metrics_by_mode():
     assert (got["mode/think_tokens"], got["mode/short_tokens"]) == (20.0, 5.0)
     assert (got["mode/think_all_correct_groups"], got["mode/short_all_correct_groups"]) == (1, 1)
     assert got["group/all_wrong_share"] == pytest.approx(1 / 3)
-    assert got["degrpo/first_think_prob"] == pytest.approx((0.7 + 0.6) / 2)  # of <short>: the rest
+    assert got["degrpo/first_think_prob"] == pytest.approx((0.7 + 1.0 + 0.6 + 0.0 + 0.2) / 5)
 
 
 def test_metrics_of_a_mode_that_is_gone():
-    got = metrics(degrpo.metric_rows([episode("short", 4)] * 2), CONTROL.modes)
+    got = metrics(degrpo.metric_rows([episode("malformed", 4)] * 2), CONTROL.modes)
     assert got["mode/think_accuracy"] is None and got["mode/think_share"] == 0 == got["degrpo/num_think"]
-    assert got["degrpo/first_think_prob"] is None
+    assert got["mode/malformed_share"] == 1 and got["degrpo/first_think_prob"] is None
 
 
 @pytest.mark.parametrize(

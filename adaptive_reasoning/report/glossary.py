@@ -263,8 +263,8 @@ DEGRPO = {
     "degrpo/num_short": Metric("Responses of this step that start with <short>.", "count", "not 0 for long"),
     "degrpo/num_malformed": Metric("Responses of this step that start with no control token.", "count", "0"),
     "degrpo/first_think_prob": Metric(
-        "Mean probability of <think> as the first token, over the responses of this step that get gradient (of a short "
-        "one: 1 - P(<short>); step 0: over the evaluation questions).",
+        "Mean probability of <think> as the first token, as the responses of this step show it (a short one: 1 - "
+        "P(<short>)); step 0: over the evaluation questions.",
         "share",
         "about 0.5 after the warm-up; rises, then falls as the short answers improve",
         "p(<think>)",
