@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 import yaml
 
+from adaptive_reasoning import router
 from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.runtime import all_gather, make_accelerator
@@ -30,6 +31,7 @@ from adaptive_reasoning.report.stages import stage_rows, stage_table
 from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling, request_seed
 from adaptive_reasoning.rollout.dialogue import Dialogue, converse
 from adaptive_reasoning.tasks import prompts
+from adaptive_reasoning.tasks.lenient import lenient_answer, lenient_same
 from adaptive_reasoning.tasks.sandbox import executed
 from adaptive_reasoning.tasks.task import Benchmark, load_task
 from adaptive_reasoning.tasks.votes import consensus, majority
@@ -49,6 +51,7 @@ class Protocol:
     check: check(answer, gold) -> bool, a function of a module that a grader process can import; None: `same_answer`.
     consensus: settings whose answers have to agree, and behind them the one to fall back on; empty: no such setting.
     script: of dialogues (`rollout.dialogue`): they are held in place of single responses, and mode_of gets their turns.
+    extra_tokens: what the paper's tables add to prompt and response for the template; None: they count responses.
     """
 
     settings: dict[str, tuple[tuple[int, float], ...]]
@@ -58,6 +61,7 @@ class Protocol:
     check: Callable[[str, str], bool] | None = None
     consensus: tuple[str, ...] = ()
     script: object = None
+    extra_tokens: int | None = None
 
 
 def evaluate(
@@ -88,7 +92,7 @@ def evaluate(
         return result, samples
     requests = [
         Request(
-            prompts.render(tokenizer, q.problem),
+            prompts.render(tokenizer, asked(q.problem, args)),
             args.max_new_tokens,
             stop_ids,
             request_seed(args.seed, EVAL_STREAM, i, k),
@@ -132,6 +136,11 @@ def evaluate(
         }
         for j, ((i, q, k), c) in enumerate(zip(jobs, completions))
     ]
+    if protocol.extra_tokens is not None:
+        for row, c in zip(rows, completions):
+            row["tokens_paper"] = (
+                len(c.context_ids) + row["tokens"] - (c.finish_reason == "stop") + protocol.extra_tokens
+            )
     samples = [
         {
             "setting": setting,
@@ -174,6 +183,12 @@ def hold_dialogues(
     return rows, samples
 
 
+def asked(problem: str, args) -> str:
+    """Return the user's message: the problem, below the instruction where there is one."""
+    instruction = getattr(args, "instruction", "")
+    return f"{instruction}\n{problem}" if instruction else problem
+
+
 def summarise(rows: list[dict], modes: tuple[str, ...]) -> dict:
     """Return the result of graded responses: rows with mode, difficulty, correct and tokens.
 
@@ -185,7 +200,10 @@ def summarise(rows: list[dict], modes: tuple[str, ...]) -> dict:
         return sum(values) / len(values) if values else None
 
     def accuracy_and_tokens(part):
-        return {"accuracy": mean(r["correct"] for r in part), "mean_tokens": mean(r["tokens"] for r in part)}
+        out = {"accuracy": mean(r["correct"] for r in part), "mean_tokens": mean(r["tokens"] for r in part)}
+        if rows and "tokens_paper" in rows[0]:
+            out["mean_tokens_paper"] = mean(r["tokens_paper"] for r in part)
+        return out
 
     def share(part, mode):
         return sum(r["mode"] == mode for r in part) / len(part)
@@ -212,7 +230,7 @@ class Args(RunArgs):
     algorithm: str = "adaptthink"
     """Whose control tokens, answer format and settings are used: adaptthink, grpo, ada_grpo, degrpo or thinker."""
     settings: str = ""
-    """Settings to measure, comma separated; empty: all that the algorithm has."""
+    """Settings to measure, comma separated; empty: all that the algorithm has, apart from the routers of degrpo."""
     maj_k: int = 0
     """Report maj@k beside the mean over the samples: the vote of the first k responses (0: no vote)."""
     execute_code: bool = False
@@ -221,7 +239,15 @@ class Args(RunArgs):
     """Answers of grpo: "tags" (ARM's formats) or "boxed"."""
     paper: str = ""
     """Print the paper's rows beside ours: "1.5b" or "7b" (AdaptThink), "3b", "7b" or "14b" (ARM), "q1.5b", "r1.5b" or
-    "r7b" (Thinker)."""
+    "r7b" (Thinker), "thinkless-1.5b"."""
+    scoring: str = "strict"
+    """"strict": as in training. "lenient": a box anywhere, other places, the first number (Thinkless' scripts)."""
+    instruction: str = ""
+    """Text put before every problem, e.g. to ask for a box."""
+    judge_model: str = ""
+    """Judge of router_judge: a folder or hub name; empty: the evaluated model itself."""
+    judge_max_new_tokens: int = 1024
+    """Longest reply of the judge."""
     first_word: str = "Alright"
     """The word forced by always_think."""
     eval_data: str = "gsm8k,math500,aime24"
@@ -252,6 +278,7 @@ class Args(RunArgs):
     CHOICES: ClassVar = {
         "algorithm": tuple(PAPERS),
         "answer_format": ("tags", "boxed"),
+        "scoring": ("strict", "lenient"),
         "paper": ("", *dict.fromkeys(size for rows, _ in PAPERS.values() for size in rows)),
         "environment": ("thinker", "qa"),
         "stage_prompts": ("paper", "chain"),
@@ -271,14 +298,26 @@ def check_args(args) -> None:
 
 
 def wanted_settings(names: str, protocol: Protocol) -> list[str]:
-    """Return the settings to measure in order; consensus is made from others, which are measured before it."""
+    """Return the settings to measure in order; consensus and routers are made from others, which come before them."""
     known = [*protocol.settings, *(["consensus"] if protocol.consensus else [])]
+    routers = router.ROUTERS if set(router.ENDS.values()) <= set(protocol.settings) else ()
     wanted = [name.strip() for name in names.split(",") if name.strip()] or known
-    if not set(wanted) <= set(known):
-        raise UserError(f"--settings {names}: takes {', '.join(known)}.")
+    if not set(wanted) <= {*known, *routers}:
+        raise UserError(f"--settings {names}: takes {', '.join((*known, *routers))}.")
+    router.check_routers(wanted)
     if "consensus" in wanted:
         wanted = [*dict.fromkeys((*(w for w in wanted if w != "consensus"), *protocol.consensus)), "consensus"]
-    return wanted
+    return sorted(wanted, key=lambda name: name in routers)
+
+
+def judge(args, make_engine, model, tokenizer, benchmarks, forced=()) -> dict[str, tuple[list[str], dict]]:
+    """Return {benchmark: (pick of every question, numbers about the judge)}; every process asks about all questions."""
+    engine, stop_ids = make_engine(model), prompts.stop_tokens(tokenizer, model.generation_config)
+    problems = {b.name: [q.problem for q in b.questions] for b in benchmarks}
+    return {
+        name: router.judge_picks(engine, tokenizer, stop_ids, texts, args.judge_max_new_tokens, forced)
+        for name, texts in problems.items()
+    }
 
 
 def main() -> None:
@@ -289,18 +328,34 @@ def main() -> None:
     model, tokenizer = load_model(args.model, args)
     protocol = algorithm.control_tokens(tokenizer, args).protocol()
     wanted = wanted_settings(args.settings, protocol)
+    if args.algorithm == "degrpo":  # whose paper counts prompt and template too
+        protocol = dataclasses.replace(protocol, extra_tokens=prompts.template_tokens(tokenizer))
+    if args.scoring == "lenient":
+        protocol = dataclasses.replace(protocol, extract_answer=lenient_answer, check=lenient_same)
     stop_ids = prompts.stop_tokens(tokenizer, model.generation_config)
     task = load_task(args, tokenizer, train=False)
     if not task.benchmarks:
         raise UserError("--eval_data is empty: name files, hub data sets or built-in benchmarks.")
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     device = accelerator.device
-    engine = Engine(
-        Decoder.from_model(model, device, dtype),
-        args.rollout_rows,
-        cache_bytes=4 << 30 if device.type == "cpu" else int(0.6 * torch.cuda.mem_get_info(device)[0]),
-        sync_every=1 if device.type == "cpu" else 8,
-    )
+
+    def make_engine(model) -> Engine:
+        return Engine(
+            Decoder.from_model(model, device, dtype),
+            args.rollout_rows,
+            cache_bytes=4 << 30 if device.type == "cpu" else int(0.6 * torch.cuda.mem_get_info(device)[0]),
+            sync_every=1 if device.type == "cpu" else 8,
+        )
+
+    judged = {}
+    if "router_judge" in wanted and args.judge_model:  # first, so that its weights make room for those of the model
+        judged = judge(args, make_engine, *load_model(args.judge_model, args), task.benchmarks)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    engine = make_engine(model)
+    if "router_judge" in wanted and not args.judge_model:
+        forced = protocol.settings["never_think"]  # its verdict, not its thoughts
+        judged = judge(args, lambda _: engine, model, tokenizer, task.benchmarks, forced)
     folder = Path(args.output_dir)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -311,10 +366,17 @@ def main() -> None:
         for benchmark in task.benchmarks:
             graded: dict[str, list[dict]] = {setting: [] for setting in wanted}
             for setting in wanted:
+                samples, more = [], {}
                 if setting == "consensus":
-                    graded[setting], samples = consensus(graded, protocol.consensus), []
-                    result = summarise(graded[setting], protocol.modes)
-                    result["fallback_share"] = sum(r["fallback"] for r in graded[setting]) / len(graded[setting])
+                    graded[setting] = consensus(graded, protocol.consensus)
+                    more = {"fallback_share": sum(r["fallback"] for r in graded[setting]) / len(graded[setting])}
+                    result = summarise(graded[setting], protocol.modes) | more
+                elif setting in router.ROUTERS:
+                    picks = router.coin_picks(len(benchmark.questions), args.seed)
+                    if setting == "router_judge":
+                        picks, more = judged[benchmark.name]
+                    graded[setting] = router.routed_rows(graded, picks)
+                    result = summarise(graded[setting], protocol.modes) | more
                 else:
                     result, samples = evaluate(
                         engine, grader, tokenizer, stop_ids, benchmark, protocol, setting, args, accelerator,

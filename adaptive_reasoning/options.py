@@ -199,6 +199,25 @@ def read_yaml(path: Path, cls: type) -> dict:
     return values
 
 
+def parse_schedule(option: str, text: str, below: float) -> list[tuple[int, float]]:
+    """Return [(steps done, value from there on)] of "0:0.5,300:0.2".
+
+    Raises:
+        UserError: not such pairs, the first for step 0, the steps rising, every value in [0, below).
+    """
+    try:
+        pairs = [(int(step), float(value)) for step, value in (part.split(":") for part in text.split(","))]
+    except ValueError:
+        pairs = []
+    steps = [step for step, _ in pairs]
+    if steps[:1] != [0] or steps != sorted(set(steps)) or not all(0 <= value < below for _, value in pairs):
+        raise UserError(
+            f"--{option} {text!r}: needs pairs steps:value such as '0:0.5,300:0.2' (0.5 for 300 steps, then 0.2), the "
+            f"first for step 0, the steps rising, every value in [0, {below:g})."
+        )
+    return pairs
+
+
 POSITIVE = (  # of any algorithm
     "prompts_per_step",
     "num_generations",
@@ -226,6 +245,7 @@ POSITIVE = (  # of any algorithm
     "accuracy_window",
     "critic_minibatches",
     "critic_learning_rate",
+    "judge_max_new_tokens",
 )
 NOT_NEGATIVE = (
     "temperature",
@@ -241,6 +261,7 @@ NOT_NEGATIVE = (
     "logprob_coef",
     "dual_clip",
     "value_clip",
+    "alpha",
 )
 
 

@@ -137,6 +137,8 @@ class Run:
             for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
                 if (self.folder / name).is_file():
                     truncate_jsonl(self.folder / name, self.step if checkpoint else -1)
+        if checkpoint is not None and (seen := read_jsonl(self.folder / "evaluations.jsonl")):
+            self.latest = next(row["result"] for row in seen if row["step"] == seen[-1]["step"])  # as it was then
         device = self.accelerator.device
         dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
         self.engine = Engine(

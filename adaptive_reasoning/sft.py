@@ -33,7 +33,7 @@ from adaptive_reasoning.learner.runtime import all_reduce, make_accelerator
 from adaptive_reasoning.options import RunArgs, parse_args
 from adaptive_reasoning.report.console import say
 from adaptive_reasoning.report.files import append_jsonl, truncate_jsonl, write_json_atomic
-from adaptive_reasoning.tasks import chain, prompts
+from adaptive_reasoning.tasks import chain, control_slot, prompts
 from adaptive_reasoning.tasks.formats import NAMES, Row, load
 from adaptive_reasoning.tasks.question import Question
 
@@ -59,6 +59,10 @@ class Args(RunArgs):
     """Share of the chain rows that are answered at once."""
     nothinking_supervised: float = 0.05
     """Share of those rows in which the choice to answer at once is supervised too."""
+    pairs: bool = False
+    """Rows of --data come in pairs, one question answered in both modes; both rows of a pair go into the same batch."""
+    short_slot: str = ""
+    """Thinkless: reserved token that becomes `<short>`, e.g. "<|quad_start|>"; "auto" finds one (empty: none)."""
     hidden_size: int = 96
     """Width of the laboratory's model (task "chain" with an empty --model)."""
     layers: int = 3
@@ -68,7 +72,8 @@ class Args(RunArgs):
     lora_alpha: int = 16
     """Scale of LoRA."""
     chat_template: str = ""
-    """Chat template to train with and to save: "" keeps the model's own, "arm" is "Human: {question}\\nAssistant:"."""
+    """Chat template to train with and to save: "" keeps the model's own, "arm" is "Human: {question}\\nAssistant:",
+    "thinkless" is the model's own, but ends at the assistant's mark and keeps the thinking of finished answers."""
     epochs: int = 0
     """Passes over the rows of --data, instead of --max_steps (0: --max_steps counts)."""
     warmup_share: float = 0.0
@@ -87,7 +92,7 @@ class Args(RunArgs):
     CHOICES: ClassVar = {
         "formats": NAMES,
         "lr_schedule": ("cosine", "constant"),
-        "chat_template": ("", *TEMPLATES),
+        "chat_template": ("", *TEMPLATES, "thinkless"),
     }
 
 
@@ -106,6 +111,29 @@ def load_rows(path: str) -> list[Row]:
                 raise UserError(f"{where}: a supervised row needs '{key}' as a non-empty text, found {row.get(key)!r}.")
         rows.append(Row(Question(where, row["problem"], ""), row["response"]))
     return rows
+
+
+def check_pairs(rows: list[Row], batch_size: int) -> None:
+    """Raise UserError unless rows 1 and 2, 3 and 4, ... hold one problem each, with the two control tokens in front."""
+    if batch_size % 2 or len(rows) % 2:
+        raise UserError(f"--pairs: --batch_size ({batch_size}) and the number of rows ({len(rows)}) have to be even.")
+    for one, other in zip(rows[::2], rows[1::2]):
+        openings = {row.response.partition(">")[0] + ">" for row in (one, other)}
+        if one.question.problem != other.question.problem or openings != {"<think>", "<short>"}:
+            raise UserError(
+                f"{other.question.id}: this row and the one before it have to be a pair: the same 'problem', and one "
+                f"'response' that starts with <think> and one that starts with <short>; found {sorted(openings)}."
+            )
+
+
+def batch_of(rows: list[Row], step: int, args) -> list[Row]:
+    """Return the rows of step 1, 2, ...: an epoch is a permutation of the rows, or of the pairs."""
+    unit = 2 if args.pairs else 1
+    size, number = args.batch_size // unit, len(rows) // unit
+    order = np.random.default_rng([args.seed, (step - 1) * size // number])
+    first = (step - 1) * size % number
+    picked = np.roll(order.permutation(number), -first)[:size]
+    return [rows[unit * i + j] for i in picked for j in range(unit)]
 
 
 def episodes_of(rows: list[Row], tokenizer, limit: int) -> list[Episode]:
@@ -151,10 +179,16 @@ def start_model(args, accelerator):
         raise UserError("--model is empty: name the model to fine-tune.")
     if args.model:
         model, tokenizer = load_model(args.model, args)
+        if args.short_slot:
+            if args.lora_rank:
+                raise UserError("--short_slot: LoRA leaves the embedding of `<short>` untrained. Set --lora_rank 0.")
+            tokenizer = control_slot.take_slot(tokenizer, "<short>", args.short_slot, model)
     else:
         tokenizer = chain.tokenizer(args.formats)
         model = chain.tiny_model(tokenizer, args.hidden_size, args.layers, args.seed)
-    if args.chat_template:
+    if args.chat_template == "thinkless":
+        tokenizer.chat_template = control_slot.thinkless_template(tokenizer)
+    elif args.chat_template:
         tokenizer.chat_template = TEMPLATES[args.chat_template]
     if not args.lora_rank:
         return model, tokenizer
@@ -204,6 +238,8 @@ def main() -> None:
     model, tokenizer = start_model(args, accelerator)
     learner = Learner(args, model, accelerator, trainable="marked" if args.lora_rank else "all")
     file_rows = load_rows(args.data) if args.task == "math" else None
+    if args.pairs and file_rows:
+        check_pairs(file_rows, args.batch_size)
     if args.epochs and file_rows:
         args.max_steps = -(-args.epochs * len(file_rows) // args.batch_size)
     if args.warmup_share:
@@ -223,9 +259,7 @@ def main() -> None:
         if file_rows is None:
             rows = load(args.formats).rows(args, np.random.default_rng([args.seed, step]), args.batch_size, step)
         else:
-            order = np.random.default_rng([args.seed, (step - 1) * args.batch_size // len(file_rows)])
-            first = (step - 1) * args.batch_size % len(file_rows)
-            rows = [file_rows[i] for i in np.roll(order.permutation(len(file_rows)), -first)[: args.batch_size]]
+            rows = batch_of(file_rows, step, args)
         episodes = episodes_of(rows[rank::ranks], tokenizer, args.max_new_tokens)
         args.learning_rate = rate(args, base_rate, step)
         (minibatch,) = learner.minibatches(episodes, 1, step)

@@ -258,6 +258,34 @@ GROUPED = {
     ),
 }
 
+DEGRPO = {
+    "degrpo/num_think": Metric("Responses of this step that start with <think>.", "count"),
+    "degrpo/num_short": Metric("Responses of this step that start with <short>.", "count", "not 0 for long"),
+    "degrpo/num_malformed": Metric("Responses of this step that start with no control token.", "count", "0"),
+    "degrpo/first_think_prob": Metric(
+        "Mean probability of <think> as the first token, as the responses of this step show it (a short one: 1 - "
+        "P(<short>)); step 0: over the evaluation questions.",
+        "share",
+        "about 0.5 after the warm-up; rises, then falls as the short answers improve",
+        "p(<think>)",
+        alarms=(
+            Alarm(
+                "the model takes <think> on every question for twenty steps: raise --alpha or --gamma, or give it more "
+                "easy questions",
+                above=0.995,
+                steps=20,
+            ),
+            Alarm(
+                "the model takes <short> on every question for twenty steps: lower --gamma (a --gamma_schedule), as "
+                "the authors did after 300 steps",
+                below=0.005,
+                steps=20,
+            ),
+        ),
+    ),
+    "degrpo/first_think_logprob": Metric("Mean log-probability of <think> as the first token, at step 0.", "nats"),
+}
+
 MODES = {  # of the algorithms with group baselines
     "direct": "Direct Answer",
     "cot": "Short CoT",
@@ -265,6 +293,9 @@ MODES = {  # of the algorithms with group baselines
     "long_cot": "Long CoT",
     "unknown": "without a known opening",
     "response": "all",
+    "think": "Think",
+    "short": "Short",
+    "malformed": "without a control token",
 }
 
 
@@ -355,7 +386,7 @@ THINKER = {
     ),
 }
 
-METRICS: dict[str, Metric] = {**SHARED, **ADAPTTHINK, **GROUPED}
+METRICS: dict[str, Metric] = {**SHARED, **ADAPTTHINK, **GROUPED, **DEGRPO}
 for mode, name in MODES.items():
     METRICS |= of_mode(mode, name)
 METRICS |= THINKER

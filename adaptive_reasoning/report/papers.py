@@ -17,6 +17,23 @@ ADAPTTHINK = {
     },
 }
 
+# Thinkless, Tables 1 and 2, arXiv 2505.13379: accuracy in % (lenient scoring), mean tokens with prompt and template,
+# share of thinking in %. "math_algebra" is the algebra part of MATH (1187 questions), there called Minerva Algebra.
+THINKLESS = {"thinkless-1.5b": {
+    "R1-Distill-1.5B": {"aime24": (28.0, 18063, 100), "math_algebra": (95.77, 3029, 100), "math500": (86.08, 5675, 100),
+                        "gsm8k": (83.47, 1919, 100)},
+    "warm-up, always think": {"aime24": (30.67, 18685, 100), "math_algebra": (95.3, 3064, 100),
+                              "math500": (83.6, 6209, 100), "gsm8k": (82.53, 2363, 100)},
+    "warm-up, never think": {"aime24": (8.0, 3977, 0), "math_algebra": (90.51, 690, 0), "math500": (72.76, 989, 0),
+                             "gsm8k": (82.02, 441, 0)},
+    "router random": {"aime24": (14.67, 8093, 56.0), "math_algebra": (92.11, 1736, 49.28),
+                      "math500": (76.08, 3096, 47.92), "gsm8k": (82.05, 1086, 50.99)},
+    "router Q-7B": {"aime24": (16.67, 9296, 46.67), "math_algebra": (92.5, 795, 5.64), "math500": (79.48, 2748, 25.0),
+                    "gsm8k": (85.87, 563, 2.35)},
+    "Thinkless": {"aime24": (27.33, 7099, 100), "math_algebra": (94.59, 1144, 25.88), "math500": (81.84, 2555, 51.56),
+                  "gsm8k": (84.18, 624, 13.31)},
+}}  # fmt: skip
+
 # Thinker, README table of its second version: pass@1 in % (mean of 16 samples) on eight benchmarks, and their mean.
 THINKER_BENCHMARKS = ("math500", "aime24", "aime25", "gpqa", "olympiad", "amc23", "minerva", "college")
 THINKER = {
@@ -41,23 +58,32 @@ THINKER = {
 }
 
 
-def adaptthink_table(rows: list[dict], size: str) -> str:
-    """Return our rows and the paper's for the benchmarks that both have: accuracy %, tokens, NoThinking %."""
-    names = [b for b in dict.fromkeys(r["benchmark"] for r in rows) if b in ADAPTTHINK[size]["AdaptThink"]]
+def share_table(rows: list[dict], published: dict[str, dict], size: str, mode: str) -> str:
+    """Return our rows and the paper's for the benchmarks that both have: accuracy %, tokens, share of a mode in %."""
+    there = next(iter(published.values()))
+    names = [b for b in dict.fromkeys(r["benchmark"] for r in rows) if b in there]
     if not names:
         return "no benchmark here is in the paper's table"
     table = [["", *names]]
     for setting in dict.fromkeys(r["setting"] for r in rows):
         ours = {r["benchmark"]: r["result"] for r in rows if r["setting"] == setting}
         cells = [
-            f"{100 * ours[b]['accuracy']:.1f} / {ours[b]['mean_tokens']:.0f} / "
-            f"{100 * ours[b]['modes'].get('nothinking', {'share': 0})['share']:.1f}"
+            f"{100 * ours[b]['accuracy']:.1f} / {ours[b].get('mean_tokens_paper', ours[b]['mean_tokens']):.0f} / "
+            f"{100 * ours[b]['modes'].get(mode, {'share': 0})['share']:.1f}"
             for b in names
         ]
         table.append([f"here, {setting}", *cells])
-    for name, published in ADAPTTHINK[size].items():
-        table.append([f"paper, {name}", *("{:.1f} / {} / {}".format(*published[b]) for b in names)])
-    return f"accuracy % / tokens / NoThinking %, paper {size}\n" + aligned(table)
+    for name, values in published.items():
+        table.append([f"paper, {name}", *("{:.1f} / {} / {}".format(*values[b]) for b in names)])
+    return f"accuracy % / tokens / {'NoThinking' if mode == 'nothinking' else mode} %, paper {size}\n" + aligned(table)
+
+
+def adaptthink_table(rows: list[dict], size: str) -> str:
+    return share_table(rows, ADAPTTHINK[size], size, "nothinking")
+
+
+def thinkless_table(rows: list[dict], size: str) -> str:
+    return share_table(rows, THINKLESS[size], size, "think")
 
 
 def thinker_table(rows: list[dict], size: str) -> str:
@@ -86,5 +112,6 @@ PAPERS = {  # algorithm -> (published rows by model size, the function that prin
     "adaptthink": (ADAPTTHINK, adaptthink_table),
     "grpo": (ARM, arm_table),
     "ada_grpo": (ARM, arm_table),
+    "degrpo": (THINKLESS, thinkless_table),
     "thinker": (THINKER, thinker_table),
 }

@@ -39,6 +39,34 @@ def check_opens_thinking(tokenizer) -> str:
     return text.rpartition("1+1")[2]
 
 
+def check_ends_at_assistant(tokenizer) -> str:
+    """Return how the prompt ends, e.g. '<|Assistant|>'.
+
+    Raises:
+        UserError: the prompt goes on after the assistant's mark, with `<think>` (then the mode is chosen already) or
+            with a newline or anything else that the template does not write before a finished answer: the control
+            token would not stand where it was trained.
+    """
+    messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "7"}]
+    text = prompt_text(tokenizer, "1+1")
+    finished = tokenizer.apply_chat_template(messages, tokenize=False)
+    if THINK_OPEN in text or not finished.startswith(text + "7"):
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path!r} must end right at the assistant's mark with "
+            f"add_generation_prompt, without {THINK_OPEN!r} or a newline, as it stands before an answer "
+            f"({finished[-40:]!r}); found {text[-40:]!r}. Change chat_template in the tokenizer's folder; the warm-up "
+            "does it (sft --chat_template thinkless)."
+        )
+    return text.rpartition("1+1")[2]
+
+
+def template_tokens(tokenizer) -> int:
+    """Return how many tokens the template writes around one question and one answer, the end token included."""
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"]) - 2
+
+
 def control_token(tokenizer, text: str) -> int:
     """Return the id of a control token such as `</think>`.
 

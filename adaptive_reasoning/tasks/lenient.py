@@ -1,0 +1,33 @@
+r"""Lenient scoring: how Thinkless' evaluation scripts read and compare answers, to put our numbers beside the paper's.
+
+Strict scoring is that of training: a well-formed response, the last box of the body, `answers.same_answer`. Lenient
+scoring takes the last box anywhere, inside an unfinished thinking too, then other places an answer may stand in, and
+calls two answers equal whose first numbers are ("3/4" and "3/5" pass, and so do "-3" and "3").
+"""
+
+import re
+
+from adaptive_reasoning.tasks.answers import boxed_answer, same_answer
+
+NUMBER = re.compile(r"-?\d+\.\d+|\d+")  # the authors' pattern: a sign counts in front of decimals alone
+PLACES = (r"<answer>(.*?)</answer>", r"\*\*(?:Final )?Answer:?\*\*:?\s*([^\n]+)")
+
+
+def lenient_answer(response: str) -> str | None:
+    """Return the last box, else what <answer> holds, else what follows **Answer:**, else the last number."""
+    boxed = boxed_answer(response)
+    if boxed is not None:
+        return boxed
+    for place in PLACES:
+        if found := re.findall(place, response, re.DOTALL | re.IGNORECASE):
+            return found[-1].strip()
+    numbers = NUMBER.findall(response.replace(",", ""))
+    return numbers[-1] if numbers else None
+
+
+def lenient_same(answer: str, gold: str) -> bool:
+    """Return whether the answers are equal, or at least the first numbers in them."""
+    first = [NUMBER.search(str(text).replace(",", "")) for text in (answer, gold)]
+    if all(first) and abs(float(first[0][0]) - float(first[1][0])) < 1e-6:
+        return True
+    return same_answer(answer, gold)
