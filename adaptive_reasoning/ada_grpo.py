@@ -47,6 +47,7 @@ from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.answers import verified_answer
 
 STD_EPS = 1e-6
+PER_MICRO_BATCH = ("micro_batch",)  # aggregations that depend on which sequences are together
 
 
 @dataclass
@@ -138,22 +139,6 @@ def empty_rationale(response: str) -> bool | None:
     return not re.sub(r"^(so |thus,? |therefore,? )?the (correct |final )?answer is[^\n]*", "", text, flags=re.I)
 
 
-def check_prompt(tokenizer) -> str:
-    """Return how a prompt ends, ARM's "\\nAssistant:"; a tag has to follow it directly.
-
-    Raises:
-        UserError: the template ends otherwise. The model would not know the place where a response has to begin.
-    """
-    text = prompts.prompt_text(tokenizer, "1+1")
-    if not text.endswith("1+1\nAssistant:"):
-        raise UserError(
-            f"the chat template of {tokenizer.name_or_path!r} must end in '\\nAssistant:' with add_generation_prompt, "
-            f"without a space, a newline or <think> behind it; found {text.rpartition('1+1')[2][-40:]!r}. ARM's cold "
-            "start writes the right one: python -m adaptive_reasoning.sft --chat_template arm."
-        )
-    return text.rpartition("1+1")[2]
-
-
 @dataclass
 class Control:
     """How a response says which mode it is in."""
@@ -187,7 +172,7 @@ class Control:
 
 def control_tokens(tokenizer, args) -> Control:
     """Look up what the modes need; UserError if the tokenizer does not fit the method."""
-    return Control(tokenizer, check_prompt(tokenizer))
+    return Control(tokenizer, prompts.check_ends_at_assistant(tokenizer))
 
 
 # --------------------------------------------------------------------------------------------------------- the method
@@ -343,7 +328,7 @@ def main() -> None:
                 learner.recompute_logprobs(episodes)
             run.score_reference(episodes)
             losses, updates = [], []
-            plain = not args.kl_coef and not args.entropy_coef  # then advantage 0 means no gradient
+            plain = not (args.kl_coef or args.entropy_coef or args.aggregation in PER_MICRO_BATCH)  # A = 0: no gradient
             minibatches = learner.minibatches(episodes, args.minibatches_per_step, step, skip_zero_advantage=plain)
             for minibatch in minibatches:
                 for mb in minibatch:
