@@ -193,6 +193,51 @@ SECTIONS = (
             ("DeGRPO forced to think: tokens", after("degrpo", "mean_tokens", "always_think"), 1),
         ),
     ),
+    Section(
+        "Thinker against PPO on question and answer",
+        "Verification and a second, slow answer lift the final accuracy above the fast one; the fast answer alone stays "
+        "near the one-turn baseline (Table of v2; v1 has it above).",
+        ("thinker", "thinker-qa"),
+        (
+            OverSteps(
+                "thinker",
+                "Thinker: accuracy of the stages",
+                (
+                    ("thinker/fast_accuracy", "Fast"),
+                    ("thinker/slow_accuracy", "Slow, where Fast was wrong"),
+                    ("reward/accuracy", "final answer"),
+                ),
+            ),
+            OverSteps(
+                "thinker",
+                "Thinker: verification",
+                (
+                    ("thinker/verify_balanced_accuracy", "balanced accuracy"),
+                    ("thinker/verify_yes_when_right", "Yes when right"),
+                    ("thinker/verify_no_when_wrong", "No when wrong"),
+                ),
+            ),
+            OverSteps("thinker-qa", "PPO on question and answer", (("reward/accuracy", "accuracy"),)),
+        ),
+        (
+            ("Thinker: final accuracy", after("thinker", "accuracy"), 3),
+            ("Thinker: fast accuracy", after("thinker", "stages/fast/accuracy"), 3),
+            (
+                "final minus fast accuracy",
+                change(after("thinker", "accuracy"), after("thinker", "stages/fast/accuracy")),
+                3,
+            ),
+            (
+                "fast accuracy minus the cold start's",
+                change(after("thinker", "stages/fast/accuracy"), after("thinker", "stages/fast/accuracy", when=0)),
+                3,
+            ),
+            ("verification: balanced accuracy", after("thinker", "verification/balanced_accuracy"), 3),
+            ("Thinker: tokens of all stages", after("thinker", "mean_tokens"), 1),
+            ("baseline: accuracy", after("thinker-qa", "accuracy"), 3),
+            ("baseline: tokens", after("thinker-qa", "mean_tokens"), 1),
+        ),
+    ),
 )
 
 
