@@ -7,7 +7,6 @@ state but weights, optimiser and step number.
 """
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import GenerationConfig
 
 from adaptive_reasoning.episode import Episode, pick, sample_row
 from adaptive_reasoning.errors import UserError
@@ -29,7 +27,7 @@ from adaptive_reasoning.learner.checkpoint import (
 )
 from adaptive_reasoning.learner.critic import Critic, load_critic
 from adaptive_reasoning.learner.learner import Learner
-from adaptive_reasoning.learner.model import load_config, load_model, load_tokenizer
+from adaptive_reasoning.learner.model import generation_config, load_config, load_model, load_tokenizer
 from adaptive_reasoning.learner.packing import MicroBatch, logprob_gap
 from adaptive_reasoning.learner.runtime import all_gather, all_reduce, is_zero3, make_accelerator
 from adaptive_reasoning.preflight import preflight
@@ -37,6 +35,7 @@ from adaptive_reasoning.report import glossary
 from adaptive_reasoning.report.console import Console, say
 from adaptive_reasoning.report.files import (
     append_jsonl,
+    load_json,
     read_jsonl,
     truncate_jsonl,
     write_json_atomic,
@@ -170,7 +169,7 @@ class Run:
         while self.step < self.args.max_steps:
             self.step += 1
             self.clock |= {"step": time.perf_counter()}
-            self.gap = [0.0, 0, 0.0]
+            self.gap, self.sampled_at = [0.0, 0, 0.0], self.learner.steps
             yield self.step
 
     def next_questions(self) -> list[tuple[int, Question, list[int]]]:
@@ -191,7 +190,6 @@ class Run:
         False where `extract_answer` found no answer; info["forced"] counts its forced first tokens.
         """
         start = time.perf_counter()
-        self.sampled_at = self.learner.steps
         texts: dict[int, str] = {}
 
         def on_finish(i: int, completion: Completion) -> None:
@@ -514,19 +512,3 @@ MAY_CHANGE = {
     "max_steps", "save_every", "keep_checkpoints", "grader_workers", "grader_timeout", "samples_per_step", "report_to",
     "max_ungraded", "tokens_per_micro_batch", "rollout_rows", "gradient_checkpointing", "output_dir",
 }  # fmt: skip
-
-
-def generation_config(model: str):
-    """Return the generation config of a folder or hub name, which may name more stop tokens; None where it has none."""
-    try:
-        return GenerationConfig.from_pretrained(model)
-    except OSError:
-        return None
-
-
-def load_json(path: Path):
-    """Return the content of a JSON file; UserError with file and place where it is broken."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error

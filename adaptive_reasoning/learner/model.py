@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import is_flash_attn_2_available
 
 from adaptive_reasoning.errors import UserError
@@ -93,6 +93,14 @@ def load_tokenizer(name_or_path: str):
         return AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name_or_path}: cannot load the tokenizer: {error}") from error
+
+
+def generation_config(model: str):
+    """Return the generation config of a folder or hub name, which may name more stop tokens; None where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:
+        return None
 
 
 class LogprobHead(nn.Linear):

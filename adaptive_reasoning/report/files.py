@@ -142,3 +142,11 @@ def _mend_tail(path: Path) -> None:
             file.truncate(start)
         else:
             file.write(b"\n")
+
+
+def load_json(path: Path):
+    """Return the content of a JSON file; UserError with file and place where it is broken."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error

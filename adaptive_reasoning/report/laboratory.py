@@ -195,8 +195,8 @@ SECTIONS = (
     ),
     Section(
         "Thinker against PPO on question and answer",
-        "Verification and a second, slow answer lift the final accuracy above the fast one; the fast answer alone stays "
-        "near the one-turn baseline (Table of v2; v1 has it above).",
+        "Verification and a second, slow answer lift the final accuracy above the fast one; the fast answer alone "
+        "stays near the one-turn baseline (Table of v2; v1 has it above).",
         ("thinker", "thinker-qa"),
         (
             OverSteps(
