@@ -3,16 +3,15 @@
 Fast and Verify can be done hastily or with care, as by a model that was never trained on this dialogue:
 
     fast      the bare answer, or the chain worked through, for which the budget suffices on short chains only
-    verify    a verdict at once, which is a guess, or after working the chain through and subtracting the fast answer
+    verify    a verdict at once, which is a guess, or after working the chain through and comparing
     slow      one operation a line, once more from the start
     summary   the same work without a word more
     qa        the baseline's only turn: one operation a line
 
 In half of the dialogues the fast answer is wrong. It carries no loss, and what a good model says next does.
 
-Before the dialogues, in the first part of the cold start, come chains in the baseline's one turn. They stand for what
-a pretrained model knows: one that meets everything at once learns neither the arithmetic nor the dialogue. For the same
-reason the check is a subtraction, which it knows, and not a comparison of two digits, which it would have to learn.
+Before the dialogues, in the first part of the cold start, come drills: chains in the baseline's one turn, and comparing
+digits. They stand for what a pretrained model knows; a fresh one that meets everything at once learns neither.
 """
 
 import numpy as np
@@ -38,8 +37,9 @@ PROMPTS = {  # the user's turns, short as everything here
     "qa": "{q} step by step",
 }
 CAREFUL = 0.5  # share of the fast answers with work, and of the verdicts after a check
-DRILLS = 0.45  # first part of the cold start: arithmetic alone
+DRILLS = 0.55  # first part of the cold start: drills alone
 FAST_ROWS, QA_ROWS = 0.1, 0.15  # after it: share of the rows that end with a fast answer, or are of the baseline
+COMPARING, COMPARISONS = 0.2, 5  # share of the drills that compare digits, and pairs in a row of them
 NOT_SUPERVISED = 1_000_000  # beyond the end of any response
 
 
@@ -77,8 +77,7 @@ def verify(question: Question, answer: str, rng: np.random.Generator) -> str:
     verdict = "Yes" if answer == question.answer else "No"
     if rng.random() >= CAREFUL:
         return boxed(verdict)
-    check = f"{question.answer}-{answer}={(int(question.answer) - int(answer)) % 10}"
-    return f"{worked(question)[0]}\n{check}\n{boxed(verdict)}"
+    return f"{worked(question)[0]}\n{question.answer}={answer}? {verdict}\n{boxed(verdict)}"
 
 
 def response(question: Question, mode: str, rng: np.random.Generator) -> str:
@@ -96,9 +95,16 @@ def turn(stage: str) -> str:
     return f"{USER}{PROMPTS[stage]}{ASSISTANT}"
 
 
+def comparing(question: Question, rng: np.random.Generator) -> Row:
+    """Return a row that compares digits in the words of a careful verdict, half of them equal."""
+    left, other = rng.integers(0, 10, COMPARISONS), rng.integers(1, 10, COMPARISONS)
+    pairs = [(a, a if rng.random() < 0.5 else (a + slip) % 10) for a, slip in zip(left, other)]
+    return Row(question, "\n".join(f"{a}={b}? {'Yes' if a == b else 'No'}" for a, b in pairs), prompt="compare")
+
+
 def rows(args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
-    """Return arithmetic in the first part of the cold start; then dialogues, half of them with a wrong fast answer,
-    beside some rows of one turn."""
+    """Return drills in the first part of the cold start; then dialogues, half of them with a wrong fast answer, beside
+    some rows of one turn."""
     shares = chain.parse_mix(args.chain_mix)
     drills = step <= DRILLS * args.max_steps
     out = []
@@ -106,7 +112,9 @@ def rows(args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
         operations = int(rng.choice(len(shares), p=shares)) + 1
         question = chain.make_question(rng, operations, f"chain/sft/{step}/{i}")
         kind = rng.random()
-        if drills or kind < FAST_ROWS + QA_ROWS:
+        if drills and kind < COMPARING:
+            out.append(comparing(question, rng))
+        elif drills or kind < FAST_ROWS + QA_ROWS:
             stage = "qa" if drills or kind < QA_ROWS else "fast"
             asked = PROMPTS[stage].replace("{q}", question.problem)
             out.append(Row(question, response(question, stage, rng), prompt=asked))
