@@ -11,7 +11,8 @@ Fast and Verify can be done hastily or with care, as by a model that was never t
 In half of the dialogues the fast answer is wrong. It carries no loss, and what a good model says next does.
 
 Before the dialogues, in the first part of the cold start, come drills: chains in the baseline's one turn, and comparing
-digits. They stand for what a pretrained model knows; a fresh one that meets everything at once learns neither.
+digits. They stand for what a pretrained model knows; without them a fresh one does not learn the arithmetic. Comparing
+stays a guess even so: what Verify learns from its reward is mostly that an answer cut at its budget is a wrong one.
 """
 
 import numpy as np
