@@ -32,13 +32,12 @@ from adaptive_reasoning.kernels.token_logprobs import token_logprobs as torch_to
 
 # (bytes of a number, Hopper or later): rows, columns, hidden of a tile; warps and pipeline stages. The largest tiles
 # that fit into the registers.
-FORWARD_TILES = {
+TILES = {
     (2, True): (128, 256, 64, 8, 3),
     (2, False): (128, 128, 64, 8, 3),
     (4, True): (64, 64, 32, 4, 2),
     (4, False): (64, 64, 32, 4, 2),
 }
-GRADIENT_TILES = FORWARD_TILES
 MOST_TILES = 8  # of one program of the forward pass
 FEWEST_PROGRAMS = 528  # four for each multiprocessor of an H100: below that a program takes fewer tiles
 WORKSPACE_BYTES = 512 * 2**20
@@ -176,7 +175,7 @@ def gradient_kernel(
         d = -p * (row[:, None] + (e * LN2)[:, None] * x)
     else:
         d = -p * g[:, None]
-    d += tl.where(columns[None, :] == wanted[:, None], g[:, None], 0.0)
+    d = tl.where(columns[None, :] == wanted[:, None], d + g[:, None], d)
     # The workspace is a whole number of tiles, so nothing is masked, and it has less than 2**31 numbers.
     tl.store(out + (rows[:, None] * out_stride + (columns - first)[None, :]), d.to(out.dtype.element_ty))
 
@@ -200,10 +199,10 @@ def token_logprobs(
     return logprobs, (entropy if with_entropy else None)
 
 
-def settings(hidden: torch.Tensor, tiles: dict) -> tuple[dict, dict]:
+def settings(hidden: torch.Tensor) -> tuple[dict, dict]:
     """Return (block sizes, launch options) for these inputs."""
     size = hidden.element_size()
-    rows, columns, inner, warps, stages = tiles[size, capability() >= 90]
+    rows, columns, inner, warps, stages = TILES[size, capability() >= 90]
     precision = "ieee" if size == 4 else "tf32"  # of no effect on bf16
     blocks = {"BLOCK_N": rows, "BLOCK_V": columns, "BLOCK_H": inner, "PRECISION": precision}
     return blocks | {"EVEN_H": hidden.shape[1] % inner == 0}, {"num_warps": warps, "num_stages": stages}
@@ -222,7 +221,7 @@ class TokenLogprobs(torch.autograd.Function):
         lse = torch.empty_like(logprobs)
         entropy = torch.empty_like(logprobs if with_entropy else logprobs[:0])
         if N:
-            blocks, options = settings(hidden, FORWARD_TILES)
+            blocks, options = settings(hidden)
             row_blocks, tiles = triton.cdiv(N, blocks["BLOCK_N"]), triton.cdiv(V, blocks["BLOCK_V"])
             each = max(1, min(MOST_TILES, tiles * row_blocks // FEWEST_PROGRAMS))
             stretches = triton.cdiv(tiles, each)
@@ -246,7 +245,7 @@ class TokenLogprobs(torch.autograd.Function):
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros(N, H, dtype=torch.float32, device=hidden.device) if want_hidden else None
         grad_weight = torch.zeros_like(weight) if want_weight else None
-        blocks, options = settings(hidden, GRADIENT_TILES)
+        blocks, options = settings(hidden)
         row_blocks, BLOCK_V = triton.cdiv(N, blocks["BLOCK_N"]), blocks["BLOCK_V"]
         padded = row_blocks * blocks["BLOCK_N"]
         width = max(1, WORKSPACE_BYTES // (max(1, padded) * BLOCK_V * hidden.element_size()))
