@@ -1,10 +1,10 @@
 """Kernels: one function per operation, the same signature whatever runs it.
 
-Every operation has two files: `<operation>.py` with the mathematics and a plain-torch twin, which works on any device and
-is the reference of the tests, and `<operation>_triton.py` with the kernel. `ADAPTIVE_REASONING_KERNELS` is the one
-switch: `auto` (the default) takes Triton for tensors on a CUDA device where triton is installed and torch elsewhere,
-`torch` and `triton` take one of the two everywhere. Without a GPU the Triton files run in Triton's interpreter
-(`TRITON_INTERPRET=1`). Importing this package imports neither a Triton file nor triton.
+Every operation has two files: `<operation>.py` with the mathematics and a plain-torch twin, which works on any device
+and is the reference of the tests, and `<operation>_triton.py` with the kernel. `ADAPTIVE_REASONING_KERNELS` is the
+one switch: `auto` (the default) takes Triton for tensors on a CUDA device where triton is installed and torch
+elsewhere, `torch` and `triton` take one of the two everywhere. Without a GPU the Triton files run in Triton's
+interpreter (`TRITON_INTERPRET=1`). Importing this package imports neither a Triton file nor triton.
 """
 
 import functools

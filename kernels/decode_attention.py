@@ -4,12 +4,13 @@ For row b, query head i of key/value head j = i // (h/k), and columns c < length
 
     p_c = softmax_c( q_i . K_jc / sqrt(D) )        out_i = sum_c p_c V_jc
 
-The cache of a layer is [S, 2k, T, D]: keys in the first k heads, values in the last k, and row b of the call is row b of
-the cache. With a shared prefix (`prefix_row`, `prefix_length`) the first columns of row b are those of another cache row,
-where a prompt was written once for all its samples; the own columns stay where they are and the first ones are never read.
+The cache of a layer is [S, 2k, T, D]: keys in the first k heads, values in the last k, and row b of the call is row b
+of the cache. With a shared prefix (`prefix_row`, `prefix_length`) the first columns of row b are those of another
+cache row, where a prompt was written once for all its samples; the own columns stay where they are and the first ones
+are never read.
 
-Bytes: 2 k D b sum(length), every key and value once (b bytes a number), which is all that matters; 2 B h D b for queries and
-result, and 8 B h D times the number of splits for partial results in fp32.
+Bytes: 2 k D b sum(length), every key and value once (b bytes a number), which is all that matters; 2 B h D b for
+queries and result, and 8 B h D times the number of splits for partial results in fp32.
 
 Legend of shapes: B rows of the call, S rows and T columns of the cache, h query heads, k key/value heads, D head size.
 """
@@ -56,4 +57,4 @@ def decode_attention(
     # The h/k query heads of a group stand as if they were so many positions: no copy of keys and values.
     q = q.reshape(B, k, h // k, D)
     out = F.scaled_dot_product_attention(q, read[:, :k], read[:, k:], attn_mask=mask)
-    return out.masked_fill((lengths == 0)[:, None, None, None], 0.0).reshape(B, -1)
+    return out.masked_fill((lengths == 0)[:, None, None, None], 0.0).reshape(B, h * D)

@@ -1,15 +1,15 @@
 """Attention of one new token a row over its slot of the cache, in Triton: see `decode_attention.py`.
 
-A program takes one row, one key/value head and a part of the row's columns (flash-decoding): it reads a block of keys once
-for all query heads of the group, which stand as the rows of a tl.dot padded to 16, and keeps a running softmax. Every row is
-cut into the same number of parts, of a size that follows from its own length, so the grid depends on shapes alone (a CUDA
-graph can hold it) and short rows keep the machine as busy as long ones. A second kernel adds up the parts.
+A program takes one row, one key/value head and a part of the row's columns (flash-decoding): it reads a block of keys
+once for all query heads of the group, which stand as the rows of a tl.dot padded to 16, and keeps a running softmax.
+Every row is cut into the same number of parts, of a size that follows from its own length, so the grid depends on
+shapes alone (a CUDA graph can hold it) and short rows keep the machine as busy as long ones. A second kernel adds up
+the parts.
 """
 
 import torch
 import triton
 import triton.language as tl
-
 from adaptive_reasoning.kernels.launch import dot, multiprocessors
 
 TILES = {2: (64, 4, 3), 4: (32, 8, 3)}  # by bytes of a number: columns of a block, warps, pipeline stages

@@ -7,9 +7,9 @@ For a group of n samples with rewards r_i and formats f_i, F_i of them in the fo
     A_i = (r'_i - mean r') / (std + eps)   std "population" (divides by n) or "unbiased" (by n - 1), of r' or of r
 
 A group of one is not centred: A = r'. A group whose r' are all equal, or differ by at most `spread`, gets exactly 0:
-the mean of equal numbers can miss them by a unit in the last place, and eps does not hide that in fp32. With the std of r
-it is r that must not be equal: all right answers would otherwise be divided by eps alone.
-All sums are in fp64, whatever the type of the rewards.
+the mean of equal numbers can miss them by a unit in the last place, and eps does not hide that in fp32. With the std
+of r it is r that must not be equal: all right answers would otherwise be divided by eps alone. All sums are in fp64,
+whatever the type of the rewards.
 
 Bytes: 8 B for the rewards and as many for each of order, formats, index, advantages and shaped rewards of B samples;
 for N tokens 8 N for the sample numbers and 4 N for the result.
@@ -25,7 +25,7 @@ STD = ("none", "population", "unbiased")
 
 
 class Groups(NamedTuple):
-    """Ragged groups of B samples that may lie in any order. Group k holds the samples order[offsets[k]:offsets[k+1]]."""
+    """Ragged groups of B samples that may lie in any order: group k holds order[offsets[k] : offsets[k + 1]]."""
 
     order: torch.Tensor  # [B] int64, sample numbers sorted by group
     offsets: torch.Tensor  # [K + 1] int64

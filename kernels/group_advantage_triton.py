@@ -9,7 +9,6 @@ three times: for the mean, for the deviations from it, and to write.
 import torch
 import triton
 import triton.language as tl
-
 from adaptive_reasoning.kernels.group_advantage import STD, Advantages, Groups
 
 BLOCK = 32  # samples
@@ -144,7 +143,7 @@ def group_advantage(
             rewards if formats is None else formats.contiguous(),
             groups.index if sequence is None else sequence.contiguous(),
             samples, shaped, samples if tokens is None else tokens, K, N, high, weight - high, eps, spread,
-            FORMATS=formats is not None, STD=STD.index(std), RAW=std_of == "raw" and std != "none", BLOCK=BLOCK, TOKENS=TOKENS,
-            num_warps=1,
+            FORMATS=formats is not None, STD=STD.index(std), RAW=std_of == "raw" and std != "none",
+            BLOCK=BLOCK, TOKENS=TOKENS, num_warps=1,
         )  # fmt: skip
     return Advantages(samples, shaped, tokens)

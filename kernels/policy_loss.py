@@ -7,9 +7,9 @@ For token n with weight w_n, advantage A_n and log ratio d_n = logprob_n - old_n
     entropy = sum_n u_n H_n
     loss    = policy + kl_coef ref_kl - entropy_coef entropy
 
-With a ratio of the sequence, "sequence_mean" (geometric mean) or "sequence_product", d_s is the mean or the sum of d_n over
-the tokens of sequence s, and `policy` sums over sequences with weights and advantages [S]. With `dual_clip` c a negative
-advantage costs at most -A c. Weights carry everything that tells the algorithms apart:
+With a ratio of the sequence, "sequence_mean" (geometric mean) or "sequence_product", d_s is the mean or the sum of
+d_n over the tokens of sequence s, and `policy` sums over sequences with weights and advantages [S]. With `dual_clip`
+c a negative advantage costs at most -A c. Weights carry everything that tells the algorithms apart:
 
     GRPO, Ada-GRPO, PPO    w = u = 1/tokens of the step (or 1/(sequences x length))        ratio "token"
     DeGRPO                 w = alpha/S on the control token, 1/(T S) on the others; u apart    ratio "token"
@@ -76,8 +76,8 @@ def policy_loss(
         stat_weight: weight of a token (sequence) in clip_fraction and approx_kl; None: `weights`.
 
     Returns:
-        the loss, and {"policy", "clip_fraction", "approx_kl", and "ref_kl", "entropy" where their coefficient is not 0},
-        all sums, detached.
+        the loss, and {"policy", "clip_fraction", "approx_kl", and "ref_kl", "entropy" where their coefficient is not
+        0}, all sums, detached.
     """
     coefs = (kl_coef, entropy_coef)
     check(logprobs, old_logprobs, advantages, weights, ratio, sequence, lengths, ref_logprobs, entropy, coefs)
@@ -85,7 +85,7 @@ def policy_loss(
     if ratio != "token":
         log_ratio = torch.zeros_like(advantages, dtype=log_ratio.dtype).index_add(0, sequence, log_ratio)  # [S]
         if ratio == "sequence_mean":
-            log_ratio = log_ratio / lengths
+            log_ratio = log_ratio / lengths.clamp(min=1)
     r = log_ratio.exp()
     free = -advantages * r
     clipped = -advantages * r.clamp(1 - clip_low, 1 + clip_high)

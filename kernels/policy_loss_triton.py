@@ -8,7 +8,6 @@ pass is one multiplication. Sums of programs are added in fp64, always in the sa
 import torch
 import triton
 import triton.language as tl
-
 from adaptive_reasoning.kernels.policy_loss import RATIOS, STATISTICS, check
 
 BLOCK = 1024

@@ -1,12 +1,13 @@
 """One token a row and its log-prob in Triton: see `sample.py` for the definition.
 
 Without a cut the logits are read once. Many programs a row find maximum and sum of a chunk of the vocabulary; then one
-program a row finds the chunk in which the cumulative sum passes u times the total, and reads this chunk again to find the
-token. With top_k or top_p, which only evaluation uses, one program a row first looks for the smallest logit that stays in:
-16 candidates a pass, 8 passes over the row for each of the two cuts, exact to the last bit. Of equal logits at the edge of
-the nucleus the first ones stay in, as many as it takes.
+program a row finds the chunk in which the cumulative sum passes u times the total, and reads this chunk again to find
+the token. With top_k or top_p, which only evaluation uses, one program a row first looks for the smallest logit that
+stays in: 16 candidates a pass, 8 passes over the row for each of the two cuts, exact to the last bit. Of equal logits
+at the edge of the nucleus the first ones stay in, as many as it takes.
 
-Sums are taken in another order than torch's: u within about 1e-6 of a boundary between two tokens may take the other one.
+Sums are taken in another order than torch's: u within about 1e-6 of a boundary between two tokens may take the other
+one.
 """
 
 import torch

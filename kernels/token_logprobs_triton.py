@@ -3,20 +3,21 @@
     x = hidden @ weight.T / temperature        logprob = x[target] - logsumexp(x)        H = logsumexp(x) - E_p[x]
 
 Forward. A program owns a block of rows and a stretch of the vocabulary. For every tile it forms x by tl.dot in fp32 and
-folds it into a running maximum m, l = sum e^(x-m) and s = sum (x-m) e^(x-m) (online softmax); a second small kernel adds
-up the stretches. Programs are numbered so that those that run side by side share rows and weights in the L2 cache.
+folds it into a running maximum m, l = sum e^(x-m) and s = sum (x-m) e^(x-m) (online softmax); a second small kernel
+adds up the stretches. Programs are numbered so that those that run side by side share rows and weights in the L2
+cache.
 
 Backward. The vocabulary is cut into chunks of C columns. A kernel computes the tiles of a chunk once more and writes
 
     dx[j] = ( g ([j = target] - p_j) - g_H p_j (log p_j + H) ) / temperature
 
 to a workspace [N, C] in the type of the inputs; two matrix products of the vendor's library make
-grad_weight[chunk] = dx.T @ hidden, finished at once, and grad_hidden += dx @ weight[chunk], summed in fp32. No atomics, so
-the result is the same every time, and no memory that grows with V but the gradient of the weight itself. (Chunks of rows
-would need a second copy of that gradient in fp32 and would read and write it once a chunk.)
+grad_weight[chunk] = dx.T @ hidden, finished at once, and grad_hidden += dx @ weight[chunk], summed in fp32. No
+atomics, so the result is the same every time, and no memory that grows with V but the gradient of the weight itself.
+(Chunks of rows would need a second copy of that gradient in fp32 and would read and write it once a chunk.)
 
-Bytes: forward N/128 V H b from L2 (b bytes a number), N H b + V H b from memory at best, 16 N V/2048 of partial results.
-Backward as much again, plus 3 N V b for the workspace (written once, read twice) and 8 N H V/C for the sum.
+Bytes: forward N/128 V H b from L2 (b bytes a number), N H b + V H b from memory at best, 16 N V/2048 of partial
+results. Backward as much again, plus 3 N V b for the workspace (written once, read twice) and 8 N H V/C for the sum.
 FLOP: 2 N V H forward, 6 N V H backward.
 
 Legend of shapes: N tokens, H hidden size, V vocabulary, C columns of a chunk.
@@ -25,7 +26,6 @@ Legend of shapes: N tokens, H hidden size, V vocabulary, C columns of a chunk.
 import torch
 import triton
 import triton.language as tl
-
 from adaptive_reasoning.kernels.launch import capability, dot
 from adaptive_reasoning.kernels.token_logprobs import matmul
 from adaptive_reasoning.kernels.token_logprobs import token_logprobs as torch_token_logprobs
@@ -35,8 +35,8 @@ from adaptive_reasoning.kernels.token_logprobs import token_logprobs as torch_to
 TILES = {
     (2, True): (128, 256, 64, 8, 3),
     (2, False): (128, 128, 64, 8, 3),
-    (4, True): (64, 64, 32, 4, 2),
-    (4, False): (64, 64, 32, 4, 2),
+    (4, True): (64, 64, 32, 8, 2),
+    (4, False): (64, 64, 32, 8, 2),
 }
 MOST_TILES = 8  # of one program of the forward pass
 FEWEST_PROGRAMS = 528  # four for each multiprocessor of an H100: below that a program takes fewer tiles

@@ -1,0 +1,150 @@
+"""Every kernel, as torch twin and in Triton, against fp64 textbook formulas (promise P9), and the switch between them.
+
+Without a GPU the Triton kernels run in Triton's interpreter; with one (CUDA_VISIBLE_DEVICES set) they are compiled.
+"""
+
+import inspect
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_checks import CHECKS, Kernels
+
+from adaptive_reasoning import kernels
+from adaptive_reasoning.errors import UserError
+
+OPERATIONS = (
+    "decode_attention", "group_advantage", "policy_loss", "rms_norm", "rope_and_store", "sample", "token_logprobs"
+)  # fmt: skip
+
+
+def compiles_without_gpu():
+    """Return whether triton, without a GPU, was imported before its interpreter was asked for."""
+    from triton.language import standard
+
+    return not torch.cuda.is_available() and type(standard.sum).__name__ == "JITFunction"
+
+
+@pytest.fixture(params=["torch", "triton"])
+def ops(request):
+    if request.param == "triton" and find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if request.param == "triton" and compiles_without_gpu():
+        pytest.skip("there is no GPU and triton was imported without TRITON_INTERPRET=1")
+    return Kernels(request.param)
+
+
+@pytest.fixture
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_check(name, ops, device):
+    CHECKS[name](ops, device)
+
+
+# ----------------------------------------------------------------------------------------------- gradients of the twins
+
+
+def leaf(n, seed):
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence_mean", "sequence_product"])
+def test_gradcheck_of_the_loss(ratio):
+    """Also dual clip, divergence and entropy. Away from the kinks, where no gradient exists."""
+    lengths = torch.tensor([2, 4, 1])
+    sequence, n = torch.repeat_interleave(torch.arange(3), lengths), 7 if ratio == "token" else 3
+    A, w = leaf(n, 1).detach(), leaf(n, 2).detach().abs()
+    old, ref, u = leaf(7, 3).detach(), leaf(7, 4).detach(), leaf(7, 5).detach().abs()
+
+    def value(logprobs, entropy):
+        return kernels.torch_version("policy_loss")(
+            logprobs, old, A, w, 0.2, 0.3, ratio, sequence, lengths, 2.0, ref, 0.1, entropy, 0.2, u
+        )[0]
+
+    assert torch.autograd.gradcheck(value, (leaf(7, 6), leaf(7, 7)))
+
+
+def test_gradcheck_of_the_triton_loss_against_its_twin(ops):
+    """The hand-written gradient is that of the twin also where a ratio lies on the edge of the clip range."""
+    old = torch.zeros(4)
+    logprobs = torch.tensor([1.2, 0.8, 1.0, 2.0]).log().requires_grad_()
+    A = torch.tensor([1.0, -1.0, 0.0, -1.0])
+    value, stats = ops.policy_loss(logprobs, old, A, torch.ones(4))
+    value.backward()
+    # Rounding decides on which side of the edge the first two are; either way nothing but 0 or -A r may come out.
+    for got, all_or_nothing in zip(logprobs.grad.tolist(), (-1.2, 0.8, 0.0, 2.0)):
+        assert got == pytest.approx(all_or_nothing, rel=1e-6) or got == 0.0
+    assert logprobs.grad[3] == pytest.approx(2.0) and 0 <= stats["clip_fraction"] <= 2
+
+
+# ----------------------------------------------------------------------------------------------------------- the switch
+
+
+def test_signatures_and_docstrings_are_those_of_the_twin():
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    for name in OPERATIONS:
+        twin, here = kernels.torch_version(name), getattr(kernels, name)
+        assert inspect.signature(twin) == inspect.signature(kernels.triton_version(name)) == inspect.signature(here)
+        assert here.__doc__ == twin.__doc__
+
+
+def test_switch(monkeypatch):
+    """auto takes torch on the CPU; torch and triton insist; the operation runs what the switch says."""
+    x, weight = torch.ones(2, 4), torch.ones(4)
+    monkeypatch.delenv(kernels.SWITCH, raising=False)
+    assert not kernels.uses_triton(x)
+    monkeypatch.setenv(kernels.SWITCH, "torch")
+    assert not kernels.uses_triton(x)
+    if find_spec("triton") is not None:
+        monkeypatch.setenv(kernels.SWITCH, "triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert kernels.uses_triton(x)
+        monkeypatch.setitem(kernels.__dict__, "triton_version", lambda name: lambda *a, **k: f"triton {name}")
+        assert kernels.rms_norm(x, weight, 1e-6) == "triton rms_norm"
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(UserError, match="TRITON_INTERPRET=1"):
+            kernels.rms_norm(x, weight, 1e-6)
+
+
+def test_unknown_switch_is_an_error(monkeypatch):
+    monkeypatch.setenv(kernels.SWITCH, "cuda")
+    with pytest.raises(UserError, match="takes auto or torch, or triton"):
+        kernels.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6)
+
+
+WITHOUT_TRITON = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hide())
+import importlib.util, os
+real = importlib.util.find_spec
+import adaptive_reasoning.kernels as kernels
+kernels.find_spec = lambda name: None if name == "triton" else real(name)
+import torch
+print(kernels.rms_norm(torch.ones(2, 4), torch.ones(4), 0.0).sum().item(), "triton" in sys.modules)
+os.environ["ADAPTIVE_REASONING_KERNELS"] = "triton"
+try:
+    kernels.rms_norm(torch.ones(2, 4), torch.ones(4), 0.0)
+except kernels.UserError as error:
+    print(error)
+"""
+
+
+def test_works_without_triton():
+    """Importing the kernels and running their twins needs no triton; insisting on it is an error that says so."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.strip().split("\n")
+    assert first == "8.0 False" and "pip install triton" in second
