@@ -213,7 +213,7 @@ def sample(
     if temperature > 0 and (top_k or top_p < 1):
         cut_kernel[(B,)](
             logits, mask, uniform.contiguous(), tokens, logprobs, V, logits.stride(0), mask_stride, float(temperature),
-            top_k, float(top_p), ALLOWED=allowed is not None, BLOCK=1024, TOP_K=top_k > 0, TOP_P=top_p < 1, num_warps=8,
+            top_k, float(top_p), ALLOWED=allowed is not None, BLOCK=512, TOP_K=top_k > 0, TOP_P=top_p < 1, num_warps=8,
         )  # fmt: skip
         return tokens, logprobs
     chunks = triton.cdiv(V, CHUNK)
