@@ -93,28 +93,21 @@ def attention_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def reduce_kernel(
-    partial, lengths, out, parts, heads, D, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+    partial, lengths, out, parts, heads, D, PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Add up the parts of a row and head that have columns; the others were never written."""
+    """Add up the parts of a row and head, all at once; those without columns were never written."""
     row, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + row).to(tl.int32)
-    d = tl.arange(0, BLOCK_D)
-    at = partial + (tl.cast(row, tl.int64) * heads + head) * parts * (D + 2)
-    sums = tl.zeros((BLOCK_D,), tl.float32)
-    total = tl.sum(sums, 0)
-    m = total - float("inf")
-    for part in range(parts):
-        first, last = part_of(length, part, parts, BLOCK_T)
-        if first < last:
-            here = at + part * (D + 2)
-            m_i = tl.load(here + D)
-            peak = tl.maximum(m, m_i)
-            shrink, grow = tl.exp2(m - peak), tl.exp2(m_i - peak)
-            sums = sums * shrink + tl.load(here + d, mask=d < D, other=0.0) * grow
-            total = total * shrink + tl.load(here + D + 1) * grow
-            m = peak
-    sums = sums / tl.where(total > 0.0, total, 1.0)
-    tl.store(out + (row * heads + head) * D + d, sums.to(out.dtype.element_ty), mask=d < D)
+    part, d = tl.arange(0, PARTS), tl.arange(0, BLOCK_D)
+    first, last = part_of(length, part, parts, BLOCK_T)
+    live = (part < parts) & (first < last)
+    at = partial + ((tl.cast(row, tl.int64) * heads + head) * parts + part) * (D + 2)
+    m = tl.load(at + D, mask=live, other=-1e30)
+    weight = tl.where(live, tl.exp2(m - tl.max(m, 0)), 0.0)
+    total = tl.sum(tl.load(at + D + 1, mask=live, other=0.0) * weight, 0)
+    sums = tl.load(at[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+    result = tl.sum(sums * weight[:, None], 0) / tl.where(total > 0.0, total, 1.0)
+    tl.store(out + (row * heads + head) * D + d, result.to(out.dtype.element_ty), mask=d < D)
 
 
 def number_of_parts(programs: int, columns: int, block: int, device: torch.device) -> int:
@@ -153,5 +146,7 @@ def decode_attention(
         PRECISION="ieee" if q.element_size() == 4 else "tf32", num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if parts > 1:
-        reduce_kernel[(B, h)](partial, lengths, out, parts, h, D, BLOCK_T=block, BLOCK_D=block_d, num_warps=1)
+        reduce_kernel[(B, h)](
+            partial, lengths, out, parts, h, D, PARTS=triton.next_power_of_2(parts), BLOCK_T=block, BLOCK_D=block_d
+        )  # fmt: skip
     return out

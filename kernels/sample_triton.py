@@ -44,7 +44,7 @@ def chunk_kernel(
     at = row * chunks + chunk
     tl.store(maxima + at, m)
     tl.store(sums + at, tl.sum(tl.exp(x - m), 0))
-    tl.store(best + at, tl.min(tl.where(x >= m, columns, V), 0))
+    tl.store(best + at, tl.minimum(tl.min(tl.where(x >= m, columns, V), 0), V - 1))
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def pick_kernel(
     mass = tl.load(sums + row * chunks + i, mask=i < chunks, other=0.0) * tl.exp(m_i - m)
     if GREEDY:
         total = tl.sum(mass, 0)
-        first = tl.min(tl.where(m_i == m, i, CHUNKS), 0)
+        first = tl.minimum(tl.min(tl.where(m_i == m, i, CHUNKS), 0), chunks - 1)
         tl.store(tokens + row, tl.load(best + row * chunks + first).to(tl.int64))
         tl.store(logprobs + row, -tl.log(total))
     else:
