@@ -8,13 +8,16 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from adaptive_reasoning.kernels.group_advantage import Groups
 from kernel_checks import CHECKS, Kernels
 
-from adaptive_reasoning import kernels
+from adaptive_reasoning import adaptthink, grpo, kernels
 from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.learner.packing import Counts
 
 OPERATIONS = (
     "decode_attention", "group_advantage", "policy_loss", "rms_norm", "rope_and_store", "sample", "token_logprobs"
@@ -81,6 +84,71 @@ def test_gradcheck_of_the_triton_loss_against_its_twin(ops):
     for got, all_or_nothing in zip(logprobs.grad.tolist(), (-1.2, 0.8, 0.0, 2.0)):
         assert got == pytest.approx(all_or_nothing, rel=1e-6) or got == 0.0
     assert logprobs.grad[3] == pytest.approx(2.0) and 0 <= stats["clip_fraction"] <= 2
+
+
+# ------------------------------------------------------------------------------------- the losses of the algorithm files
+
+
+def micro_batch(lengths):
+    """Return what a loss reads of a micro-batch."""
+    L = torch.tensor(lengths)
+    N, S = int(L.sum()), len(L)
+    sequence = torch.repeat_interleave(torch.arange(S), L)
+    A = leaf(S, 1).detach().float()
+    old = -leaf(N, 2).detach().float().abs()
+    ref = old + 0.2 * leaf(N, 3).detach().float()
+    return SimpleNamespace(
+        lengths=L, sequence=sequence, sequence_advantages=A, advantages=A[sequence], old_logprobs=old, ref_logprobs=ref
+    )
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence_mean", "sequence_product"])
+def test_is_the_loss_of_adaptthink(ops, ratio):
+    mb, counts = micro_batch([3, 1, 40]), Counts(tokens=60, sequences=4, groups=2)
+    args = adaptthink.Args(ratio=ratio, clip_low=0.1)
+    logprobs = (mb.old_logprobs + 0.1 * leaf(44, 4).detach().float()).requires_grad_()
+    want, stats = adaptthink.loss(logprobs, mb, counts, args)
+    want_grad = torch.autograd.grad(want, logprobs)[0]
+    A = mb.advantages if ratio == "token" else mb.sequence_advantages
+    w = torch.full_like(A, 1 / (counts.tokens if ratio == "token" else counts.sequences))
+    got, shown = ops.policy_loss(
+        logprobs, mb.old_logprobs, A, w, args.clip_low, args.clip_high, ratio, mb.sequence, mb.lengths
+    )
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, logprobs)[0], want_grad)
+    for name, value in stats.items():
+        torch.testing.assert_close(shown[name.removeprefix("loss/")], value)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant", "micro_batch"])
+def test_is_the_loss_of_grpo(ops, aggregation):
+    mb, counts = micro_batch([3, 1, 40]), Counts(tokens=60, sequences=4, groups=2)
+    args = grpo.Args(aggregation=aggregation, clip_high=0.28, kl_coef=0.01, entropy_coef=0.02)
+    logprobs = (mb.old_logprobs + 0.3 * leaf(44, 4).detach().float()).requires_grad_()
+    entropy = leaf(44, 5).detach().float().abs().requires_grad_()
+    want, stats = grpo.loss(logprobs, entropy, mb, counts, args)
+    want_grads = torch.autograd.grad(want, (logprobs, entropy))
+    got, shown = ops.policy_loss(
+        logprobs, mb.old_logprobs, mb.advantages, grpo.token_weights(mb, counts, args), args.clip_low, args.clip_high,
+        ref_logprobs=mb.ref_logprobs, kl_coef=args.kl_coef, entropy=entropy, entropy_coef=args.entropy_coef,
+        stat_weight=1 / counts.tokens,
+    )  # fmt: skip
+    torch.testing.assert_close(got, want)
+    for a, b in zip(torch.autograd.grad(got, (logprobs, entropy)), want_grads):
+        torch.testing.assert_close(a, b)
+    assert {f"loss/{name}" for name in shown} == set(stats)
+    for name, value in stats.items():
+        torch.testing.assert_close(shown[name.removeprefix("loss/")], value)
+
+
+@pytest.mark.parametrize("std", ["unbiased", "none"])
+def test_is_the_advantage_of_grpo(ops, std):
+    rewards, ids = [1.0, 0.0, 0.0, 0.3, 0.3, 0.3, 1.0], torch.tensor([0, 0, 0, 1, 1, 1, 2])
+    args, want = grpo.Args(std=std), []
+    for group in ([0, 1, 2], [3, 4, 5], [6]):
+        want += grpo.advantages([SimpleNamespace(reward=rewards[i]) for i in group], args)
+    got = ops.group_advantage(torch.tensor(rewards, dtype=torch.float64), Groups.of(ids), std, grpo.STD_EPS)
+    torch.testing.assert_close(got.samples, torch.tensor(want, dtype=torch.float64), atol=1e-10, rtol=1e-12)
 
 
 # ----------------------------------------------------------------------------------------------------------- the switch
