@@ -86,7 +86,7 @@ def test_gradcheck_of_the_triton_loss_against_its_twin(ops):
     assert logprobs.grad[3] == pytest.approx(2.0) and 0 <= stats["clip_fraction"] <= 2
 
 
-# ------------------------------------------------------------------------------------- the losses of the algorithm files
+# ------------------------------------------------------------------------------------ the losses of the algorithm files
 
 
 def micro_batch(lengths):
