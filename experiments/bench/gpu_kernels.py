@@ -6,6 +6,7 @@
 
     python experiments/bench/gpu_kernels.py                        # all of them
     python experiments/bench/gpu_kernels.py decode_attention       # one
+    python experiments/bench/gpu_kernels.py tune                   # other block sizes than the chosen ones
     python experiments/bench/gpu_kernels.py --smoke                # tiny sizes in Triton's interpreter, on the CPU
 
 Times are medians; the L2 cache is overwritten before every run. One table and one line of JSON a part.
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 SMOKE = "--smoke" in sys.argv
@@ -289,6 +291,64 @@ def bench_rms_norm() -> dict:
     return small("rms_norm, rope_and_store", cases)
 
 
+def bench_tune() -> dict:
+    """Other tiles and numbers of parts than the chosen ones; the first row of each list is the choice of the file."""
+    forward, attention = (import_module(f"adaptive_reasoning.kernels.{x}_triton") for x in TUNED)
+    rows, results = [], {}
+
+    def measure(label: str, call: Callable, setting: dict, module) -> None:
+        before = {key: getattr(module, key) for key in setting}
+        vars(module).update(setting)
+        try:
+            found = sides({"triton": call})["triton"]
+        finally:
+            vars(module).update(before)
+        for name, value in setting.items():
+            value = value.get(2, value.get(key)) if isinstance(value, dict) else value
+            results[f"{label}, {name} {value}"] = found
+            rows.append([f"{label}, {name} {value}", shown(found)])
+
+    N, H = (20, 64) if SMOKE else (16_384, HIDDEN["1.5B"])
+    hidden, weight = normal(N, H).requires_grad_(), normal(V, H, scale=0.05).requires_grad_()
+    targets = torch.randint(V, (N,), device=DEVICE)
+    key = (2, forward.capability() >= 90)
+    chosen = forward.TILES[key]
+    tiles = [chosen, (128, 256, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 4), (256, 128, 64, 8, 3)]
+    tiles += [(128, 256, 32, 8, 4), (64, 256, 64, 4, 4), (128, 256, 128, 8, 2)]
+
+    @torch.no_grad()
+    def run_forward():
+        forward.token_logprobs(hidden, weight, targets)
+
+    def run_both():
+        return torch.autograd.grad(forward.token_logprobs(hidden, weight, targets)[0].sum(), (hidden, weight))
+
+    for tile in tiles[: 2 if SMOKE else None]:
+        measure("forward", run_forward, {"TILES": forward.TILES | {key: tile}}, forward)
+        measure("forward and backward", run_both, {"TILES": forward.TILES | {key: tile}}, forward)
+    for most in (8, 4, 16, 32)[: 1 if SMOKE else None]:
+        measure("forward", run_forward, {"MOST_TILES": most}, forward)
+    for mib in (512, 256, 1024, 2048)[: 1 if SMOKE else None]:
+        measure("forward and backward", run_both, {"WORKSPACE_BYTES": mib * 2**20}, forward)
+    for size, B, context in [("1.5B", 1, 70)] if SMOKE else [("1.5B", 1, 2048), ("1.5B", 128, 2048), ("7B", 256, 2048)]:
+        h, k, D = SHAPES[size]
+        q, cache = normal(B, h, D), normal(B, 2 * k, context, D)
+        lengths = torch.full((B,), context, device=DEVICE)
+
+        def attend(q=q, cache=cache, lengths=lengths):
+            attention.decode_attention(q, cache, lengths)
+
+        label = f"attention {size} {B} x {context}"
+        tiles = [attention.TILES[2], (64, 4, 2), (64, 4, 4), (64, 2, 3), (128, 4, 2), (128, 8, 3), (32, 4, 4)]
+        for tile in tiles[: 1 if SMOKE else None]:
+            measure(label, attend, {"TILES": attention.TILES | {2: tile}}, attention)
+        for waves in (6, 2, 4, 8, 12)[: 1 if SMOKE else None]:
+            measure(label, attend, {"WAVES": waves}, attention)
+    print_table(["setting", "ms"], rows)
+    return results
+
+
+TUNED = ("token_logprobs", "decode_attention")
 PARTS = {
     "token_logprobs": bench_token_logprobs,
     "decode_attention": bench_decode_attention,
@@ -296,12 +356,13 @@ PARTS = {
     "policy_loss": bench_policy_loss,
     "sample": bench_sample,
     "rms_norm": bench_rms_norm,
+    "tune": bench_tune,
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", nargs="*", help=f"any of {', '.join(PARTS)}; default: all")
+    parser.add_argument("part", nargs="*", help=f"any of {', '.join(PARTS)}; default: all but tune")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes in the interpreter: does it run")
     args = parser.parse_args()
     unknown = [name for name in args.part if name not in PARTS]
@@ -311,7 +372,7 @@ def main() -> int:
         print("There is no GPU here: nothing was measured. --smoke runs tiny sizes in Triton's interpreter.")
         return 2
     torch.manual_seed(0)
-    for name in args.part or PARTS:
+    for name in args.part or [name for name in PARTS if name != "tune"]:
         start = time.perf_counter()
         results = PARTS[name]()
         line = {
