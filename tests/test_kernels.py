@@ -12,12 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from adaptive_reasoning.kernels.group_advantage import Groups
+from conftest import make_model
 from kernel_checks import CHECKS, Kernels
 
 from adaptive_reasoning import adaptthink, grpo, kernels
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.packing import Counts
+from adaptive_reasoning.rollout import Decoder
 
 OPERATIONS = (
     "decode_attention", "group_advantage", "policy_loss", "rms_norm", "rope_and_store", "sample", "token_logprobs"
@@ -53,8 +56,9 @@ def test_check(name, ops, device):
 # ----------------------------------------------------------------------------------------------- gradients of the twins
 
 
-def leaf(n, seed):
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+def leaf(n, seed, device="cpu"):
+    x = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.to(device).requires_grad_()
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence_mean", "sequence_product"])
@@ -73,12 +77,10 @@ def test_gradcheck_of_the_loss(ratio):
     assert torch.autograd.gradcheck(value, (leaf(7, 6), leaf(7, 7)))
 
 
-def test_gradcheck_of_the_triton_loss_against_its_twin(ops):
-    """The hand-written gradient is that of the twin also where a ratio lies on the edge of the clip range."""
-    old = torch.zeros(4)
-    logprobs = torch.tensor([1.2, 0.8, 1.0, 2.0]).log().requires_grad_()
-    A = torch.tensor([1.0, -1.0, 0.0, -1.0])
-    value, stats = ops.policy_loss(logprobs, old, A, torch.ones(4))
+def test_gradient_at_the_edge_of_the_clip_range(ops, device):
+    logprobs = torch.tensor([1.2, 0.8, 1.0, 2.0], device=device).log().requires_grad_()
+    A = torch.tensor([1.0, -1.0, 0.0, -1.0], device=device)
+    value, stats = ops.policy_loss(logprobs, torch.zeros_like(A), A, torch.ones_like(A))
     value.backward()
     # Rounding decides on which side of the edge the first two are; either way nothing but 0 or -A r may come out.
     for got, all_or_nothing in zip(logprobs.grad.tolist(), (-1.2, 0.8, 0.0, 2.0)):
@@ -89,24 +91,24 @@ def test_gradcheck_of_the_triton_loss_against_its_twin(ops):
 # ------------------------------------------------------------------------------------ the losses of the algorithm files
 
 
-def micro_batch(lengths):
+def micro_batch(lengths, device):
     """Return what a loss reads of a micro-batch."""
-    L = torch.tensor(lengths)
+    L = torch.tensor(lengths, device=device)
     N, S = int(L.sum()), len(L)
-    sequence = torch.repeat_interleave(torch.arange(S), L)
-    A = leaf(S, 1).detach().float()
-    old = -leaf(N, 2).detach().float().abs()
-    ref = old + 0.2 * leaf(N, 3).detach().float()
+    sequence = torch.repeat_interleave(torch.arange(S, device=device), L)
+    A = leaf(S, 1, device).detach().float()
+    old = -leaf(N, 2, device).detach().float().abs()
+    ref = old + 0.2 * leaf(N, 3, device).detach().float()
     return SimpleNamespace(
         lengths=L, sequence=sequence, sequence_advantages=A, advantages=A[sequence], old_logprobs=old, ref_logprobs=ref
     )
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence_mean", "sequence_product"])
-def test_is_the_loss_of_adaptthink(ops, ratio):
-    mb, counts = micro_batch([3, 1, 40]), Counts(tokens=60, sequences=4, groups=2)
+def test_is_the_loss_of_adaptthink(ops, device, ratio):
+    mb, counts = micro_batch([3, 1, 40], device), Counts(tokens=60, sequences=4, groups=2)
     args = adaptthink.Args(ratio=ratio, clip_low=0.1)
-    logprobs = (mb.old_logprobs + 0.1 * leaf(44, 4).detach().float()).requires_grad_()
+    logprobs = (mb.old_logprobs + 0.1 * leaf(44, 4, device).detach().float()).requires_grad_()
     want, stats = adaptthink.loss(logprobs, mb, counts, args)
     want_grad = torch.autograd.grad(want, logprobs)[0]
     A = mb.advantages if ratio == "token" else mb.sequence_advantages
@@ -121,11 +123,11 @@ def test_is_the_loss_of_adaptthink(ops, ratio):
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant", "micro_batch"])
-def test_is_the_loss_of_grpo(ops, aggregation):
-    mb, counts = micro_batch([3, 1, 40]), Counts(tokens=60, sequences=4, groups=2)
+def test_is_the_loss_of_grpo(ops, device, aggregation):
+    mb, counts = micro_batch([3, 1, 40], device), Counts(tokens=60, sequences=4, groups=2)
     args = grpo.Args(aggregation=aggregation, clip_high=0.28, kl_coef=0.01, entropy_coef=0.02)
-    logprobs = (mb.old_logprobs + 0.3 * leaf(44, 4).detach().float()).requires_grad_()
-    entropy = leaf(44, 5).detach().float().abs().requires_grad_()
+    logprobs = (mb.old_logprobs + 0.3 * leaf(44, 4, device).detach().float()).requires_grad_()
+    entropy = leaf(44, 5, device).detach().float().abs().requires_grad_()
     want, stats = grpo.loss(logprobs, entropy, mb, counts, args)
     want_grads = torch.autograd.grad(want, (logprobs, entropy))
     got, shown = ops.policy_loss(
@@ -142,13 +144,49 @@ def test_is_the_loss_of_grpo(ops, aggregation):
 
 
 @pytest.mark.parametrize("std", ["unbiased", "none"])
-def test_is_the_advantage_of_grpo(ops, std):
+def test_is_the_advantage_of_grpo(ops, device, std):
     rewards, ids = [1.0, 0.0, 0.0, 0.3, 0.3, 0.3, 1.0], torch.tensor([0, 0, 0, 1, 1, 1, 2])
     args, want = grpo.Args(std=std), []
     for group in ([0, 1, 2], [3, 4, 5], [6]):
         want += grpo.advantages([SimpleNamespace(reward=rewards[i]) for i in group], args)
-    got = ops.group_advantage(torch.tensor(rewards, dtype=torch.float64), Groups.of(ids), std, grpo.STD_EPS)
-    torch.testing.assert_close(got.samples, torch.tensor(want, dtype=torch.float64), atol=1e-10, rtol=1e-12)
+    rewards = torch.tensor(rewards, dtype=torch.float64, device=device)
+    got = ops.group_advantage(rewards, Groups.of(ids.to(device)), std, grpo.STD_EPS)
+    torch.testing.assert_close(got.samples.cpu(), torch.tensor(want, dtype=torch.float64), atol=1e-10, rtol=1e-12)
+
+
+# --------------------------------------------------------------------------------------- the decode step of the decoder
+
+
+def decode_with(ops, decoder, tokens, position, cache, columns):
+    """`Decoder.decode` written with the operations."""
+    D, h, k, eps = decoder.head_dim, decoder.heads, decoder.kv_heads, decoder.eps
+    x = F.embedding(tokens, decoder.embed)
+    for layer, kv in zip(decoder.layers, cache):
+        y = ops.rms_norm(x, layer.attn_norm, eps)
+        qkv = y @ layer.qkv if layer.qkv_bias is None else torch.addmm(layer.qkv_bias, y, layer.qkv)
+        qkv = qkv.view(-1, h + 2 * k, D)
+        if layer.q_norm is not None:
+            qkv[:, :h] = ops.rms_norm(qkv[:, :h], layer.q_norm, eps)
+            qkv[:, h : h + k] = ops.rms_norm(qkv[:, h : h + k], layer.k_norm, eps)
+        q = ops.rope_and_store(qkv, decoder.angles, position, kv)
+        x = torch.addmm(x, ops.decode_attention(q, kv, position + 1, columns), layer.out)
+        gate, up = (ops.rms_norm(x, layer.mlp_norm, eps) @ layer.gate_up).chunk(2, dim=-1)
+        x = torch.addmm(x, F.silu(gate) * up, layer.down.T)
+    return ops.rms_norm(x, decoder.norm, eps) @ decoder.head
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_decode_step_out_of_kernels_is_that_of_the_decoder(ops, device, family):
+    """Logits and cache of rows at different positions: rms_norm, rope_and_store and decode_attention together."""
+    decoder = Decoder.from_model(make_model(family), device)
+    tokens, position = torch.tensor([5, 77, 130], device=device), torch.tensor([0, 9, 40], device=device)
+    shape = decoder.new_cache(4, 64).shape
+    cache = 0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    mine = cache.clone()
+    want = decoder.decode(tokens, position, cache, 48)
+    torch.testing.assert_close(decode_with(ops, decoder, tokens, position, mine, 48), want, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(mine, cache, atol=1e-5, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------- the switch
