@@ -167,7 +167,7 @@ def gradient_kernel(
     inside = rows < N
     wanted = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)
     g = tl.load(grad_logprobs + rows, mask=inside, other=0.0) / temperature
-    x -= tl.load(lse + rows, mask=inside, other=0.0)[:, None]  # log2 p
+    x -= tl.load(lse + rows, mask=inside, other=1e30)[:, None]  # log2 p; rows past the end get p = 0
     p = tl.exp2(x)
     if ENTROPY:  # g + g_H (log p + H), split into a number of the row and a factor of log2 p
         e = tl.load(grad_entropy + rows, mask=inside, other=0.0) / temperature

@@ -185,7 +185,7 @@ def test_a_decode_step_out_of_kernels_is_that_of_the_decoder(ops, device, family
     cache = 0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     mine = cache.clone()
     want = decoder.decode(tokens, position, cache, 48)
-    torch.testing.assert_close(decode_with(ops, decoder, tokens, position, mine, 48), want, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(decode_with(ops, decoder, tokens, position, mine, 48), want, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(mine, cache, atol=1e-5, rtol=1e-5)
 
 
