@@ -220,10 +220,12 @@ eval-ada-grpo-7b: $(INSTALLED)  ## ARM-7B
 eval-ada-grpo-14b: $(INSTALLED)  ## ARM-14B
 	$(call paper,evaluate)
 
-.PHONY: warmup-thinkless-1.5b train-degrpo-1.5b eval-degrpo-1.5b
+.PHONY: warmup-thinkless-1.5b train-degrpo-1.5b train-degrpo-1.5b-phase2 eval-degrpo-1.5b
 warmup-thinkless-1.5b: $(INSTALLED)  ## Thinkless' warm-up on paired answers, R1-Distill-Qwen-1.5B; DATA=pairs.jsonl
 	$(call paper,sft)
 train-degrpo-1.5b: $(if $(MODEL),$(INSTALLED),runs/warmup-thinkless-1.5b/model/config.json)  ## DeGRPO (Thinkless-1.5B)
+	$(call paper,degrpo)
+train-degrpo-1.5b-phase2: $(INSTALLED)  ## its second phase, with a smaller gamma, from the first one's checkpoint
 	$(call paper,degrpo)
 eval-degrpo-1.5b: $(INSTALLED)  ## free choice, both modes forced, routers, beside the paper's rows
 	$(call paper,evaluate)
@@ -269,6 +271,15 @@ bench: $(BENCH_INSTALLED)  ## rollout against generate, training step against TR
 	@$(PY) experiments/bench/bench_rollout.py $(ARGS)
 	@$(PY) experiments/bench/bench_step.py $(ARGS)
 	@$(PY) experiments/bench/bench_memory.py $(ARGS)
+
+# From a plain checkout: no install, whatever Python is there.
+.PHONY: gpu-check
+gpu-check:  ## all GPU tests and short benchmarks in one call of under 10 minutes; ends in a table and one JSON line
+	@PYTHONPATH=. $(PYTHON) experiments/gpu_check.py $(ARGS)
+
+.PHONY: bench-gpu
+bench-gpu:  ## benchmarks of the kernels on a GPU
+	@PYTHONPATH=. $(PYTHON) experiments/bench/gpu_kernels.py $(ARGS)
 
 .PHONY: drill
 drill: $(call cold,adaptthink)  ## 30 times kill -9 on one process and on two under ZeRO-3; 10,000 answers, some hanging

@@ -55,6 +55,7 @@ setup(
             "ruff>=0.14,<1",
             "setuptools>=77",
             "tensorboard>=2.18,<3",
+            "triton>=3.4,<4; sys_platform == 'linux'",  # its interpreter runs the kernels without a GPU
         ],
         "bench": ["liger-kernel>=0.6,<1", "trl>=1,<2"],
     },
