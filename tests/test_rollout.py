@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from adaptive_reasoning.kernels.sample import restrict
 from conftest import CONFIGS, make_model
 
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.rollout import Closer, Decoder, Engine, Request, Sampling, request_seed
-from adaptive_reasoning.rollout.sampler import restrict, sample
+from adaptive_reasoning.rollout.sampler import sample
 
 NEVER = ()  # no stop token
 

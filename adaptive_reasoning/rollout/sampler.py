@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from adaptive_reasoning import kernels
 from adaptive_reasoning.errors import UserError
 
 
@@ -39,25 +40,8 @@ def request_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
-def restrict(logprobs: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
-    """Return log-probs [B, V] cut to the top k and the nucleus, renormalised; -inf outside.
-
-    The nucleus is the smallest set of most likely tokens whose probability reaches top_p (the token that crosses the
-    line belongs to it), as in vLLM and `transformers`.
-    """
-    if top_k:
-        kth = logprobs.topk(min(top_k, logprobs.shape[-1]), dim=-1).values[:, -1:]
-        logprobs = logprobs.masked_fill(logprobs < kth, float("-inf")).log_softmax(-1)
-    if top_p < 1:
-        ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
-        probs = ordered.exp()
-        outside = probs.cumsum(-1) - probs >= top_p  # mass before this token already reaches top_p
-        logprobs = logprobs.masked_fill(outside.scatter(-1, order, outside), float("-inf")).log_softmax(-1)
-    return logprobs
-
-
 def sample(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a row by inverting the cumulative distribution.
+    """Draw one token a row by inverting the cumulative distribution (kernels/sample.py).
 
     Args:
         logits: [B, V] fp32; -inf marks a token that is not allowed.
@@ -66,16 +50,4 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> t
     Returns:
         tokens [B] int64 and log-probs [B] fp32.
     """
-    if sampling.temperature == 0:
-        best, tokens = logits.max(-1)  # the log-prob of the largest logit needs no other one
-        return tokens, -(logits - best.unsqueeze(-1)).exp_().sum(-1).log_()
-    else:
-        logprobs = logits.div(sampling.temperature).log_softmax(-1)
-        if sampling.top_k or sampling.top_p < 1:
-            logprobs = restrict(logprobs, sampling.top_p, sampling.top_k)
-        cumulative = logprobs.exp().cumsum(-1)
-        total = cumulative[:, -1:]
-        # The target stays strictly below the total, so the first column that exceeds it has a positive probability.
-        target = torch.minimum(uniform.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
-        tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return kernels.sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p)
