@@ -146,6 +146,10 @@ toy-degrpo: $(call cold,thinkless)  ## DeGRPO (Thinkless) on chains: thinks wher
 toy-thinker: $(call cold,thinker)  ## Thinker on chains: fast answer, verification, slow answer, summary; SEED=0
 	@$(call toy,thinker,thinker,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
 
+.PHONY: toy-thinker-qa
+toy-thinker-qa: $(call cold,thinker)  ## its baseline, PPO on question and answer; SEED=0
+	@$(call toy,thinker,thinker,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+
 .PHONY: toy-ablation
 toy-ablation: $(call cold,adaptthink)  ## toy-adaptthink for all DELTAS="0 0.05 0.1 0.2" and SEEDS="0 1 2 3 4"
 	@for delta in $(DELTAS); do for seed in $(SEEDS); do \

@@ -6,10 +6,10 @@ For a group of n samples with rewards r_i and formats f_i, F_i of them in the fo
     A_i = r'_i - mean r'                   std "none"
     A_i = (r'_i - mean r') / (std + eps)   std "population" (divides by n) or "unbiased" (by n - 1), of r' or of r
 
-A group of one is not centred: A = r'. A group whose r' are all equal, or differ by at most `spread`, gets exactly 0:
-the mean of equal numbers can miss them by a unit in the last place, and eps does not hide that in fp32. With the std
-of r it is r that must not be equal: all right answers would otherwise be divided by eps alone. All sums are in fp64,
-whatever the type of the rewards.
+A group of one has mean 0 and std 1, as in the official code: A = r' / (1 + eps). A group whose r' are all equal, or
+differ by at most `spread`, gets exactly 0: the mean of equal numbers can miss them by a unit in the last place, and eps
+does not hide that in fp32. With the std of r it is r that must not be equal: all right answers would otherwise be
+divided by eps alone. All sums are in fp64, whatever the type of the rewards.
 
 Bytes: 8 B for the rewards and as many for each of order, formats, index, advantages and shaped rewards of B samples;
 for N tokens 8 N for the sample numbers and 4 N for the result.
@@ -97,6 +97,6 @@ def group_advantage(
     highest = (-infinite).scatter_reduce(0, index, base, "amax")
     lowest = infinite.scatter_reduce(0, index, base, "amin")
     A = torch.where((highest - lowest <= spread)[index], 0.0, A)
-    A = torch.where(size[index] == 1, shaped, A)
+    A = torch.where(size[index] == 1, shaped / (1 + eps) if std != "none" else shaped, A)
     tokens = A[sequence].float() if sequence is not None else None
     return Advantages(A.to(rewards.dtype), shaped.to(rewards.dtype), tokens)

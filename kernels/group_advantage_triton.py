@@ -59,7 +59,9 @@ def statistics(
         lowest = tl.minimum(lowest, tl.where(inside, base, float("inf")))
     centre = tl.sum(total, 0) / n
     factor = (n * 0.0) + 1.0
+    single = factor  # a group of one: mean 0, std 1
     if STD != 0:  # 1 population, 2 unbiased
+        single = 1.0 / (single + eps)
         raw_centre = tl.sum(raw_total, 0) / n
         square = tl.zeros((BLOCK,), tl.float64)
         for start in range(first, last, BLOCK):
@@ -70,7 +72,7 @@ def statistics(
         factor = 1.0 / (tl.sqrt(tl.sum(square, 0) / degrees) + eps)
     factor = tl.where(tl.max(highest, 0) - tl.min(lowest, 0) <= spread, 0.0, factor)
     alone = last - first == 1
-    return tl.where(alone, 0.0, centre), tl.where(alone, 1.0, factor)
+    return tl.where(alone, 0.0, centre), tl.where(alone, single, factor)
 
 
 @triton.jit(do_not_specialize=["groups", "N"])

@@ -536,10 +536,9 @@ def test_rows_of_the_cold_start():
     """Wrong fast answers carry no loss, verdicts are right, and what a model should learn to fit fits the budgets."""
     args = SimpleNamespace(chain_mix="0.3,0.3,0.2,0.2", max_steps=100)
     control = control_tokens(TOKENIZER, make_args(fast_budget=20, max_new_tokens=200))
-    assert {r.prompt.split()[-1] for r in chain_format.rows(args, np.random.default_rng(0), 99, 1)} == {
-        "step",
-        "compare",
-    }
+    first = chain_format.rows(args, np.random.default_rng(0), 99, 1)
+    assert not any(r.turns for r in first) and {r.prompt.split()[-1] for r in first} == {"short", "step"}
+    assert {r.question.difficulty for r in first if r.prompt.endswith("short")} == {"1"}
     rows = chain_format.rows(args, np.random.default_rng(0), 300, 100)
     kinds = set()
     for row, e in zip(rows, episodes_of(rows, TOKENIZER, 512)):
@@ -551,8 +550,7 @@ def test_rows_of_the_cold_start():
         kinds.add((right, verdict, len(row.turns)))
         n = len(TOKENIZER(row.response)["input_ids"]) + 1
         assert e.action_mask[:n].all() if right else not e.action_mask[:n].any()
-        fits = int(row.question.difficulty) <= 2 or "\n" not in row.response
-        assert (n <= control.budget("fast")) == fits
+        assert n <= control.budget("fast") and "\n" not in row.response
         # The dialogue is the one that training builds: turn by turn, with the same tokens between.
         text = TOKENIZER.decode([*e.prompt_ids, *e.response_ids])
         assert TOKENIZER.decode(control.ids("fast", row.question.problem)) + row.response + "<|end|>" in text
