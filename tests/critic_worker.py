@@ -3,6 +3,7 @@
 torchrun --standalone --nproc_per_node 2 tests/critic_worker.py FOLDER
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -83,7 +84,12 @@ def main(folder: Path) -> None:
     found = check(folder, accelerator, fresh_episodes(SHARES[rank]))
     if rank == 0:
         torch.save(found, folder / "result.pt")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
+    # Four DeepSpeed engines in one process: once in a while one of their threads is still there when the interpreter
+    # takes itself down, and aborts it ("terminate called without an active exception"). Everything is done by now.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
