@@ -17,6 +17,7 @@ heads, D head size, I intermediate size, V vocabulary.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -360,9 +361,21 @@ def rope_frequencies(config) -> tuple[torch.Tensor, float]:
     return 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
 
 
+@cache
+def filled(rows: int, value: float) -> torch.Tensor:
+    return torch.full((rows, 1), value)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return x / rms(x) * weight over the last dimension: F.rms_norm, which is slower in fp32 on the CPU."""
+    """Return x / rms(x) * weight over the last dimension: F.rms_norm, which is slower in fp32 on the CPU.
+
+    For few rows every call counts: mean and eps are one product with a column of 1/H.
+    """
     if x.is_cuda or x.dtype != torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
-    scale = (x * x).mean(-1, keepdim=True).add_(eps).rsqrt_()
+    if x.dim() == 2:
+        n = x.shape[1]
+        scale = torch.addmm(filled(1, eps), x * x, filled(n, 1 / n)).rsqrt_()
+    else:
+        scale = (x * x).mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (x * scale).mul_(weight)
