@@ -148,7 +148,7 @@ toy-thinker: $(call cold,thinker)  ## Thinker on chains: fast answer, verificati
 
 .PHONY: toy-thinker-qa
 toy-thinker-qa: $(call cold,thinker)  ## its baseline, PPO on question and answer; SEED=0
-	@$(call toy,thinker,thinker,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+	@$(call toy,thinker,thinker,toy-thinker,$(toy_folder)) --environment qa --seed $(SEED) $(ARGS)
 
 .PHONY: toy-ablation
 toy-ablation: $(call cold,adaptthink)  ## toy-adaptthink for all DELTAS="0 0.05 0.1 0.2" and SEEDS="0 1 2 3 4"
@@ -162,7 +162,7 @@ toy-ablation: $(call cold,adaptthink)  ## toy-adaptthink for all DELTAS="0 0.05 
 # Every algorithm and its baseline. Runs that are finished are not run again: the same command continues.
 .PHONY: laboratory
 laboratory: SEEDS = 0 1 2
-laboratory: $(COLD_STARTS)  ## all algorithms and their baselines on chains, three seeds, one page (CPU, about an hour)
+laboratory: $(COLD_STARTS)  ## all algorithms and their baselines on chains, three seeds, one page (CPU)
 	@for seed in $(SEEDS); do \
 	  $(call toy,adaptthink,adaptthink,toy-adaptthink,$(LABORATORY)/adaptthink-seed$$seed) --seed $$seed $(ARGS); \
 	  $(call toy,grpo,arm,toy-grpo,$(LABORATORY)/grpo-seed$$seed) --seed $$seed $(ARGS); \
@@ -171,7 +171,8 @@ laboratory: $(COLD_STARTS)  ## all algorithms and their baselines on chains, thr
 	  $(call toy,degrpo,thinkless,toy-degrpo,$(LABORATORY)/degrpo-vanilla-seed$$seed) --aggregation vanilla \
 	    --seed $$seed $(ARGS); \
 	  $(call toy,thinker,thinker,toy-thinker,$(LABORATORY)/thinker-seed$$seed) --seed $$seed $(ARGS); \
-	  $(call toy,thinker,thinker,toy-thinker-qa,$(LABORATORY)/thinker-qa-seed$$seed) --seed $$seed $(ARGS); \
+	  $(call toy,thinker,thinker,toy-thinker,$(LABORATORY)/thinker-qa-seed$$seed) --environment qa \
+	    --seed $$seed $(ARGS); \
 	done
 	@$(PY) -m adaptive_reasoning.report.laboratory "$(LABORATORY)"
 

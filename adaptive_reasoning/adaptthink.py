@@ -279,7 +279,7 @@ def reference_accuracy(run: Run, args) -> dict[int, float] | None:
     """
     if args.baseline == "online":
         return None
-    needed = run.questions_ahead()
+    needed = run.task.ahead(args.max_steps, args.prompts_per_step, args.seed)
 
     def make_requests(i: int) -> list[Request]:
         question, prompt_ids = run.task.questions[i], run.task.prompts[i]

@@ -38,6 +38,21 @@ class Episode:
         T = len(self.response_ids)
         assert len(self.behaviour_logprobs) == len(self.action_mask) == T, "one log-prob and one mask entry per token"
 
+    @classmethod
+    def of(cls, completion, **more) -> "Episode":
+        """Return the episode of a completion whose request is tagged (question, group)."""
+        question, group = completion.request.tag
+        return cls(
+            question,
+            group,
+            torch.tensor(completion.context_ids),
+            completion.response_ids,
+            completion.logprobs,
+            completion.action_mask,
+            completion.finish_reason,
+            **more,
+        )
+
     @property
     def num_tokens(self) -> int:
         """Response tokens, the forced first token and EOS included: the length every table reports."""

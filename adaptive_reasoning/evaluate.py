@@ -123,6 +123,8 @@ def evaluate(
     for j, program in programs.items():
         texts[j] = program.result()
         grade(j)
+    if sandboxes:
+        sandboxes.shutdown()
     grades = grader.drain()
     rows = [
         {

@@ -152,7 +152,7 @@ class Control:
 
 def control_tokens(tokenizer, args) -> Control:
     """Look up what the modes need; UserError if the tokenizer does not fit the method."""
-    if getattr(args, "answer_format", "tags") == "boxed":
+    if args.answer_format == "boxed":
         return Control(tokenizer, answer_format="boxed")
     return Control(tokenizer, prompts.check_ends_at_assistant(tokenizer))
 

@@ -206,23 +206,10 @@ class Run:
         self.clock["grade_wait"] = time.perf_counter() - start
         episodes = []
         for i, c in enumerate(completions):
-            question, group = c.request.tag
             info = {"forced": len(c.request.forced), "correct": i in grades and grades[i].correct}
             if i in grades and grades[i].status != "ok":
                 info["grader"] = f"{grades[i].status}: {grades[i].detail}"
-            episodes.append(
-                Episode(
-                    question=question,
-                    group=group,
-                    prompt_ids=torch.tensor(c.context_ids),
-                    response_ids=c.response_ids,
-                    behaviour_logprobs=c.logprobs,
-                    action_mask=c.action_mask,
-                    finish_reason=c.finish_reason,
-                    text=texts[i],
-                    info=info,
-                )
-            )
+            episodes.append(Episode.of(c, text=texts[i], info=info))
         self.clock["update"] = time.perf_counter()
         return episodes
 
@@ -260,14 +247,6 @@ class Run:
     def refresh(self) -> None:
         """Bring the new weights into the rollout replica, layer by layer."""
         self.engine.refresh(self.learner.named_weights())
-
-    def questions_ahead(self) -> list[int]:
-        """Return the indices of all questions that steps 1 to max_steps meet."""
-        steps_of_one_epoch = len(self.task.questions) // self.args.prompts_per_step
-        steps = range(1, self.args.max_steps + 1)
-        if len(steps) > 4 * steps_of_one_epoch:  # what the last epochs leave out differs; all is nearly certain
-            return list(range(len(self.task.questions)))
-        return sorted({i for step in steps for i in self.task.batch(step, self.args.prompts_per_step, self.args.seed)})
 
     def table(self, name: str, needed: list[int], measure: Callable[[], dict[int, float]]) -> dict[int, float]:
         """Return {question index: number} as it was before step 1: measured by a new run, read by a resumed one.

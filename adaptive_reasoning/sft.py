@@ -37,12 +37,7 @@ from adaptive_reasoning.tasks import chain, control_slot, prompts
 from adaptive_reasoning.tasks.formats import NAMES, Row, load
 from adaptive_reasoning.tasks.question import Question
 
-# LLaMA-Factory's template "default", which ARM is trained with: the end token and a newline follow a finished answer.
-TEMPLATES = {
-    "arm": "{% for message in messages %}{% if message['role'] == 'user' %}Human: {{ message['content'] }}\n"
-    "{% else %}Assistant:{{ message['content'] }}{{ eos_token }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-}
+TEMPLATES = {"arm": load("arm").TEMPLATE}
 
 
 @dataclass

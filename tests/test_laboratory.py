@@ -7,7 +7,8 @@ import yaml
 
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.report import laboratory
-from adaptive_reasoning.report.laboratory import fact_rows, load_laboratory, seeds_of, smoothed, write_laboratory
+from adaptive_reasoning.report.laboratory import fact_rows, load_laboratory, seeds_of, write_laboratory
+from adaptive_reasoning.report.seeds import over_steps
 
 
 def result(accuracy, tokens, **shares):
@@ -86,9 +87,11 @@ def test_an_empty_folder_says_how_to_fill_it(tmp_path):
         write_laboratory(tmp_path)
 
 
-def test_running_mean_uses_past_steps_only():
-    points = [(i, float(i)) for i in range(1, 9)]
-    assert smoothed(points)[0] == (1, 1.0) and smoothed(points)[7] == (8, 6.0)
+def test_curves_are_smoothed_and_spread_over_the_runs(folder):
+    runs, _ = load_laboratory(folder)
+    points = over_steps(runs["grpo"], "mode/cot_share")
+    assert [step for step, _ in points] == [1, 2] and all(s.count == 2 for _, s in points)
+    assert points[0][1].mean == pytest.approx(0.15), "two steps, 0.1 and 0.2, within one moving mean of five"
 
 
 def test_page_of_a_run_with_four_modes(tmp_path):

@@ -22,10 +22,9 @@ from adaptive_reasoning.report.curves import STYLE, plain
 from adaptive_reasoning.report.files import write_bytes_atomic, write_text_atomic
 from adaptive_reasoning.report.panels import MODE_COLOURS, PALETTE
 from adaptive_reasoning.report.run_folder import Run, load_run
-from adaptive_reasoning.report.seeds import Spread, levels_of, result_of, spread
+from adaptive_reasoning.report.seeds import band, levels_of, over_steps, result_of, spread
 
 Runs = dict[str, list[Run]]  # name of a run without its seed -> its runs, in order of the seeds
-SMOOTH = 5  # steps; what is drawn over the steps is a running mean
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,11 @@ def ratio(a, b):
     return change(a, b, lambda x, y: x / y if y else None)
 
 
-def largest_share(name: str) -> Callable[[Runs, int], float | None]:
-    """Return f: the share of the most frequent mode after training."""
+def largest_share(name: str, when: str = "after") -> Callable[[Runs, int], float | None]:
+    """Return f: the share of the most frequent mode "before" or "after" training."""
 
     def read(runs: Runs, seed: int) -> float | None:
-        return max(result_of(runs[name][seed], "after")["modes"].values())
+        return max(result_of(runs[name][seed], when)["modes"].values())
 
     return read
 
@@ -110,12 +109,12 @@ def modes_above(name: str, share: float) -> Callable[[Runs, int], float | None]:
     return read
 
 
-def hardest_minus_easiest(name: str, mode: str) -> Callable[[Runs, int], float | None]:
-    """Return f: share of a mode on the hardest questions minus that on the easiest, after training."""
+def hardest_minus_easiest(name: str, mode: str, when: str = "after") -> Callable[[Runs, int], float | None]:
+    """Return f: share of a mode on the hardest questions minus that on the easiest, "before" or "after" training."""
 
     def read(runs: Runs, seed: int) -> float | None:
         levels = levels_of([runs[name][seed]])
-        easy, hard = (result_of(runs[name][seed], "after", level) for level in (levels[0], levels[-1]))
+        easy, hard = (result_of(runs[name][seed], when, level) for level in (levels[0], levels[-1]))
         return hard["modes"].get(mode, 0.0) - easy["modes"].get(mode, 0.0)
 
     return read
@@ -154,7 +153,10 @@ SECTIONS = (
             OverSteps("ada-grpo", "Ada-GRPO: share of the formats", tuple((f"mode/{m}_share", n) for m, n in FORMATS)),
         ),
         (
+            ("cold start: share of the largest format", largest_share("grpo", "before"), 3),
             ("GRPO: share of its largest format", largest_share("grpo"), 3),
+            ("GRPO: share of Long CoT", after("grpo", "modes/long_cot/share"), 3),
+            ("GRPO: formats with at least 5 %", modes_above("grpo", 0.05), 0),
             ("Ada-GRPO: share of its largest format", largest_share("ada-grpo"), 3),
             ("Ada-GRPO: formats with at least 5 %", modes_above("ada-grpo", 0.05), 0),
             ("GRPO: accuracy", after("grpo", "accuracy"), 3),
@@ -183,6 +185,7 @@ SECTIONS = (
             ),
         ),
         (
+            ("cold start: think share, hardest minus easiest", hardest_minus_easiest("degrpo", "think", "before"), 3),
             ("DeGRPO: think share, hardest minus easiest", hardest_minus_easiest("degrpo", "think"), 3),
             ("vanilla: think share, hardest minus easiest", hardest_minus_easiest("degrpo-vanilla", "think"), 3),
             ("DeGRPO: accuracy", after("degrpo", "accuracy"), 3),
@@ -232,7 +235,10 @@ SECTIONS = (
                 change(after("thinker", "stages/fast/accuracy"), after("thinker", "stages/fast/accuracy", when=0)),
                 3,
             ),
+            ("cold start: fast accuracy", after("thinker", "stages/fast/accuracy", when=0), 3),
+            ("share of the fast answers in a box", after("thinker", "stages/fast/boxed_share"), 3),
             ("verification: balanced accuracy", after("thinker", "verification/balanced_accuracy"), 3),
+            ("cold start: balanced accuracy", after("thinker", "verification/balanced_accuracy", when=0), 3),
             ("Thinker: tokens of all stages", after("thinker", "mean_tokens"), 1),
             ("baseline: accuracy", after("thinker-qa", "accuracy"), 3),
             ("baseline: tokens", after("thinker-qa", "mean_tokens"), 1),
@@ -288,36 +294,15 @@ def fact_rows(section: Section, runs: Runs) -> list[tuple[str, str]]:
 # --------------------------------------------------------------------------------------------------------- drawing
 
 
-def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return the running mean over the last SMOOTH steps."""
-    out = []
-    for i, (step, _) in enumerate(points):
-        window = [value for _, value in points[max(0, i + 1 - SMOOTH) : i + 1]]
-        out.append((step, sum(window) / len(window)))
-    return out
-
-
-def over_seeds(runs: list[Run], key: str) -> list[tuple[int, Spread]]:
-    """Return [(step, spread over the runs)] of a smoothed metric, for the steps that all runs have."""
-    lines = [dict(smoothed([p for p in run.points(key) if p[0] > 0])) for run in runs]
-    steps = sorted(set.intersection(*map(set, lines))) if lines else []
-    return [(step, spread([line[step] for line in lines])) for step in steps]
-
-
 def draw(axis, panel: OverSteps | ByDifficulty, runs: Runs) -> None:
     """Draw one panel."""
     from matplotlib.ticker import PercentFormatter
 
-    def line(xs, spreads, colour, label, style="-"):
-        axis.plot(xs, [s.mean for s in spreads], style, color=colour, linewidth=1.7, label=plain(label))
-        axis.fill_between(xs, [s.low for s in spreads], [s.high for s in spreads], color=colour, alpha=0.16, lw=0)
-
     if isinstance(panel, OverSteps):
         for colour, (key, label) in zip(MODE_COLOURS, panel.metrics):
-            points = over_seeds(runs[panel.run], key)
+            points = over_steps(runs[panel.run], key)
             if points:
-                xs, spreads = zip(*points)
-                line(xs, spreads, PALETTE[colour][0], label)
+                band(axis, *zip(*points), PALETTE[colour][0], plain(label))
         axis.set_xlabel("step")
         share = panel.share
     else:
@@ -326,7 +311,8 @@ def draw(axis, panel: OverSteps | ByDifficulty, runs: Runs) -> None:
             for when, style in (("before", "--"), ("after", "-")):
                 shares = [[result_of(run, when, level) for run in runs[name]] for level in levels]
                 spreads = [spread([r and r["modes"].get(panel.mode, 0.0) for r in rs]) for rs in shares]
-                line(range(len(levels)), spreads, PALETTE[colour][0], f"{label}, {when} training", style)
+                title = plain(f"{label}, {when} training")
+                band(axis, range(len(levels)), spreads, PALETTE[colour][0], title, style)
             axis.set_xticks(range(len(levels)), levels)
         axis.set_xlabel("difficulty: number of operations")
         share = True

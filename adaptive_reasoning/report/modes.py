@@ -10,15 +10,15 @@ import argparse
 from pathlib import Path
 
 from adaptive_reasoning.errors import UserError, run_cli
-from adaptive_reasoning.report.panels import PALETTE, mode_colours, smooth
+from adaptive_reasoning.report.panels import PALETTE, mode_colours
 from adaptive_reasoning.report.run_folder import Run, load_run
+from adaptive_reasoning.report.seeds import band, over_steps
 
 ROWS = {
     "share": "Share of the responses",
     "accuracy": "Accuracy",
     "all_correct_groups": "Questions all right in one mode",
 }
-WIDTH = 5  # steps of the moving mean
 
 
 def modes_of(runs: list[Run]) -> list[str]:
@@ -26,15 +26,6 @@ def modes_of(runs: list[Run]) -> list[str]:
     keys = [key for run in runs for key in run.metric_keys()]
     return list(dict.fromkeys(key[len("mode/") : -len("_share")] for key in keys
                               if key.startswith("mode/") and key.endswith("_share")))  # fmt: skip
-
-
-def curve(runs: list[Run], key: str) -> list[tuple[int, float, float, float]]:
-    """Return [(step, mean, smallest, largest)] of a smoothed metric over the runs that have the step."""
-    points: dict[int, list[float]] = {}
-    for run in runs:
-        for step, value in smooth(run.points(key), WIDTH):
-            points.setdefault(step, []).append(value)
-    return [(step, sum(v) / len(v), min(v), max(v)) for step, v in sorted(points.items())]
 
 
 def plot(groups: dict[str, list[Run]], out: Path) -> None:
@@ -55,12 +46,9 @@ def plot(groups: dict[str, list[Run]], out: Path) -> None:
             for row, (ending, title) in enumerate(ROWS.items()):
                 axis = axes[row][column]
                 for mode, colour in colours.items():
-                    drawn = curve(runs, f"mode/{mode}_{ending}")
-                    if not drawn:
-                        continue
-                    steps, means, low, high = zip(*drawn)
-                    axis.plot(steps, means, color=PALETTE[colour][0], linewidth=1.7, label=plain(mode))
-                    axis.fill_between(steps, low, high, color=PALETTE[colour][0], alpha=0.16, linewidth=0)
+                    drawn = over_steps(runs, f"mode/{mode}_{ending}")
+                    if drawn:
+                        band(axis, *zip(*drawn), PALETTE[colour][0], plain(mode))
                 axis.set_title(plain(f"{name}: {title.lower()}"))
                 if ending != "all_correct_groups":
                     axis.set_ylim(-0.03, 1.03)

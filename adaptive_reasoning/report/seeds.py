@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.report.console import aligned
-from adaptive_reasoning.report.panels import MODE_COLOURS, PALETTE, ramp
+from adaptive_reasoning.report.panels import MODE_COLOURS, PALETTE, ramp, smooth
 from adaptive_reasoning.report.run_folder import Run, difficulty_order, shown_modes
 
 
@@ -38,6 +38,18 @@ def spread(values: list[float | None]) -> Spread | None:
     low, high = min(values), max(values)
     # The mean of equal numbers can miss them by a rounding error, and a bar of negative length cannot be drawn.
     return Spread(min(max(statistics.fmean(values), low), high), low, high, std, len(values))
+
+
+SMOOTH = 5  # steps of the moving mean
+
+
+def over_steps(runs: list[Run], key: str) -> list[tuple[int, Spread]]:
+    """Return [(step, spread over the runs that have it)] of a training metric, each run smoothed by a moving mean."""
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        for step, value in smooth([point for point in run.points(key) if point[0] > 0], SMOOTH):
+            found.setdefault(step, []).append(value)
+    return [(step, spread(values)) for step, values in sorted(found.items())]
 
 
 def groups(runs: list[Run], by: str = "") -> dict[str, list[Run]]:
@@ -209,13 +221,17 @@ def _share(runs: list[Run], when: str, level: str, mode: str) -> Spread | None:
 
 
 def _band(axis, levels: list[str], spreads: list[Spread | None], colour: str, label: str, style: str) -> None:
-    """Draw means as a line over the difficulties with a band from the smallest to the largest run."""
+    """Draw a band over the difficulties; a level without a value is left out."""
     kept = [(i, s) for i, s in enumerate(spreads) if s]
-    xs = [i for i, _ in kept]
-    axis.plot(xs, [s.mean for _, s in kept], style, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
-    if any(s.count > 1 for _, s in kept):
-        axis.fill_between(xs, [s.low for _, s in kept], [s.high for _, s in kept], color=colour, alpha=0.16, lw=0)
+    band(axis, [i for i, _ in kept], [s for _, s in kept], colour, label, style, marker="o", markersize=4)
     axis.set_xticks(range(len(levels)), levels)
+
+
+def band(axis, xs, spreads: list[Spread], colour: str, label: str, style: str = "-", **marks) -> None:
+    """Draw means as a line with a band from the smallest to the largest run."""
+    axis.plot(xs, [s.mean for s in spreads], style, color=colour, linewidth=1.8, label=label, **marks)
+    if any(s.count > 1 for s in spreads):
+        axis.fill_between(xs, [s.low for s in spreads], [s.high for s in spreads], color=colour, alpha=0.16, lw=0)
 
 
 def _cross(axis, runs: list[Run], when: str, colour: str, label: str, hollow: bool = False) -> None:

@@ -17,7 +17,6 @@ heads, D head size, I intermediate size, V vocabulary.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.kernels.rms_norm import rms_norm  # the torch twin: the Triton one has run on no GPU yet
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 
@@ -83,7 +83,7 @@ class Decoder:
 
         self.embed = new(self.vocab, H)
         self.norm = new(H)
-        # [H, V]: on the CPU stored that way round, also when tied; a third faster for 8 to 32 rows.
+        # [H, V]: on the CPU stored that way round, also when tied: faster for few rows.
         self.copied = self.tied and self.device.type == "cpu"
         if self.tied:
             self.head = self.embed.T.contiguous() if self.copied else self.embed.T
@@ -359,23 +359,3 @@ def rope_frequencies(config) -> tuple[torch.Tensor, float]:
         return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
-
-
-@cache
-def filled(rows: int, value: float) -> torch.Tensor:
-    return torch.full((rows, 1), value)
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return x / rms(x) * weight over the last dimension: F.rms_norm, which is slower in fp32 on the CPU.
-
-    For few rows every call counts: mean and eps are one product with a column of 1/H.
-    """
-    if x.is_cuda or x.dtype != torch.float32:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    if x.dim() == 2:
-        n = x.shape[1]
-        scale = torch.addmm(filled(1, eps), x * x, filled(n, 1 / n)).rsqrt_()
-    else:
-        scale = (x * x).mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (x * scale).mul_(weight)

@@ -47,6 +47,14 @@ class Task:
         order = np.random.default_rng([seed, epoch]).permutation(len(self.questions))
         return order[i * size : (i + 1) * size].tolist()
 
+    def ahead(self, max_steps: int, size: int, seed: int) -> list[int]:
+        """Return the indices of all questions that steps 1 to max_steps meet."""
+        if max_steps > 4 * (
+            len(self.questions) // size
+        ):  # what the last epochs leave out differs; all is nearly certain
+            return list(range(len(self.questions)))
+        return sorted({i for step in range(1, max_steps + 1) for i in self.batch(step, size, seed)})
+
     def epoch(self, step: int, size: int) -> float:
         """Return the passes over the training questions after `step` steps."""
         return step / (len(self.questions) // size)

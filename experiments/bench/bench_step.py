@@ -94,21 +94,8 @@ def ours(pipe, plan: Plan) -> None:
         start = time.perf_counter()
         asked = [(i, Question(str(i), "", "", 1, ""), prompt) for i, prompt in enumerate(questions[step])]
         requests = plan_rollouts(asked, control, args, tuple(range(plan.stops)), step)
-        episodes = []
-        for c in engine.run(requests, Sampling(1.0)):
-            question, group = c.request.tag
-            episodes.append(
-                Episode(
-                    question=question,
-                    group=group,
-                    prompt_ids=torch.tensor(c.context_ids),
-                    response_ids=c.response_ids,
-                    behaviour_logprobs=c.logprobs,
-                    action_mask=c.action_mask,
-                    finish_reason=c.finish_reason,
-                    reward=reward(c.response_ids.tolist()),
-                )
-            )
+        done = engine.run(requests, Sampling(1.0))
+        episodes = [Episode.of(c, reward=reward(c.response_ids.tolist())) for c in done]
         for g in range(plan.prompts):  # GRPO: A = (R - mean) / (std + 1e-4) within a group
             members = [e for e in episodes if e.group == g]
             rewards = torch.tensor([e.reward for e in members])

@@ -14,9 +14,10 @@ from adaptive_reasoning.tasks import chain
 from adaptive_reasoning.tasks.formats import Row
 from adaptive_reasoning.tasks.question import Question
 
+# LLaMA-Factory's template "default", which ARM is trained with: EOS and a newline follow a finished answer.
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}Human: {{ message['content'] }}\n"
-    "{% else %}Assistant:{{ message['content'] }}<|end|>\n{% endif %}{% endfor %}"
+    "{% else %}Assistant:{{ message['content'] }}{{ eos_token }}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 SPECIAL = ("<|begin|>", "<|end|>")
