@@ -6,14 +6,12 @@ here knows any algorithm. Every random number is a function of (seed, step, ques
 state but weights, optimiser and step number.
 """
 
-import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import yaml
 
 from adaptive_reasoning.episode import Episode, pick, sample_row
 from adaptive_reasoning.errors import UserError
@@ -29,8 +27,9 @@ from adaptive_reasoning.learner.critic import Critic, load_critic
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import generation_config, load_config, load_model, load_tokenizer
 from adaptive_reasoning.learner.packing import MicroBatch, logprob_gap
-from adaptive_reasoning.learner.runtime import all_gather, all_reduce, is_zero3, make_accelerator
+from adaptive_reasoning.learner.runtime import all_gather, is_zero3, make_accelerator
 from adaptive_reasoning.preflight import preflight
+from adaptive_reasoning.record import open_folder, over_processes, sums_of
 from adaptive_reasoning.report import glossary
 from adaptive_reasoning.report.console import Console, say
 from adaptive_reasoning.report.files import (
@@ -39,7 +38,6 @@ from adaptive_reasoning.report.files import (
     read_jsonl,
     truncate_jsonl,
     write_json_atomic,
-    write_text_atomic,
 )
 from adaptive_reasoning.report.page import write_page, write_report
 from adaptive_reasoning.rollout import Completion, Decoder, Engine, Request, Sampling
@@ -118,7 +116,9 @@ class Run:
     def __enter__(self) -> "Run":
         """Distribute the model, continue from the newest checkpoint if there is one, and open the folder."""
         args = self.args
-        self._open_folder()
+        if self.main:
+            open_folder(self.folder, self.algorithm, args)
+        self.accelerator.wait_for_everyone()
         self.learner = Learner(args, load_model(args.model, args)[0], self.accelerator)
         self.reference = None  # the frozen starting model, where the loss holds the policy near it
         if getattr(args, "kl_coef", 0):
@@ -148,8 +148,6 @@ class Run:
         )
         self.engine.refresh(self.learner.named_weights())
         rows = read_jsonl(self.folder / "metrics.jsonl") if checkpoint and self.main else []
-        if self.continued and self.main and (past := read_jsonl(self.folder / "evaluations.jsonl")):
-            self.latest = next(row["result"] for row in past if row["step"] == past[-1]["step"])
         self.console = Console(args.max_steps, rows)
         if args.report_to:
             options = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))}
@@ -293,38 +291,19 @@ class Run:
             UserError: on all processes, if more answers than --max_ungraded could not be graded.
         """
         now = time.perf_counter()
-        sums: dict[str, float] = {}
-        for share in losses:
-            for key, value in share.items():
-                sums[key] = sums.get(key, 0.0) + float(value)
-        keys = sorted(set().union(*all_gather(self.accelerator, list(sums))))
-        total = all_reduce(self.accelerator, [sums.get(key, 0.0) for key in keys], "sum").tolist()
-        everyone = all_gather(
-            self.accelerator,
-            {
-                "tokens": sum(e.num_actions for e in episodes),
-                "episodes": len(episodes),
-                "cut": sum(e.finish_reason == "length" for e in episodes),
-                "correct": sum(e.info["correct"] for e in episodes),
-                "reward": sum(e.reward for e in episodes),
-                "gap": self.gap,
-                "grader": self.grader.rates(),
-            },
-        )
-
-        def over(key):
-            return sum(part[key] for part in everyone)
-
-        n = over("episodes")
+        mine = {
+            "tokens": sum(e.num_actions for e in episodes),
+            "episodes": len(episodes),
+            "cut": sum(e.finish_reason == "length" for e in episodes),
+            "correct": sum(e.info["correct"] for e in episodes),
+            "reward": sum(e.reward for e in episodes),
+            "gap": self.gap,
+            "grader": self.grader.rates(),
+            "losses": sums_of(losses),
+        }
         row = {
             "step": self.step,
-            "reward/accuracy": over("correct") / n,
-            "reward/mean": over("reward") / n,
-            "rollout/response_tokens_mean": over("tokens") / n,
-            "rollout/truncated_share": over("cut") / n,
-            "rollout/tokens": over("tokens"),
-            "rollout/tokens_per_s": over("tokens") / self.clock["rollout"],
-            **{key: value / len(minibatches) for key, value in zip(keys, total)},
+            **over_processes(all_gather(self.accelerator, mine), len(minibatches)),
             "loss/grad_norm": max(u["grad_norm"] for u in updates),
             "loss/learning_rate": updates[-1]["learning_rate"],
             "learner/zero_advantage_share": sum(m.zero_advantage for m in minibatches) / len(minibatches),
@@ -337,12 +316,7 @@ class Run:
             "time/update_s": now - self.clock["update"],
             **own,
         }
-        if sum(part["gap"][1] for part in everyone):
-            row["check/logprob_gap_mean"] = sum(p["gap"][0] for p in everyone) / sum(p["gap"][1] for p in everyone)
-            row["check/logprob_gap_max"] = max(part["gap"][2] for part in everyone)
-        for key in everyone[0]["grader"]:
-            values = [part["grader"][key] for part in everyone if part["grader"][key] is not None]
-            row[key] = sum(values) / len(values) if values else None
+        row["rollout/tokens_per_s"] = row["rollout/tokens"] / self.clock["rollout"]
         ungraded = sum(row.get(f"grader/{kind}_rate") or 0.0 for kind in ("timeout", "error"))
         if self.latest is not None:
             row |= {f"eval/{mode}_share": part["share"] for mode, part in self.latest["modes"].items()}
@@ -457,37 +431,3 @@ class Run:
         """Print a line, once."""
         if self.main:
             say(text)
-
-    # ------------------------------------------------------------------------------------------------- folder
-
-    def _open_folder(self) -> None:
-        """Create the folder, or check that what is in it is this run."""
-        config = {k: v for k, v in dataclasses.asdict(self.args).items()}
-        path = self.folder / "config.yaml"
-        if self.main:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                if path.is_file() and newest_checkpoint(self.folder / "checkpoints") is not None:
-                    self._check_same(yaml.safe_load(path.read_text()) or {}, config)
-                write_text_atomic(path, yaml.safe_dump({"algorithm": self.algorithm, **config}, sort_keys=False))
-            except OSError as error:
-                raise UserError(f"--output_dir {self.folder}: cannot write there: {error}") from error
-        self.accelerator.wait_for_everyone()
-
-    def _check_same(self, old: dict, new: dict) -> None:
-        """Raise UserError if the folder holds a run with other options; how long it runs may change."""
-        if old.pop("algorithm", self.algorithm) != self.algorithm:
-            raise UserError(f"{self.folder} holds a run of another algorithm. Choose another --output_dir.")
-        differ = [k for k in new if k in old and old[k] != new[k] and k not in MAY_CHANGE]
-        if differ:
-            k = differ[0]
-            raise UserError(
-                f"{self.folder} holds a run with {k} = {old[k]!r}, now it is {new[k]!r}. Choose another --output_dir, "
-                "or give the old value to continue that run."
-            )
-
-
-MAY_CHANGE = {
-    "max_steps", "save_every", "keep_checkpoints", "grader_workers", "grader_timeout", "samples_per_step", "report_to",
-    "max_ungraded", "tokens_per_micro_batch", "rollout_rows", "gradient_checkpointing", "output_dir",
-}  # fmt: skip
