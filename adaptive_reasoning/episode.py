@@ -72,7 +72,7 @@ def by_group(episodes: list[Episode]) -> list[list[Episode]]:
     return list(groups.values())
 
 
-def pick(episodes: list[Episode], n: int, step: int) -> list[Episode]:
+def pick(episodes: list, n: int, step: int) -> list:
     """Return n episodes spread over the step, other ones at every step."""
     if not episodes or n < 1:
         return []

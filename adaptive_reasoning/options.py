@@ -103,6 +103,8 @@ class RunArgs:
     """Stop when more than this share of a step's answers hang or crash the grader: their reward would be a guess."""
     samples_per_step: int = 4
     """Training responses per step that go into samples.jsonl."""
+    patience: float = 7200.0
+    """Seconds that processes wait for the slowest one before the run ends with its name and what it was doing."""
     report_to: str = ""
     """Trackers beside metrics.jsonl, comma separated: tensorboard, wandb, trackio."""
 
@@ -235,6 +237,7 @@ POSITIVE = (  # of any algorithm
     "grader_workers",
     "learning_rate",
     "grader_timeout",
+    "patience",
     "max_grad_norm",
     "eval_samples",
     "fast_budget",

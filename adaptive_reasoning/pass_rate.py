@@ -72,6 +72,7 @@ def pass_rates(
                 if run.main:
                     append_jsonl(path, row)
     rates = {i: known[i]["correct"] / known[i]["n"] for i in needed}
+    run.lengths |= {i: known[i]["tokens"] / known[i]["n"] for i in needed}
     run.say(f"pass rates of {len(rates)} questions from {path}: mean {sum(rates.values()) / len(rates):.3f}")
     return rates
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import yaml
 
+from adaptive_reasoning.episode import pick
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.checkpoint import newest_checkpoint
 from adaptive_reasoning.report.files import write_text_atomic
 
 MAY_CHANGE = {  # options that a continued run may have other values of
     "max_steps", "save_every", "keep_checkpoints", "grader_workers", "grader_timeout", "samples_per_step", "report_to",
-    "max_ungraded", "tokens_per_micro_batch", "rollout_rows", "gradient_checkpointing", "output_dir",
+    "max_ungraded", "tokens_per_micro_batch", "rollout_rows", "gradient_checkpointing", "output_dir", "patience",
 }  # fmt: skip
 
 
@@ -42,6 +43,18 @@ def check_same(folder: Path, old: dict, algorithm: str, new: dict) -> None:
             f"{folder} holds a run with {k} = {old[k]!r}, now it is {new[k]!r}. Choose another --output_dir, "
             "or give the old value to continue that run."
         )
+
+
+def picked(groups: list[list[int]], batch: list[int], n: int, step: int) -> list[tuple[int, int]]:
+    """Return (process, place among its episodes) of the n episodes of a step that are written down.
+
+    Args:
+        groups: of each process the question of every episode.
+        batch: the questions of the step in order; which process has which makes no difference to the choice.
+    """
+    place = {question: i for i, question in enumerate(batch)}
+    every = [(place[q], j, rank) for rank, part in enumerate(groups) for j, q in enumerate(part)]
+    return [(rank, j) for _, j, rank in pick(sorted(every), n, step)]
 
 
 def sums_of(shares: list[dict]) -> dict[str, float]:

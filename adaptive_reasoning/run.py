@@ -8,12 +8,13 @@ state but weights, optimiser and step number.
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from adaptive_reasoning.episode import Episode, pick, sample_row
+from adaptive_reasoning.deal import deal, expected_tokens
+from adaptive_reasoning.episode import Episode, sample_row
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.evaluate import Protocol, evaluate
 from adaptive_reasoning.learner.checkpoint import (
@@ -22,14 +23,16 @@ from adaptive_reasoning.learner.checkpoint import (
     newest_checkpoint,
     prune,
     save_checkpoint,
+    whole_checkpoint,
 )
 from adaptive_reasoning.learner.critic import Critic, load_critic
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import generation_config, load_config, load_model, load_tokenizer
 from adaptive_reasoning.learner.packing import MicroBatch, logprob_gap
-from adaptive_reasoning.learner.runtime import all_gather, is_zero3, make_accelerator
+from adaptive_reasoning.learner.runtime import all_gather, end, is_zero3, make_accelerator, on_main
+from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.preflight import preflight
-from adaptive_reasoning.record import open_folder, over_processes, sums_of
+from adaptive_reasoning.record import open_folder, over_processes, picked, sums_of
 from adaptive_reasoning.report import glossary
 from adaptive_reasoning.report.console import Console, say
 from adaptive_reasoning.report.files import (
@@ -68,6 +71,7 @@ class Run:
         self.accelerator = make_accelerator(args)
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
+        self.watch = Watch(self.accelerator, args.patience)
         self.config = load_config(args.model)
         self.tokenizer = load_tokenizer(args.model)
         self.stop_ids = prompts.stop_tokens(self.tokenizer, generation_config(args.model))
@@ -78,6 +82,7 @@ class Run:
         self.spent = 0.0  # seconds of earlier parts of a resumed run
         self.clock: dict[str, float] = {}
         self.memory: dict = {}  # what an algorithm keeps from step to step: JSON values, saved with every checkpoint
+        self.lengths: dict[int, float] = {}  # {question: mean response tokens} where known, the same on every process
         self.cache_bytes = CPU_CACHE_BYTES
         self.latest: dict | None = None  # adaptive result of the newest evaluation
 
@@ -115,10 +120,19 @@ class Run:
 
     def __enter__(self) -> "Run":
         """Distribute the model, continue from the newest checkpoint if there is one, and open the folder."""
+        try:
+            return self._open()
+        except BaseException as error:
+            self.watch.stop(error)
+            raise
+
+    def _open(self) -> "Run":
         args = self.args
-        if self.main:
-            open_folder(self.folder, self.algorithm, args)
-        self.accelerator.wait_for_everyone()
+        self.watch.phase("load")
+        on_main(self.accelerator, lambda: open_folder(self.folder, self.algorithm, args))
+        checkpoint, damaged = whole_checkpoint(self.folder / "checkpoints", self.accelerator)
+        for line in damaged:
+            self.say(f"warning: {line}")
         self.learner = Learner(args, load_model(args.model, args)[0], self.accelerator)
         self.reference = None  # the frozen starting model, where the loss holds the policy near it
         if getattr(args, "kl_coef", 0):
@@ -126,16 +140,18 @@ class Run:
         self.critic = None  # of an actor-critic algorithm: values of tokens
         if hasattr(args, "critic_learning_rate"):
             self.critic = Critic(args, load_critic(args.model, args), self.accelerator)
-        checkpoint = newest_checkpoint(self.folder / "checkpoints")
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, self.learner, self.critic)
             self.step, self.spent, self.memory = state["step"], state["wall_s"], state.get("memory", {})
+            self.lengths = dict(state.get("lengths", []))
             self.continued = self.step
             self.say(f"continuing {self.folder} after step {self.step}")
-        if self.main:
+
+        def forget():  # what came after the checkpoint is written again
             for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
-                if (self.folder / name).is_file():
-                    truncate_jsonl(self.folder / name, self.step if checkpoint else -1)
+                truncate_jsonl(self.folder / name, self.step if checkpoint else -1)
+
+        on_main(self.accelerator, forget)
         if checkpoint is not None and (seen := read_jsonl(self.folder / "evaluations.jsonl")):
             self.latest = next(row["result"] for row in seen if row["step"] == seen[-1]["step"])  # as it was then
         device = self.accelerator.device
@@ -159,6 +175,10 @@ class Run:
         self.grader.__exit__(kind, error, trace)
         if self.args.report_to:
             self.accelerator.end_training()
+        self.watch.stop(error)
+        if error is None:
+            parts = [part for part in (self.learner, self.reference, self.critic) if part is not None and part.zero3]
+            end(self.accelerator, [part.engine for part in parts])
 
     # ------------------------------------------------------------------------------------------------- the loop
 
@@ -173,7 +193,8 @@ class Run:
     def next_questions(self) -> list[tuple[int, Question, list[int]]]:
         """Return this process's share of the step's questions as (index in the task, question, prompt ids)."""
         batch = self.task.batch(self.step, self.args.prompts_per_step, self.args.seed)
-        return [(i, self.task.questions[i], self.task.prompts[i]) for i in batch[self.rank :: self.ranks]]
+        shares = deal(expected_tokens(batch, self.lengths, self.task.prompts), self.ranks)
+        return [(i, self.task.questions[i], self.task.prompts[i]) for i in (batch[j] for j in shares[self.rank])]
 
     def rollout(
         self,
@@ -187,6 +208,7 @@ class Run:
         Each request's tag is (question, group). Every episode comes back with its text and info["correct"], which is
         False where `extract_answer` found no answer; info["forced"] counts its forced first tokens.
         """
+        self.watch.phase("rollout", self.step)
         start = time.perf_counter()
         texts: dict[int, str] = {}
 
@@ -199,6 +221,7 @@ class Run:
         sampling = sampling or Sampling(self.args.temperature)
         completions = self.engine.run(requests, sampling, on_finish, progress if self.main else "")
         self.clock["rollout"] = time.perf_counter() - start
+        self.watch.phase("grade", self.step)
         start = time.perf_counter()
         grades = self.grader.drain()
         self.clock["grade_wait"] = time.perf_counter() - start
@@ -208,14 +231,17 @@ class Run:
             if i in grades and grades[i].status != "ok":
                 info["grader"] = f"{grades[i].status}: {grades[i].detail}"
             episodes.append(Episode.of(c, text=texts[i], info=info))
+        self.watch.phase("update", self.step)
         self.clock["update"] = time.perf_counter()
         return episodes
 
     def converse(self, dialogues: list[Dialogue], script) -> list[Episode]:
         """Hold dialogues in the setting "train" of their script and return them as episodes, in order."""
+        self.watch.phase("rollout", self.step)
         start, progress = time.perf_counter(), "rollout" if self.main else ""
         sampling = Sampling(self.args.temperature)
         waited = converse(self.engine, self.grader, dialogues, script, sampling, "train", progress)
+        self.watch.phase("update", self.step)
         now = time.perf_counter()
         self.clock |= {"rollout": now - start - waited, "grade_wait": waited, "update": now}
         return [d.episode() for d in dialogues]
@@ -244,6 +270,7 @@ class Run:
 
     def refresh(self) -> None:
         """Bring the new weights into the rollout replica, layer by layer."""
+        self.watch.phase("refresh", self.step)
         self.engine.refresh(self.learner.named_weights())
 
     def table(self, name: str, needed: list[int], measure: Callable[[], dict[int, float]]) -> dict[int, float]:
@@ -255,9 +282,7 @@ class Run:
         path = self.folder / name
         if self.step == 0:
             values = measure()
-            if self.main:
-                write_json_atomic(path, values)
-            self.accelerator.wait_for_everyone()
+            on_main(self.accelerator, lambda: write_json_atomic(path, values))
         elif not path.is_file():
             raise UserError(f"{path} is missing: it holds numbers measured before step 1. Start the run anew.")
         values = {int(i): value for i, value in load_json(path).items()}
@@ -290,7 +315,11 @@ class Run:
         Raises:
             UserError: on all processes, if more answers than --max_ungraded could not be graded.
         """
+        self.watch.phase("log", self.step)
         now = time.perf_counter()
+        lengths: dict[int, list[int]] = {}
+        for e in episodes:
+            lengths.setdefault(e.group, []).append(e.num_tokens)
         mine = {
             "tokens": sum(e.num_actions for e in episodes),
             "episodes": len(episodes),
@@ -300,10 +329,13 @@ class Run:
             "gap": self.gap,
             "grader": self.grader.rates(),
             "losses": sums_of(losses),
+            "groups": [e.group for e in episodes],
         }
+        parts = all_gather(self.accelerator, mine | {"lengths": lengths})
+        self.lengths |= {i: sum(tokens) / len(tokens) for part in parts for i, tokens in part["lengths"].items()}
         row = {
             "step": self.step,
-            **over_processes(all_gather(self.accelerator, mine), len(minibatches)),
+            **over_processes(parts, len(minibatches)),
             "loss/grad_norm": max(u["grad_norm"] for u in updates),
             "loss/learning_rate": updates[-1]["learning_rate"],
             "learner/zero_advantage_share": sum(m.zero_advantage for m in minibatches) / len(minibatches),
@@ -322,10 +354,11 @@ class Run:
             row |= {f"eval/{mode}_share": part["share"] for mode, part in self.latest["modes"].items()}
         if "eval" in self.clock:
             row["time/eval_s"] = self.clock.pop("eval")
-        self._write_metrics(row)
-        if self.main:
-            for e in pick(episodes, self.args.samples_per_step, self.step):
-                append_jsonl(self.folder / "samples.jsonl", sample_row(e, self.step, "train"))
+        batch = self.task.batch(self.step, self.args.prompts_per_step, self.args.seed)
+        chosen = picked([part["groups"] for part in parts], batch, self.args.samples_per_step, self.step)
+        kept = {j: sample_row(episodes[j], self.step, "train") for rank, j in chosen if rank == self.rank}
+        kept = all_gather(self.accelerator, kept)
+        self._write_metrics(row, [kept[rank][j] for rank, j in chosen])
         if ungraded > self.args.max_ungraded:
             slow, broken = (row[f"grader/{kind}_rate"] or 0.0 for kind in ("timeout", "error"))
             raise UserError(
@@ -335,14 +368,18 @@ class Run:
                 "slow. The same command continues the run from its newest checkpoint."
             )
 
-    def _write_metrics(self, row: dict) -> None:
-        if self.main:
+    def _write_metrics(self, row: dict, samples: Sequence[dict] = ()) -> None:
+        def write():
             glossary.check(row)
             append_jsonl(self.folder / "metrics.jsonl", row)
+            for sample in samples:
+                append_jsonl(self.folder / "samples.jsonl", sample)
             if row["step"]:
                 self.console.step(row)
-        if self.args.report_to:
-            self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
+            if self.args.report_to:
+                self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
+
+        on_main(self.accelerator, write)
 
     def gather(self, rows: list[dict]) -> list[dict]:
         """Return the rows of all processes, in order of process."""
@@ -364,24 +401,28 @@ class Run:
             return
         start = time.perf_counter()
         settings = list(protocol.settings) if first or last else list(protocol.settings)[:1]
-        rows = []
+        rows, samples_of_all = [], []
         for benchmark in self.task.benchmarks:
             for setting in settings:
+                self.watch.phase(f"evaluate {benchmark.name} {setting}", self.step)
                 result, samples = evaluate(
                     self.engine, self.grader, self.tokenizer, self.stop_ids, benchmark, protocol, setting, self.args,
                     self.accelerator, progress=f"evaluate {benchmark.name} {setting}",
                 )  # fmt: skip
                 rows.append({"step": self.step, "setting": setting, "benchmark": benchmark.name, "result": result})
-                if self.main:
-                    for sample in samples:
-                        append_jsonl(self.folder / "samples.jsonl", {"step": self.step, "split": "eval", **sample})
+                samples_of_all += samples
         self.latest = rows[0]["result"]
-        if self.main:
+
+        def write():
+            for sample in samples_of_all:
+                append_jsonl(self.folder / "samples.jsonl", {"step": self.step, "split": "eval", **sample})
             for row in rows:
                 append_jsonl(self.folder / "evaluations.jsonl", row)
             self.console.evaluation(rows)
             if not last:
                 write_page(self.folder)
+
+        on_main(self.accelerator, write)
         self.clock["eval"] = time.perf_counter() - start
 
     def evaluations(self, step: int) -> list[dict]:
@@ -395,19 +436,20 @@ class Run:
         last = self.step == self.args.max_steps
         if not (last or (self.args.save_every and self.step % self.args.save_every == 0)):
             return
+        self.watch.phase("save", self.step)
         root = self.folder / "checkpoints"
-        if self.main:
-            root.mkdir(exist_ok=True)
-        self.accelerator.wait_for_everyone()
+        on_main(self.accelerator, lambda: root.mkdir(exist_ok=True))
         state = {"step": self.step, "wall_s": self.spent + time.perf_counter() - self.started, "memory": self.memory}
+        state["lengths"] = sorted(self.lengths.items())
         save_checkpoint(root / f"step_{self.step:06d}", self.learner, self.tokenizer, state, self.critic)
-        if self.main:
-            prune(root, self.args.keep_checkpoints)
+        on_main(self.accelerator, lambda: prune(root, self.args.keep_checkpoints))
 
     def finish(self) -> None:
         """Write summary.json, the curves and the page."""
-        if not self.main:
-            return
+        self.watch.phase("report", self.step)
+        on_main(self.accelerator, self._summarise)
+
+    def _summarise(self) -> None:
         before, after = self._adaptive(0), self._adaptive(self.args.max_steps)
         summary = {
             "algorithm": self.algorithm,

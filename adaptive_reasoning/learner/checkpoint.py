@@ -1,29 +1,35 @@
 """Checkpoints: a Hugging Face folder beside everything needed to continue exactly.
 
     checkpoints/step_000150/model/                 config, safetensors, tokenizer: opens with from_pretrained and vLLM
-    checkpoints/step_000150/optimizer/rank_0.pt    AdamW state; under ZeRO-3 one shard a process, fp32 weights included
+    checkpoints/step_000150/optimizer/rank_0.safetensors   AdamW state, a file for every process that holds some of it;
+                                                   any number of processes reads it back (`learner/shards.py`)
     checkpoints/step_000150/critic/                model/ and optimizer/ of the critic, where there is one
     checkpoints/step_000150/state.json             what the caller wants back, and how the learner was distributed
+    checkpoints/step_000150/manifest.json          size and SHA-256 of every file above
 
 A checkpoint is written into a folder beside, synced to disk and renamed, so a folder with the final name is whole
-whenever the process was killed. Files are read back with `weights_only=True`: nothing in them is executed.
+whenever the process was killed. What a disk does to it later is found by the manifest when the run continues: a
+damaged checkpoint is renamed, and the one before it is taken. No file is a pickle: nothing in them is executed.
 """
 
 import json
 import os
 import re
 import shutil
+import traceback
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.learner.runtime import all_gather
+from adaptive_reasoning.learner.runtime import all_gather, on_main
+from adaptive_reasoning.learner.shards import restore, write_optimizer
+from adaptive_reasoning.learner.tensors import digest_of, write_tensors
 
 PARTIAL = ".partial"  # ending of a folder that is being written or deleted
+DAMAGED = ".damaged"  # ending of a checkpoint that did not pass the check; left for the user to look at
 NAME = re.compile(r"step_(\d+)")
+MANIFEST = "manifest.json"
 
 
 def save_checkpoint(folder, learner, tokenizer, state: dict, critic=None) -> None:
@@ -37,29 +43,41 @@ def save_checkpoint(folder, learner, tokenizer, state: dict, critic=None) -> Non
     accelerator = learner.accelerator
     main = accelerator.is_main_process
     parts = [(partial, learner)] + ([(partial / "critic", critic)] if critic else [])
-    # Collective operations come first: a rank that fails to write must not leave the others waiting in one.
-    gathered = [(place, part, whole_weights(part), optimizer_shard(part)) for place, part in parts]
+    written: dict[str, dict] = {}  # by this rank: {path in the checkpoint: {"bytes", "sha256"}}
+
+    def note(path: Path, about: dict) -> None:
+        written[path.relative_to(partial).as_posix()] = about
 
     def prepare():
         shutil.rmtree(partial, ignore_errors=True)
         for place, _ in parts:
             (place / "optimizer").mkdir(parents=True)
+            (place / "model").mkdir()
 
     def write():
-        for place, part, weights, shard in gathered:
-            if main:
-                part.model.save_pretrained(place / "model", state_dict=weights)
+        for place, part in parts:
+            path = place / "model" / "model.safetensors"
+            if about := write_weights(path, part):
+                note(path, about)
+        for place, part in parts:
             if main or part.zero3:
-                with open(place / "optimizer" / f"rank_{accelerator.process_index}.pt", "wb") as file:
-                    torch.save(shard, file)
+                path = place / "optimizer" / f"rank_{accelerator.process_index}.safetensors"
+                note(path, write_optimizer(path, part))
         if main:
+            for place, part in parts:
+                write_config(place / "model", part.model)
             tokenizer.save_pretrained(partial / "model")
             about = {"zero3": learner.zero3, "processes": accelerator.num_processes, "optimiser_steps": learner.steps}
             if critic:
                 about["critic_steps"] = critic.steps
             (partial / "state.json").write_text(json.dumps({"learner": about, "state": state}, indent=1) + "\n")
+            for path in partial.rglob("*"):
+                if path.is_file() and path.suffix != ".safetensors":
+                    note(path, digest_of(path))
 
     def finish():
+        files = dict(sorted(everything.items()))
+        (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
         sync(partial)
         old = set_aside(folder) if folder.exists() else None  # the same step again, in a run continued from before it
         os.rename(partial, folder)
@@ -67,9 +85,13 @@ def save_checkpoint(folder, learner, tokenizer, state: dict, critic=None) -> Non
         if old:
             shutil.rmtree(old)
 
+    everything: dict[str, dict] = {}
     for action, everybody in ((prepare, False), (write, True), (finish, False)):
         error = attempt(action) if everybody or main else None
-        failed = [message for message in all_gather(accelerator, error) if message]
+        answers = all_gather(accelerator, (error, written))
+        failed = [message for message, _ in answers if message]
+        for _, part in answers:
+            everything |= part
         if failed:
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -81,86 +103,117 @@ def save_checkpoint(folder, learner, tokenizer, state: dict, critic=None) -> Non
 
 
 def attempt(action) -> str | None:
-    """Run `action` and return None, or the message if it could not write."""
+    """Run `action` and return None, or the message if it could not write; a bug is printed where it happens."""
     try:
         action()
     except (OSError, SafetensorError) as error:
         return str(error)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch.save hides it behind an error of its own
-            return str(error.__context__)
-        raise
+    except Exception as error:  # the tokenizer's Rust code tells of a full disk in an exception of no particular kind
+        if "os error" not in str(error):
+            traceback.print_exc()
+        return f"{type(error).__name__}: {error}"
     return None
 
 
-def whole_weights(learner) -> dict | None:
-    """Return {name: tensor} of all weights on the main process, None on the others."""
-    weights = {}
-    for name, tensor in learner.named_weights():
+def write_weights(path: Path, learner) -> dict | None:
+    """Write the whole weights on the main process, gathered layer by layer; return {"bytes", "sha256"} there."""
+    parameters = dict(learner.model.named_parameters())
+    names = [name for layer in learner.layers() for name, _ in layer]
+    layout = [(n, parameters[n].dtype, getattr(parameters[n], "ds_shape", parameters[n].shape)) for n in names]
+    weights = (tensor for _, tensor in learner.named_weights())
+    try:
         if learner.accelerator.is_main_process:
-            weights[name] = tensor.cpu().clone() if learner.zero3 else tensor
-    return weights or None
+            return write_tensors(path, layout, weights, {})
+    finally:
+        for _ in weights:  # also when the disk is full: the other ranks are gathering along
+            pass
+    return None
 
 
-def optimizer_shard(learner) -> dict:
-    """Return the optimiser state that this rank has to write, made of tensors and plain values only."""
-    if not learner.zero3:
-        return learner.optimizer.state_dict()
-    learner.optimizer.checkpoint_event_prologue()
-    shard = learner.optimizer.state_dict()
-    learner.optimizer.checkpoint_event_epilogue()
-    # Without objects of DeepSpeed's own classes the file can be read with weights_only=True.
-    return {key: shard[key] for key in ("optimizer_state_dict", "fp32_flat_groups")}
+def write_config(folder: Path, model) -> None:
+    """Write what transformers keeps beside the weights, as its `save_pretrained` would."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def load_checkpoint(folder, learner, critic=None) -> dict:
     """Restore weights, optimiser and step number of the learner (and critic); return the `state` that was saved.
 
-    Every rank must call this. The learner may have been built from any weights of the same shape.
+    Every rank must call this. The learner may have been built from any weights of the same shape, and run on another
+    number of processes, with or without ZeRO-3, than the one that wrote the checkpoint.
 
     Raises:
-        UserError: not a checkpoint, or one written under ZeRO-3 by another number of processes.
+        UserError: not a checkpoint, or one of another model or without the critic.
     """
     folder = Path(folder)
     path = folder / "state.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a checkpoint: looked for {path}.")
     saved = json.loads(path.read_text())
-    about, processes = saved["learner"], learner.accelerator.num_processes
-    if about["zero3"] != learner.zero3 or (learner.zero3 and about["processes"] != processes):
-        wrote = f"{about['processes']} processes {'with' if about['zero3'] else 'without'} ZeRO-3"
-        raise UserError(
-            f"{folder} was written by {wrote}, this run has {processes} {'with' if learner.zero3 else 'without'}. "
-            f"Launch it as before, or start a new run with --model {folder / 'model'}."
-        )
+    about = saved["learner"]
     if critic and "critic_steps" not in about:
         raise UserError(f"{folder} holds no critic. Start a new run with --model {folder / 'model'}.")
-    restore(folder, learner, about["optimiser_steps"])
-    if critic:
-        restore(folder / "critic", critic, about["critic_steps"])
+    for place, part, steps in ((folder, learner, "optimiser_steps"), (folder / "critic", critic, "critic_steps")):
+        if part:
+            restore(place, part)
+            part.steps = about[steps]
     return saved["state"]
 
 
-def restore(folder: Path, learner, steps: int) -> None:
-    """Read the weights and the optimiser of one learner back."""
-    rank = learner.accelerator.process_index if learner.zero3 else 0
-    shard = torch.load(folder / "optimizer" / f"rank_{rank}.pt", map_location="cpu", weights_only=True)
-    if learner.zero3:
-        optimizer = learner.optimizer
-        optimizer.checkpoint_event_prologue()
-        for key in ("loss_scaler", "dynamic_loss_scale", "overflow"):
-            shard[key] = getattr(optimizer, key)
-        optimizer.load_state_dict([None] * rank + [shard])  # it picks the entry of its rank
-        optimizer.checkpoint_event_epilogue()
-    else:
-        learner.optimizer.load_state_dict(shard)
-        tensors = {}
-        for file in sorted((folder / "model").glob("*.safetensors")):
-            tensors.update(load_file(file))
-        with torch.no_grad():
-            for name, parameter in learner.model.named_parameters():
-                parameter.copy_(tensors[name])
-    learner.steps = steps
+def damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """Return what is wrong with a checkpoint, naming the file; None if it is as it was written.
+
+    Reading all of it takes a while, so each rank reads every `ranks`-th file.
+    """
+    path = folder / MANIFEST
+    try:
+        files = json.loads(path.read_text())["files"]
+        for name, about in sorted(files.items(), key=lambda item: (item[1]["bytes"], item[0]))[rank::ranks]:
+            file = folder / name
+            if not file.is_file():
+                return f"{file} is missing"
+            if file.stat().st_size != about["bytes"]:
+                return f"{file} has {file.stat().st_size} bytes, {about['bytes']} were written"
+            if digest_of(file)["sha256"] != about["sha256"]:
+                return f"{file} has changed since it was written (its SHA-256 differs)"
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{path} or a file in it cannot be read: {error}"
+    return None
+
+
+def whole_checkpoint(root, accelerator) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that is as it was written, and what was wrong with newer ones.
+
+    Damaged ones are renamed, so that nothing takes them for checkpoints any more. All ranks find the same; every one
+    must call this.
+
+    Raises:
+        UserError: there are checkpoints, and all of them are damaged.
+    """
+    told: list[str] = []
+    while folder := all_gather(accelerator, newest_checkpoint(root))[0]:
+        found = all_gather(accelerator, damage(folder, accelerator.process_index, accelerator.num_processes))
+        if not any(found):
+            return folder, told
+        aside = folder.with_name(folder.name + DAMAGED)
+        told.append(f"{next(filter(None, found))}: the checkpoint is kept as {aside.name} and not used")
+
+        def rename(folder=folder, aside=aside):
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+
+        on_main(accelerator, rename)
+    if told:
+        raise UserError(
+            f"no checkpoint in {root} is whole. {'. '.join(told)}. Restore one from a copy, or start a new run: "
+            "choose another --output_dir or delete this one."
+        )
+    return None, told
 
 
 def newest_checkpoint(root) -> Path | None:
@@ -172,12 +225,23 @@ def newest_checkpoint(root) -> Path | None:
 def prune(root, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints (0: delete none) and what killed writers left behind.
 
-    To be called by the main process alone, after `save_checkpoint`.
+    To be called by the main process alone, after `save_checkpoint`. Where a file of the newest one does not have its
+    size any more nothing is deleted: one of the older ones will be needed.
     """
     for leftover in Path(root).glob("step_*" + PARTIAL):
         shutil.rmtree(leftover)
-    for folder in checkpoints(root)[:-keep] if keep else []:
+    there = checkpoints(root)
+    if not keep or len(there) <= keep or not has_its_sizes(there[-1]):
+        return
+    for folder in there[:-keep]:
         shutil.rmtree(set_aside(folder))
+
+
+def has_its_sizes(folder: Path) -> bool:
+    """Return whether every file of a checkpoint is there in full length: no more than a look at the folder."""
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else -1 for name in files}
+    return all(sizes[name] == about["bytes"] for name, about in files.items())
 
 
 def checkpoints(root) -> list[Path]:

@@ -317,15 +317,19 @@ class Learner:
         A tied output embedding is not repeated. A tensor is valid until the next one is asked for. Under ZeRO-3 every
         rank must run through all of them.
         """
+        for named in self.layers():
+            with self._gathered([p for _, p in named]):
+                for name, parameter in named:
+                    yield name, parameter.detach()
+
+    def layers(self) -> list[list[tuple]]:
+        """Return (name, parameter) of all weights by decoder layer; what is in none, an embedding, stands alone."""
         layers: dict[str, list] = {}
         for name, parameter in self.model.named_parameters():
             parts = name.split(".")
             layer = ".".join(parts[:3]) if "layers" in parts else name  # model.layers.7
             layers.setdefault(layer, []).append((name, parameter))
-        for named in layers.values():
-            with self._gathered([p for _, p in named]):
-                for name, parameter in named:
-                    yield name, parameter.detach()
+        return list(layers.values())
 
     def _gathered(self, parameters: list):
         if not self.zero3:

@@ -6,6 +6,7 @@ ZeRO-3. Every rank must call the functions of this file in the same order.
 
 import os
 import warnings
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 import torch
@@ -14,10 +15,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from transformers.utils.logging import disable_progress_bar
 
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.errors import ElsewhereError, UserError
 
-# Ranks wait for each other's longest response; the default of 10 minutes kills healthy runs.
-PATIENCE = timedelta(hours=2)
+arrivals = 0  # collective operations of this file that this process has come to; the watch compares them
+
+# Ranks wait for each other's longest response; torch's default of 10 minutes kills healthy runs. --patience changes it.
+PATIENCE = 7200.0  # seconds
+LATER = 60.0  # seconds by which a collective operation gives up after the watch, whose message says more
 
 
 def make_accelerator(args) -> Accelerator:
@@ -35,7 +39,7 @@ def make_accelerator(args) -> Accelerator:
         raise UserError(
             "ACCELERATE_USE_CPU switches DeepSpeed off. For ZeRO-3 on the CPU leave it out and set DS_ACCELERATOR=cpu."
         )
-    group = {"timeout": PATIENCE}
+    group = {"timeout": timedelta(seconds=getattr(args, "patience", PATIENCE) + LATER)}
     if wants_deepspeed and not torch.cuda.is_available():
         group["backend"] = "gloo"  # without it accelerate believes that there is one process only
     trackers = [name.strip() for name in getattr(args, "report_to", "").split(",") if name.strip()]
@@ -67,6 +71,12 @@ def is_zero3(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
+def arrive() -> None:
+    """Count that this process has come to another collective operation."""
+    global arrivals
+    arrivals += 1
+
+
 def all_reduce(accelerator: Accelerator, values, op: str) -> torch.Tensor:
     """Return the elementwise "sum", "max" or "min" over all ranks of `values`: numbers or a tensor, fp64, on the CPU.
 
@@ -74,6 +84,7 @@ def all_reduce(accelerator: Accelerator, values, op: str) -> torch.Tensor:
     """
     values = torch.as_tensor(values, dtype=torch.float64, device=accelerator.device)
     if accelerator.num_processes > 1:
+        arrive()
         values = values.clone()
         dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op])
     return values.cpu()
@@ -83,6 +94,46 @@ def all_gather(accelerator: Accelerator, value) -> list:
     """Return the list of every rank's `value`, any small picklable object, in order of ranks."""
     if accelerator.num_processes == 1:
         return [value]
+    arrive()
     values = [None] * accelerator.num_processes
     dist.all_gather_object(values, value)
     return values
+
+
+def together(accelerator: Accelerator, action: Callable, everybody: bool = True):
+    """Run `action` on all ranks, or the main one alone, and return its result; an error on one is an error on all.
+
+    What only one rank does, or only one rank can fail at, goes through here: else the others would wait for it. The
+    rank that fails raises its own error, which it prints; the others raise ElsewhereError with the same words.
+    """
+    result, error = None, None
+    if everybody or accelerator.is_main_process:
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+    told = None if error is None else f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{error}"
+    failed = [(rank, text) for rank, text in enumerate(all_gather(accelerator, told)) if text is not None]
+    if error is not None:
+        raise error
+    if failed:
+        rank, text = failed[0]
+        raise ElsewhereError(f"process {rank}: {text}")
+    return result
+
+
+def on_main(accelerator: Accelerator, action: Callable):
+    """Run `action` on the main process alone; return its result there and None elsewhere. As `together`."""
+    return together(accelerator, action, everybody=False)
+
+
+def end(accelerator: Accelerator, engines: Iterable = ()) -> None:
+    """Take the processes apart in order: DeepSpeed's engines first, then the process group they talk through.
+
+    Left to the interpreter, threads of the group may outlive what they use, and abort a process that was done.
+    """
+    for engine in engines:
+        engine.destroy()
+    if accelerator.num_processes > 1 and dist.is_initialized():
+        accelerator.wait_for_everyone()
+        dist.destroy_process_group()
