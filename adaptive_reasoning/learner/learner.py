@@ -102,7 +102,12 @@ class Learner:
         }
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         if self.zero3:
-            optimizer = torch.optim.AdamW(parameters, **options)
+            offload = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
+            if offload not in ("none", "cpu"):
+                raise UserError(f"offload_optimizer_device {offload}: checkpoints know none and cpu. Take one of them.")
+            # On the CPU torch's fused AdamW does what DeepSpeed's own does, without a compiler on every machine.
+            config["zero_force_ds_cpu_optimizer"] = False
+            optimizer = torch.optim.AdamW(parameters, fused=offload == "cpu", **options)
             engine = self._zero3_engine(optimizer)
             self.optimizer = engine.optimizer
             return engine

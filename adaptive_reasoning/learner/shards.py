@@ -87,9 +87,7 @@ def restore_zero3(learner, pieces: Pieces, weight, step: int) -> None:
         flat.data[here] = weight(name, a, b, total).to(flat.device)
         if not step:
             continue
-        # torch's AdamW counts in a tensor, DeepSpeed's optimiser for offloaded states in an integer.
-        adamw = isinstance(optimizer.optimizer, torch.optim.AdamW)
-        state["step"] = torch.tensor(float(step)) if adamw else step
+        state["step"] = torch.tensor(float(step))
         for key in MOMENTS:
             state.setdefault(key, torch.zeros_like(flat.data))
             state[key][here] = pieces.read(f"{name}.{key}", a, b, total).to(flat.device)
