@@ -1,7 +1,8 @@
-"""Attention of one new token a row over its slot of the cache, in Triton: see `decode_attention.py`.
+"""Attention of one new token a row over its pages of the cache, in Triton: see `decode_attention.py`.
 
 A program takes one row, one key/value head and a part of the row's columns (flash-decoding): it reads a block of keys
 once for all query heads of the group, which stand as the rows of a tl.dot padded to 16, and keeps a running softmax.
+A block never crosses a page, so a block costs one look into the page table.
 Every row is cut into the same number of parts, of a size that follows from its own length, so the grid depends on
 shapes alone (a CUDA graph can hold it) and short rows keep the machine as busy as long ones. A second kernel adds up
 the parts.
@@ -29,12 +30,15 @@ def part_of(length, part, parts, BLOCK_T: tl.constexpr):
 
 @triton.jit(do_not_specialize=["parts"])
 def attention_kernel(
-    q, cache, lengths, prefix_row, prefix_length, out, partial, parts,
-    q_row, q_head, cache_row, cache_head, cache_column, kv_heads, group, D, scale,
+    q, cache, lengths, table, out, partial, parts,
+    q_row, q_head, cache_page, cache_head, cache_column, table_row, kv_heads, group, D, scale,
     ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, SPLIT: tl.constexpr,
-    PREFIX: tl.constexpr, PRECISION: tl.constexpr,
+    PAGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out [B, h, D] if there is one part, else partial [B, h, parts, D + 2] fp32: sums, maximum, total."""
+    """out [B, h, D] if there is one part, else partial [B, h, parts, D + 2] fp32: sums, maximum, total.
+
+    PAGE: columns of a page, 0 where row b has page b alone.
+    """
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row).to(tl.int32)
     first, last = part_of(length, part, parts, BLOCK_T)
@@ -48,10 +52,8 @@ def attention_kernel(
     heads = head * group + member
     q_at = q + row * q_row + heads[:, None] * q_head + d[None, :]
     query = tl.load(q_at, mask=real[:, None] & d_real[None, :], other=0.0)
-    own = cache + tl.cast(row, tl.int64) * cache_row + head * cache_head
-    if PREFIX:
-        prompt = cache + tl.load(prefix_row + row).to(tl.int64) * cache_row + head * cache_head
-        shared = tl.load(prefix_length + row).to(tl.int32)
+    mine = cache + head * cache_head + d[None, :]
+    pages = table + tl.cast(row, tl.int64) * table_row
     to_values = kv_heads * cache_head
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -59,11 +61,13 @@ def attention_kernel(
     for start in range(first, last, BLOCK_T):
         column = start + tl.arange(0, BLOCK_T)
         inside = column < last
-        if PREFIX:
-            base = tl.where(column < shared, prompt, own)[:, None]
+        if PAGE:
+            page = tl.load(pages + start // PAGE)
+            inner = start % PAGE + tl.arange(0, BLOCK_T)
         else:
-            base = own
-        at = base + column[:, None] * cache_column + d[None, :]
+            page = row
+            inner = column
+        at = mine + tl.cast(page, tl.int64) * cache_page + inner[:, None] * cache_column
         if EVEN_D:
             mask = inside[:, None]
         else:
@@ -117,33 +121,30 @@ def number_of_parts(programs: int, columns: int, block: int, device: torch.devic
 
 
 def decode_attention(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    lengths: torch.Tensor,
-    columns: int | None = None,
-    mask: torch.Tensor | None = None,
-    prefix_row: torch.Tensor | None = None,
-    prefix_length: torch.Tensor | None = None,
+    q: torch.Tensor, cache: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """See the twin; `columns` decides here how many parts a row may be cut into, `mask` is not looked at."""
+    """See the twin. With a table, pages have a power of two of columns, 16 or more."""
     B, h, D = q.shape
-    k = cache.shape[1] // 2
-    assert q.dtype == cache.dtype and h % k == 0 and cache.shape[3] == D, "q [B,h,D], cache [S,2k,T,D] of one type"
+    k, C = cache.shape[1] // 2, cache.shape[2]
+    assert q.dtype == cache.dtype and h % k == 0 and cache.shape[3] == D, "q [B,h,D], cache [P,2k,C,D] of one type"
     assert q.stride(2) == cache.stride(3) == 1, "head dimension must be contiguous"
     out = torch.empty(B, h * D, dtype=q.dtype, device=q.device)
     if B == 0:
         return out
     block, warps, stages = TILES[q.element_size()]
+    if table is not None:
+        assert C >= 16 and C & (C - 1) == 0 and table.stride(1) == 1, "pages of 16, 32, 64 ... columns"
+        block, stages = min(block, C), stages + 1  # the look into the table takes a stage of the pipeline
     block_d = max(16, triton.next_power_of_2(D))
-    parts = number_of_parts(B * k, columns or cache.shape[2], block, q.device)
+    parts = number_of_parts(B * k, C if table is None else C * table.shape[1], block, q.device)
     partial = torch.empty(B, h, parts, D + 2, dtype=torch.float32, device=q.device) if parts > 1 else out
     attention_kernel[(B, k, parts)](
-        q, cache, lengths, lengths if prefix_row is None else prefix_row,
-        lengths if prefix_length is None else prefix_length, out, partial, parts,
-        q.stride(0), q.stride(1), cache.stride(0), cache.stride(1), cache.stride(2), k, h // k, D,
-        LOG2E.value / D**0.5, ROWS=max(16, triton.next_power_of_2(h // k)), BLOCK_T=block, BLOCK_D=block_d,
-        EVEN_D=block_d == D, SPLIT=parts > 1, PREFIX=prefix_row is not None,
-        PRECISION="ieee" if q.element_size() == 4 else "tf32", num_warps=warps, num_stages=stages,
+        q, cache, lengths, lengths if table is None else table, out, partial, parts,
+        q.stride(0), q.stride(1), cache.stride(0), cache.stride(1), cache.stride(2),
+        0 if table is None else table.stride(0), k, h // k, D, LOG2E.value / D**0.5,
+        ROWS=max(16, triton.next_power_of_2(h // k)), BLOCK_T=block, BLOCK_D=block_d, EVEN_D=block_d == D,
+        SPLIT=parts > 1, PAGE=0 if table is None else C, PRECISION="ieee" if q.element_size() == 4 else "tf32",
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if parts > 1:
         reduce_kernel[(B, h)](

@@ -360,28 +360,61 @@ def policy_loss_golden(kernels, device, name):
     (2, 2, 2, 16, 1, torch.float32, 1e-5),
 )
 def decode_attention_equals_softmax(kernels, device, B, h, k, D, T, dtype, tolerance):
-    """Rows of every length down to 1 and 0, one part and many, with and without a shared prefix, q a slice of qkv."""
+    """Rows of every length down to 1 and 0, one part and many, q a slice of qkv, contiguous rows."""
     q = normal(B, h + 2 * k, D, device=device, dtype=dtype)[:, :h]
     cache = normal(B + 1, 2 * k, T, D, seed=1, device=device, dtype=dtype)
     lengths = integers(T + 1, (B,), seed=2, device=device)
     lengths[0] = T
     if B > 2:
         lengths[1:3] = torch.tensor([0, 1])
-    prefix = integers(B + 1, (B,), seed=3, device=device), integers(T, (B,), seed=4, device=device)
-    for rows, shared in ((None, None), prefix):
-        want = torch.zeros(B, h, D, dtype=torch.float64, device=device)
-        for b in range(B):
-            own = cache[b].double()
-            if rows is not None:
-                own = torch.cat((cache[rows[b], :, : shared[b]].double(), own[:, shared[b] :]), 1)
-            for i in range(h if lengths[b] else 0):
-                key, value = own[i // (h // k), : lengths[b]], own[k + i // (h // k), : lengths[b]]
-                want[b, i] = (key @ q[b, i].double() / D**0.5).softmax(0) @ value
-        for columns in (None, T):
-            got = kernels.decode_attention(q, cache, lengths, columns, prefix_row=rows, prefix_length=shared)
-            assert got.dtype == dtype
-            close(got, want.flatten(1), tolerance)
+    got = kernels.decode_attention(q, cache, lengths)
+    assert got.dtype == dtype
+    close(got, attention_in_fp64(q, cache, lengths), tolerance)
     assert kernels.decode_attention(q[:0], cache, lengths[:0]).shape == (0, h * D)
+
+
+def attention_in_fp64(q, rows, lengths):
+    """Return [B, h D]; rows [B, 2k, T, D] contiguous."""
+    (B, h, D), k = q.shape, rows.shape[1] // 2
+    want = torch.zeros(B, h, D, dtype=torch.float64, device=q.device)
+    for b in range(B):
+        for i in range(h if lengths[b] else 0):
+            key, value = (rows[b, j, : lengths[b]].double() for j in (i // (h // k), k + i // (h // k)))
+            want[b, i] = (key @ q[b, i].double() / D**0.5).softmax(0) @ value
+    return want.flatten(1)
+
+
+@check(
+    (5, 12, 2, 128, 64, 5, torch.bfloat16, 1e-2),  # pages as long as a block
+    (4, 4, 2, 24, 16, 7, torch.float32, 1e-5),  # shorter
+    (3, 7, 1, 40, 128, 2, torch.bfloat16, 1e-2),  # longer, odd heads
+    (1, 2, 2, 16, 16, 1, torch.float32, 1e-5),
+)
+def decode_attention_over_pages(kernels, device, B, h, k, D, C, W, dtype, tolerance):
+    """Pages in any order, the first ones shared by two rows, rows that end on an edge, one before and one behind it.
+
+    Entries behind a row's length point to a page of nan: they must not be looked at.
+    """
+    P = B * W + 2
+    q = normal(B, h + 2 * k, D, device=device, dtype=dtype)[:, :h]
+    cache = normal(P, 2 * k, C, D, seed=1, device=device, dtype=dtype)
+    table = torch.randperm(P - 1, generator=torch.Generator().manual_seed(2))[: B * W].view(B, W).int() + 1
+    table[-1, : W // 2] = table[0, : W // 2]
+    lengths = torch.tensor([W * C, 0, C, C + 1, max(1, C * (W - 1) - 1)])[:B]
+    rows = cache.cpu()[table.long()].transpose(1, 2).flatten(2, 3)
+    want = attention_in_fp64(q.cpu(), rows, lengths)
+    table, lengths = table.to(device), lengths.to(device)
+    if kernels.implementation == "triton":  # the twin gathers whole rows, and the engine's pages are finite
+        behind = torch.arange(W, device=device) * C >= lengths.unsqueeze(1)
+        table.masked_fill_(behind, 0)
+        cache[0] = torch.nan
+    wide = torch.zeros(B, W + 3, dtype=torch.int32, device=device)
+    wide[:, :W] = table
+    for given in (table, wide, wide[:, :W]):  # a table may be wider than any row, and a slice of a wider one
+        close(
+            kernels.decode_attention(q, cache.nan_to_num() if given is wide else cache, lengths, given), want, tolerance
+        )
+    assert kernels.decode_attention(q[:0], cache, lengths[:0], table[:0]).shape == (0, h * D)
 
 
 # -------------------------------------------------------------------------------------------------------------- sample
@@ -464,20 +497,22 @@ def rms_norm_equals_formula(kernels, device, R, H, dtype, tolerance):
 
 @check((3, 12, 2, 128, torch.bfloat16, 2e-2), (2, 3, 1, 6, torch.float32, 1e-6), (0, 2, 1, 16, torch.float32, 0))
 def rope_and_store_equals_formula(kernels, device, R, h, k, D, dtype, tolerance):
-    S, T = 5, 9
-    theta = torch.outer(torch.arange(20.0), 1 / 10.0 ** torch.arange(D // 2))
+    """One page a row, and pages of a table that is a slice of a wider one: first, last and middle columns."""
+    theta = torch.outer(torch.arange(80.0), 1 / 10.0 ** torch.arange(D // 2))
     angles = torch.polar(torch.full_like(theta, 1.1), theta).to(device)
-    for rows in (None, torch.tensor([4, 0, 2])[:R].to(device)):
+    table = torch.tensor([[4, 0, 2, 9], [1, 3, 5, 9], [7, 6, 8, 9]], dtype=torch.int32, device=device)[:R, :3]
+    for given, C in ((None, 77), (table, 16)):
         qkv = normal(R, h + 2 * k, D, device=device, dtype=dtype)
-        cache = normal(S, 2 * k, T, D, seed=1, device=device, dtype=dtype)
-        position = integers(T, (R,), seed=2, device=device)
+        cache = normal(10, 2 * k, C, D, seed=1, device=device, dtype=dtype)
+        position = torch.tensor([31, 0, 47], device=device)[:R]
         want_qkv, want_cache = qkv.double().clone(), cache.double().clone()
         pairs = torch.view_as_complex(want_qkv.unflatten(-1, (D // 2, 2)).contiguous())
         pairs[:, : h + k] *= angles.to(torch.complex128)[position][:, None]
         want_qkv = torch.view_as_real(pairs).flatten(2)
         for r in range(R):
-            want_cache[r if rows is None else rows[r], :, position[r]] = want_qkv[r, h:]
-        q = kernels.rope_and_store(qkv, angles, position, cache, rows)
+            page, column = (r, position[r]) if given is None else (given[r, position[r] // C], position[r] % C)
+            want_cache[page, :, column] = want_qkv[r, h:]
+        q = kernels.rope_and_store(qkv, angles, position, cache, given)
         close(q, want_qkv[:, :h], tolerance, "queries")
         close(cache, want_cache, tolerance, "cache")
         assert q.data_ptr() == qkv.data_ptr()

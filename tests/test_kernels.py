@@ -157,7 +157,7 @@ def test_is_the_advantage_of_grpo(ops, device, std):
 # --------------------------------------------------------------------------------------- the decode step of the decoder
 
 
-def decode_with(ops, decoder, tokens, position, cache, columns):
+def decode_with(ops, decoder, tokens, position, cache):
     """`Decoder.decode` written with the operations."""
     D, h, k, eps = decoder.head_dim, decoder.heads, decoder.kv_heads, decoder.eps
     x = F.embedding(tokens, decoder.embed)
@@ -169,7 +169,7 @@ def decode_with(ops, decoder, tokens, position, cache, columns):
             qkv[:, :h] = ops.rms_norm(qkv[:, :h], layer.q_norm, eps)
             qkv[:, h : h + k] = ops.rms_norm(qkv[:, h : h + k], layer.k_norm, eps)
         q = ops.rope_and_store(qkv, decoder.angles, position, kv)
-        x = torch.addmm(x, ops.decode_attention(q, kv, position + 1, columns), layer.out)
+        x = torch.addmm(x, ops.decode_attention(q, kv, position + 1), layer.out)
         gate, up = (ops.rms_norm(x, layer.mlp_norm, eps) @ layer.gate_up).chunk(2, dim=-1)
         x = torch.addmm(x, F.silu(gate) * up, layer.down.T)
     return ops.rms_norm(x, decoder.norm, eps) @ decoder.head
@@ -185,7 +185,7 @@ def test_a_decode_step_out_of_kernels_is_that_of_the_decoder(ops, device, family
     cache = 0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     mine = cache.clone()
     want = decoder.decode(tokens, position, cache, 48)
-    torch.testing.assert_close(decode_with(ops, decoder, tokens, position, mine, 48), want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(decode_with(ops, decoder, tokens, position, mine), want, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(mine, cache, atol=1e-5, rtol=1e-5)
 
 

@@ -61,7 +61,9 @@ def launches():
         for B in (1, 512):
             q, cache = new(B, h + 2 * k, D, dtype=dtype)[:, :h], new(512, 2 * k, 8192, D, dtype=dtype)
             triton_version("decode_attention")(q, cache, ints(B))
-            triton_version("decode_attention")(q, cache, ints(B), prefix_row=ints(B), prefix_length=ints(B))
+            for C in (16, 64):
+                pages = new(4096, 2 * k, C, D, dtype=dtype)
+                triton_version("decode_attention")(q, pages, ints(B), new(B, 256, dtype=torch.int32))
 
     def sampling():
         logits, uniform, allowed = new(64, V), new(64), new(V, dtype=torch.bool)
@@ -75,10 +77,10 @@ def launches():
         norm(x, weight, 1e-6)
         norm(x, weight, 1e-6, new(64, hidden, dtype=dtype))
         norm(new(64, h + 2 * k, D, dtype=dtype)[:, :h], new(D, dtype=dtype), 1e-6)
-        for rows in (None, ints(64)):
+        for C, table in ((8192, None), (64, new(64, 256, dtype=torch.int32))):
             store(
                 new(64, h + 2 * k, D, dtype=dtype), new(8192, D // 2, dtype=torch.complex64), ints(64),
-                new(512, 2 * k, 8192, D, dtype=dtype), rows,
+                new(512, 2 * k, C, D, dtype=dtype), table,
             )  # fmt: skip
 
     jobs = {"group_advantage": advantage, "policy_loss": loss, "sample": sampling}

@@ -1,10 +1,11 @@
 """The decoder of the rollout loop: Qwen2, Qwen3 and Llama over static buffers.
 
-Three forward passes share one layer stack and differ only in what attention sees:
-  prefill   fresh prompts [B, n], causal over themselves
-  extend    more tokens [B, n] for rows that already have keys and values (next turn of a dialogue)
-  decode    one token per live row [n], over the static cache; a function of tensors alone, so that a CUDA graph can
-            capture it as it is
+Forward passes share one set of weights and differ in what attention sees:
+  prefill        fresh prompts [B, n], causal over themselves; `prefill_packed` the same without padding, by flash-attn
+  extend         more tokens [B, n] for rows that already have keys and values (next turn of a dialogue)
+  decode         one token per live row [n] over contiguous rows of the cache, in the fewest calls to torch: for the CPU
+  decode_paged   the same over pages, out of the kernels of `kernels/`: for CUDA
+The last two are functions of static tensors alone, so that a CUDA graph can capture them as they are.
 
 The weights are a replica of their own, refreshed in place: q, k, v and gate, up are merged into one matrix each,
 matrices are stored the way round that is faster for few rows, and the columns of q and k are interleaved so that the
@@ -15,8 +16,10 @@ Legend: L layers, S cache rows, T cache columns, B rows of a call, n tokens a ro
 heads, D head size, I intermediate size, V vocabulary.
 """
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -24,8 +27,9 @@ import torch.nn.functional as F
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from adaptive_reasoning import kernels
 from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.kernels.rms_norm import rms_norm  # the torch twin: the Triton one has run on no GPU yet
+from adaptive_reasoning.kernels.rms_norm import rms_norm  # the torch twin; `decode_paged` asks the dispatcher
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 
@@ -221,16 +225,27 @@ class Decoder:
         theta = torch.outer(torch.arange(n, device=self.device, dtype=torch.float32), self.inv_freq)
         return torch.polar(torch.full_like(theta, self.rope_scale), theta)  # [n, D/2]
 
+    def _qkv(self, layer: Layer, y, norm) -> torch.Tensor:
+        """Return queries, keys and values [R, h + 2k, D] of the normed hidden states y [R, H], not yet rotated."""
+        h, k = self.heads, self.kv_heads
+        qkv = y @ layer.qkv if layer.qkv_bias is None else torch.addmm(layer.qkv_bias, y, layer.qkv)
+        qkv = qkv.view(-1, h + 2 * k, self.head_dim)
+        if layer.q_norm is not None:
+            q = norm(qkv[:, :h], layer.q_norm, self.eps)
+            key = norm(qkv[:, h : h + k], layer.k_norm, self.eps)
+            qkv = torch.cat((q, key, qkv[:, h + k :]), dim=1)
+        return qkv
+
+    def _gated(self, layer: Layer, y) -> torch.Tensor:
+        """Return the inside of the MLP [R, I]."""
+        y = y @ layer.gate_up if layer.gate_up_bias is None else torch.addmm(layer.gate_up_bias, y, layer.gate_up)
+        gate, up = y.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
     def _layer(self, layer: Layer, x, angles, attend):
         """One layer on x [R, H]; angles [R, 1, D/2]; attend(q [R, h, D], kv [R, 2k, D]) -> [R, h D]."""
         D, h, k = self.head_dim, self.heads, self.kv_heads
-        y = rms_norm(x, layer.attn_norm, self.eps)
-        qkv = y @ layer.qkv if layer.qkv_bias is None else torch.addmm(layer.qkv_bias, y, layer.qkv)
-        qkv = qkv.view(-1, h + 2 * k, D)
-        if layer.q_norm is not None:
-            q = rms_norm(qkv[:, :h], layer.q_norm, self.eps)
-            key = rms_norm(qkv[:, h : h + k], layer.k_norm, self.eps)
-            qkv = torch.cat((q, key, qkv[:, h + k :]), dim=1)
+        qkv = self._qkv(layer, rms_norm(x, layer.attn_norm, self.eps), rms_norm)
         if x.dtype == torch.float32:
             torch.view_as_complex(qkv.view(-1, h + 2 * k, D // 2, 2))[:, : h + k].mul_(angles)
         else:
@@ -240,15 +255,14 @@ class Decoder:
         x = torch.addmm(x, a, layer.out)
         if layer.out_bias is not None:
             x = x + layer.out_bias
-        y = rms_norm(x, layer.mlp_norm, self.eps)
-        y = y @ layer.gate_up if layer.gate_up_bias is None else torch.addmm(layer.gate_up_bias, y, layer.gate_up)
-        gate, up = y.chunk(2, dim=-1)
-        x = torch.addmm(x, F.silu(gate) * up, layer.down.T)
+        x = torch.addmm(x, self._gated(layer, rms_norm(x, layer.mlp_norm, self.eps)), layer.down.T)
         return x if layer.down_bias is None else x + layer.down_bias
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return fp32 logits [B, V] of the last hidden states x [B, H], before the final norm."""
-        y = rms_norm(x, self.norm, self.eps)
+        return self._head(rms_norm(x, self.norm, self.eps))
+
+    def _head(self, y: torch.Tensor) -> torch.Tensor:
         if y.dtype == torch.float32:
             return y @ self.head
         if y.is_cuda:  # bf16 weights, but the sum is never rounded to bf16: those steps are 0.1 wide near a logit of 20
@@ -278,6 +292,33 @@ class Decoder:
             x = self._layer(layer, x, angles, attend)
         last = x.view(B, n, -1)[torch.arange(B, device=x.device), lengths - 1]
         return self.logits(last), torch.stack(new)
+
+    def prefill_packed(self, tokens: torch.Tensor, lengths: list[int], attention) -> tuple[torch.Tensor, list]:
+        """Run fresh prompts one behind the other [R], without padding.
+
+        Args:
+            attention: flash-attn's flash_attn_varlen_func.
+
+        Returns:
+            logits [B, V] after each prompt's last token, and the new cache entries of each prompt [L, 2k, n, D].
+        """
+        k, longest = self.kv_heads, max(lengths)
+        position = torch.cat([torch.arange(n) for n in lengths]).to(tokens.device)
+        ends = torch.tensor(lengths).cumsum(0)
+        edges = F.pad(ends, (1, 0)).to(tokens.device, torch.int32)  # [B + 1]
+        angles = self.angles[position].unsqueeze(1)
+        new = []
+
+        def attend(q, kv):
+            new.append(kv.contiguous())  # not a view: it would keep the queries alive
+            a = attention(q, kv[:, :k], kv[:, k:], edges, edges, longest, longest, causal=True)
+            return a.reshape(len(tokens), -1)
+
+        x = F.embedding(tokens, self.embed)
+        for layer in self.layers:
+            x = self._layer(layer, x, angles, attend)
+        entries = torch.stack(new).transpose(1, 2).split(lengths, dim=2)  # [L, 2k, n, D] each
+        return self.logits(x[ends.to(x.device) - 1]), list(entries)
 
     def extend(self, tokens, lengths, start, past) -> tuple[torch.Tensor, torch.Tensor]:
         """Run more tokens [B, n] (right-padded) after `start` [B] cached ones.
@@ -336,6 +377,38 @@ class Decoder:
         for layer in self.layers:
             x = self._layer(layer, x, angles, attend)
         return self.logits(x)
+
+    def decode_paged(
+        self, tokens: torch.Tensor, position: torch.Tensor, cache: torch.Tensor, table: torch.Tensor
+    ) -> torch.Tensor:
+        """Run one token [B] for B rows of the page table [B, W], each at its own position [B]; return logits [B, V].
+
+        `cache` is [L, P, 2k, C, D]. Shapes depend on B and the table's, nothing is read back. Each norm adds what the
+        half layer before it has computed to the residual stream, in the same pass.
+        """
+        norm, lengths = kernels.rms_norm, position + 1
+        residual, x = F.embedding(tokens, self.embed), None
+        for layer, entries in zip(self.layers, cache):
+            if x is None:
+                y = norm(residual, layer.attn_norm, self.eps)
+            else:
+                y = norm(x, layer.attn_norm, self.eps, residual)
+            q = kernels.rope_and_store(self._qkv(layer, y, norm), self.angles, position, entries, table)
+            a = kernels.decode_attention(q, entries, lengths, table)
+            x = a @ layer.out if layer.out_bias is None else torch.addmm(layer.out_bias, a, layer.out)
+            y = self._gated(layer, norm(x, layer.mlp_norm, self.eps, residual))
+            x = y @ layer.down.T if layer.down_bias is None else torch.addmm(layer.down_bias, y, layer.down.T)
+        return self._head(norm(x, self.norm, self.eps, residual))
+
+
+@functools.cache
+def varlen_attention():
+    """Return flash-attn's attention over packed sequences, or None where flash-attn is not installed."""
+    if find_spec("flash_attn") is None:
+        return None
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
 
 
 def check_supported(config) -> None:

@@ -2,33 +2,78 @@
 
 One pass of the loop: fill free rows from the queue (longest budget first, so that the long answers do not start last),
 decode one token for every live row, hand out what ended, and close the gaps so that live rows are always 0 .. n-1.
-A prompt is run once and its keys and values are copied to every sample of it. Rows never depend on each other: each has
-its own random stream, so a response is the same whatever else is in the batch.
+A prompt is run once for all samples of it. Rows never depend on each other: each has its own random stream, so a
+response is the same whatever else is in the batch.
+
+On CUDA rows are lists of pages (`arena.py`), admitted by the pages they need now and not by the longest response
+possible. Where pages run out, the row that has said least gives its own back and waits with what it has said; later its
+prompt and response are run again as a prompt, and it goes on. The decode step is replayed from a graph (`graphs.py`).
 """
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
 
-from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.rollout.decoder import Decoder
+from adaptive_reasoning.rollout.arena import Pages, Slots
+from adaptive_reasoning.rollout.decoder import Decoder, varlen_attention
+from adaptive_reasoning.rollout.graphs import Graphs, buckets
 from adaptive_reasoning.rollout.request import Completion, Request
-from adaptive_reasoning.rollout.rows import Rows, decode_step
+from adaptive_reasoning.rollout.rows import Rows, Saved, decode_step
 from adaptive_reasoning.rollout.sampler import Sampling
 
-COLUMN_STEP = 32  # the cache is read in multiples of this many columns, so that few shapes occur
+PAGE = 64  # columns of a page on CUDA: as many as a block of the attention kernel
+FIXED_WIDTH = (
+    64  # pages; a page table this wide gives the attention kernel its largest number of parts, whatever is run
+)
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way: in the queue, in a row, or back in the queue with what it has said."""
+
+    index: int  # of the request
+    request: Request
+    context: list[int]  # everything before the response
+    key: int  # equal for equal prompts that one prefill serves
+    prefix: list[int]  # what has to be in the cache before the row can decode
+    saved: Saved | None = None  # where it was preempted
+
+    @property
+    def total(self) -> int:
+        return len(self.context) + self.request.max_new_tokens
+
+    @property
+    def turn(self) -> bool:
+        """Whether its keys and values were kept by an earlier turn of the dialogue."""
+        return self.request.continues is not None and self.saved is None
 
 
 @dataclass
 class Prompt:
     """A prompt that was run: shared by all samples of it until the last one has a row."""
 
-    kv: torch.Tensor  # [L, 2k, P, D]
+    held: object  # the arena's
+    tokens: int
     logits: torch.Tensor  # [V] fp32 after its last token
     waiting: int  # samples that still need it
+
+
+@dataclass
+class State:
+    """One run of the loop."""
+
+    rows: Rows
+    size: int  # most live rows
+    queue: list[Job]  # popped from the end
+    sampling: Sampling
+    prompts: dict[int, Prompt] = field(default_factory=dict)
+    live: list[Job] = field(default_factory=list)  # of row 0, 1, ...
+    born: list[int] = field(default_factory=list)  # of row 0, 1, ...: born + step = its tokens in the cache
+    step: int = 0
+    preempted: int = 0
 
 
 class Engine:
@@ -37,22 +82,41 @@ class Engine:
     Args:
         decoder: the weights to sample from; `refresh` replaces them after every optimiser step.
         max_rows: most rows that decode side by side.
-        cache_bytes: memory the row cache may take. Rows are given up before this is exceeded.
+        cache_bytes: memory the cache of keys and values may take; rows wait or are preempted before it is exceeded.
+            None (CUDA): what a warm-up leaves free, less a tenth.
         prefill_tokens: most prompt tokens (padding included) of one prefill pass.
         sync_every: look for finished rows every so many steps. 1 on the CPU; more where a look stalls a device.
+        page: columns of a page, 0 for contiguous rows. None: pages of 64 on CUDA, contiguous rows elsewhere.
+        graphs: None: CUDA graphs where there is CUDA and pages. True or False, or a `Graphs`, to say so.
+        batch_invariant: for debugging: every step runs `max_rows` rows and every prompt is run alone, so the sums of a
+            row are taken in the same order whatever else is in the batch, and bf16 log-probs of a request are the same
+            bit for bit alone and in company. Costs the speed of a full batch at every step, however few rows live.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         max_rows: int = 256,
-        cache_bytes: int = 4 << 30,
+        cache_bytes: int | None = 4 << 30,
         prefill_tokens: int = 8192,
         sync_every: int = 1,
+        page: int | None = None,
+        graphs: bool | Graphs | None = None,
+        batch_invariant: bool = False,
     ):
-        self.decoder, self.max_rows, self.cache_bytes = decoder, max_rows, cache_bytes
-        self.prefill_tokens, self.sync_every = prefill_tokens, sync_every
-        self.cache: torch.Tensor | None = None
+        cuda = decoder.device.type == "cuda"
+        assert cuda or cache_bytes is not None, "free memory is measured on CUDA alone"
+        if page is None:
+            page = PAGE if cuda or batch_invariant else 0
+        if graphs is None:
+            graphs = cuda and page > 0
+        assert page or not (graphs or batch_invariant), "graphs and batch invariance need pages"
+        self.decoder, self.max_rows, self.batch_invariant = decoder, max_rows, batch_invariant
+        self.prefill_tokens, self.sync_every = 1 if batch_invariant else prefill_tokens, sync_every
+        width = FIXED_WIDTH if batch_invariant else 1
+        self.arena = Pages(decoder, cache_bytes, page, width) if page else Slots(decoder, cache_bytes)
+        self.graphs = Graphs() if graphs is True else graphs or None
+        self.rows: Rows | None = None
         self.stats: dict[str, float] = {}
 
     def refresh(self, weights) -> None:
@@ -89,9 +153,246 @@ class Engine:
             width = len(prompts[order[-1]])
             take = max(1, self.prefill_tokens // width)
             batch, order = order[-take:], order[:-take]
-            logits, _ = self.decoder.prefill(*self._padded([prompts[i] for i in batch]))
+            logits, _ = self._prefill([prompts[i] for i in batch])
             out[batch] = (logits / temperature).log_softmax(-1)[:, token].cpu()
         return out
+
+    @torch.no_grad()
+    def stream(
+        self, requests: list[Request], sampling: Sampling, progress: str = ""
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield (index of the request, completion) in the order in which responses end.
+
+        One stream of an engine at a time; starting another one ends it.
+        """
+        if not requests:
+            return
+        started = time.perf_counter()
+        run = self._open(requests, sampling)
+        rows, tokens, row_steps = run.rows, 0, 0
+        show = None if progress else True  # tqdm's None: only on a terminal
+        bar = tqdm(total=None, desc=progress, unit=" tok", unit_scale=True, leave=False, disable=show)
+        while run.queue or run.live:
+            jobs = self._next_jobs(run)
+            if jobs:
+                self._admit(run, jobs)
+                bar.update(len(jobs))
+            else:
+                columns = self._grow(run)
+                n = len(run.live)
+                self._decode(run, columns)
+                row_steps += n * self.sync_every
+                bar.update(n * self.sync_every)
+
+            finished = rows.done[: len(run.live)].nonzero().flatten().tolist()
+            for row in finished:
+                job = run.live[row]
+                completion = self._complete(job, rows, row)
+                tokens += len(completion.response_ids)
+                yield job.index, completion
+            if finished:
+                self._compact(run, finished)
+        bar.close()
+        seconds = time.perf_counter() - started
+        self.stats = {
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_s": tokens / seconds,
+            "steps": run.step,
+            "rows_mean": row_steps / max(run.step, 1),
+            "preempted": run.preempted,
+        }
+
+    # ------------------------------------------------------------------------------------------------- a run
+
+    def _open(self, requests: list[Request], sampling: Sampling) -> State:
+        """Set up buffers for these requests, and graphs where there are graphs."""
+        jobs, prompts = [], {}
+        for i, request in enumerate(requests):
+            request.check(self.decoder.vocab)
+            before, context = request.continues, list(request.prompt_ids)
+            if before is not None:
+                context = before.context_ids + before.response_ids.tolist() + context
+            key = -1 - i if before is not None else prompts.setdefault(tuple(context), len(prompts))
+            jobs.append(Job(i, request, context, key, context))
+        longest = max(job.total for job in jobs)
+        if self.arena.cache_bytes is None:
+            self.arena.cache_bytes = measured_bytes(self.decoder, self.max_rows, self.prefill_tokens)
+        size = self.arena.open(self.max_rows, len(jobs), longest)
+        self.decoder.reserve_positions(longest)
+        need = max(r.max_new_tokens for r in requests), max(len(r.stop_ids) for r in requests)
+        paged = self.arena.table is not None
+        if not paged:
+            self.rows = Rows(size, *need, self.decoder.device)
+        elif self.rows is None or not self.rows.fit(*need):  # else kept where they are, for the graphs
+            there = (self.rows.max_new_tokens, self.rows.stop.shape[1]) if self.rows else (0, 0)
+            self.rows = Rows(self.max_rows, *map(max, need, there), self.decoder.device)
+        else:
+            self.rows.clear(0, self.max_rows)
+        if self.graphs is not None:
+            columns = self.arena.table.shape[1] * self.arena.page
+            self.graphs.prepare(
+                [self.decoder.angles, self.arena.cache, self.arena.table, self.rows],
+                sampling,
+                self._sizes(size),
+                lambda n: decode_step(self.decoder, self.arena, self.rows, n, columns, sampling),
+            )
+        queue = sorted(jobs, key=lambda job: job.request.max_new_tokens)
+        return State(self.rows, size, queue, sampling)
+
+    def _sizes(self, rows: int) -> list[int]:
+        """Return the batch sizes that up to `rows` live rows can need."""
+        sizes = [self.max_rows] if self.batch_invariant else buckets(self.max_rows)
+        return [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < rows]
+
+    def _decode(self, run: State, columns: int) -> None:
+        """Take `sync_every` steps. Rows that end on the way go on to no effect."""
+        n = len(run.live)
+        if self.graphs is not None or self.batch_invariant:
+            n = self._sizes(n)[-1]
+        for _ in range(self.sync_every):
+            if self.graphs is not None:
+                self.graphs.replay(run.sampling, n)
+            else:
+                decode_step(self.decoder, self.arena, run.rows, n, columns, run.sampling)
+        run.step += self.sync_every
+
+    # ------------------------------------------------------------------------------------------------- memory
+
+    def _next_jobs(self, run: State) -> list[Job]:
+        """Take from the queue what can have a row now; nothing while there are only few free rows."""
+        live = len(run.live)
+        free = run.size - live
+        if not run.queue or (live and free < min(len(run.queue), self.arena.enough(live))):
+            return []
+        asked = run.queue[: -free - 1 : -1]  # from the end
+        number = self.arena.fitting(asked, live, run.prompts)
+        if not number and not live:  # prompts that wait for their samples are in the way of all of them
+            for key in [key for key in run.prompts if key != asked[0].key]:
+                self.arena.drop(run.prompts.pop(key).held)
+            number = 1
+        del run.queue[len(run.queue) - number :]
+        return asked[:number]
+
+    def _grow(self, run: State) -> int:
+        """Make room for the next steps of all live rows; return how many columns they read.
+
+        Where room runs out, prompts give theirs back first, which only costs their prefill; then the row that has said
+        least, and of those the one admitted last. The row that has said most always goes on.
+        """
+        while (columns := self.arena.grow(run.born, run.step + self.sync_every, run.live)) is None:
+            if run.prompts:
+                self.arena.drop(run.prompts.popitem()[1].held)
+                continue
+            assert len(run.live) > 1, "one row of any length has room"
+            said = [born + run.step - len(job.context) for born, job in zip(run.born, run.live)]
+            row = min(range(len(said)), key=lambda r: (said[r], -r))
+            job = run.live[row]
+            job.saved = run.rows.save(row, said[row] + 1)
+            job.prefix = job.context + job.saved.token[:-1].tolist()
+            job.key = -1 - job.index
+            run.queue.append(job)
+            run.preempted += 1
+            self._compact(run, [row])
+        return columns
+
+    def _compact(self, run: State, finished: list[int]) -> None:
+        """Move the last live rows into the gaps that `finished` rows leave, so that live rows are 0 .. n-1 again."""
+        live, born, gone = run.live, run.born, set(finished)
+        before, n = len(live), len(live) - len(finished)
+        gaps = [row for row in finished if row < n]
+        movers = [row for row in range(n, before) if row not in gone]
+        if gaps:
+            self.arena.move(movers, gaps, max(born[row] for row in movers) + run.step)
+            run.rows.move(movers, gaps)
+            for gap, mover in zip(gaps, movers):
+                live[gap], born[gap] = live[mover], born[mover]
+        del live[n:], born[n:]
+        if self.arena.table is not None:
+            self.arena.free(n, before)
+            run.rows.clear(n, before)
+
+    # ------------------------------------------------------------------------------------------------- rows
+
+    def _admit(self, run: State, jobs: list[Job]) -> None:
+        """Give the next rows to `jobs`: fill the cache with their prefix and take the first token of each.
+
+        Preempted ones come last: they have their next token already.
+        """
+        jobs = sorted(jobs, key=lambda job: job.saved is not None)
+        new = [job for job in jobs if job.saved is None]
+        first, rows = len(run.live), run.rows
+        self._run_prompts(run, [job for job in jobs if not job.turn])
+        rows.admit(first, [job.request for job in jobs], [job.context for job in jobs], run.sampling)
+        logits = torch.empty(len(new), self.decoder.vocab, device=self.decoder.device)
+
+        by_prompt: dict[int, list[int]] = {}
+        for offset, job in enumerate(jobs):
+            if not job.turn:
+                by_prompt.setdefault(job.key, []).append(offset)
+        for key, offsets in by_prompt.items():
+            prompt = run.prompts[key]
+            prompt.waiting -= len(offsets)
+            last = prompt.waiting == 0 or not self.arena.spare
+            self.arena.give([first + o for o in offsets], prompt.held, prompt.tokens, last)
+            if offsets[0] < len(new):
+                logits[offsets] = prompt.logits
+            if last:
+                del run.prompts[key]
+        self._extend([(o, job) for o, job in enumerate(jobs) if job.turn], first, logits)
+
+        for offset, job in enumerate(new):
+            if job.request.allowed_first and not job.request.forced:
+                allowed = torch.full_like(logits[offset], float("-inf"))
+                allowed[list(job.request.allowed_first)] = 0
+                logits[offset] += allowed
+        if new:
+            rows.advance(first, logits, run.sampling)
+        for offset, job in enumerate(jobs[len(new) :], len(new)):
+            rows.restore(first + offset, job.saved)
+            job.saved = None
+        run.live += jobs
+        run.born += [len(job.prefix) - run.step for job in jobs]
+
+    def _run_prompts(self, run: State, jobs: list[Job]) -> None:
+        """Run every prompt of `jobs` that has not been run, and as many of those still queued as fill the pass."""
+        missing = {job.key: job for job in jobs if job.key not in run.prompts}
+        if not missing:
+            return
+        counts: dict[int, int] = {}
+        room = self.prefill_tokens - sum(len(job.prefix) for job in missing.values())
+        queued = [job for job in reversed(run.queue) if not job.turn and job.saved is None]
+        for job in [*jobs, *queued]:
+            counts[job.key] = counts.get(job.key, 0) + 1
+        for job in queued:
+            if job.key not in run.prompts and job.key not in missing:
+                room -= len(job.prefix)
+                if room < 0 or not self.arena.affords(len(job.prefix)):
+                    break
+                missing[job.key] = job
+        left = sorted(missing.values(), key=lambda job: len(job.prefix))
+        while left:
+            batch = [left.pop()]  # the longest sets the width of the pass
+            width = len(batch[0].prefix)
+            while left and (len(batch) + 1) * width <= self.prefill_tokens:
+                batch.append(left.pop())
+            logits, entries = self._prefill([job.prefix for job in batch])
+            for b, (job, kv) in enumerate(zip(batch, entries)):
+                run.prompts[job.key] = Prompt(self.arena.hold(kv), len(job.prefix), logits[b], counts[job.key])
+
+    @property
+    def packs_prompts(self) -> bool:
+        """Whether flash-attn, where installed, runs the prompts: it takes 16-bit numbers on CUDA."""
+        return self.decoder.device.type == "cuda" and self.decoder.dtype.itemsize == 2
+
+    def _prefill(self, prompts: list[list[int]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return logits [B, V] after each prompt and its keys and values [L, 2k, n, D]."""
+        attention = varlen_attention() if self.packs_prompts else None
+        if attention is not None:
+            tokens = torch.tensor([token for prompt in prompts for token in prompt], device=self.decoder.device)
+            return self.decoder.prefill_packed(tokens, [len(prompt) for prompt in prompts], attention)
+        logits, kv = self.decoder.prefill(*self._padded(prompts))
+        return logits, [kv[:, b, :, : len(prompt)] for b, prompt in enumerate(prompts)]
 
     def _padded(self, rows: list) -> tuple[torch.Tensor, torch.Tensor]:
         """Return token rows as one right-padded tensor [B, n], and their lengths [B]."""
@@ -100,183 +401,26 @@ class Engine:
             tokens[b, : len(row)] = torch.tensor(row)
         return tokens.to(self.decoder.device), torch.tensor([len(row) for row in rows], device=self.decoder.device)
 
-    @torch.no_grad()
-    def stream(
-        self, requests: list[Request], sampling: Sampling, progress: str = ""
-    ) -> Iterator[tuple[int, Completion]]:
-        """Yield (index of the request, completion) in the order in which responses end."""
-        if not requests:
-            return
-        started = time.perf_counter()
-        contexts = [self._context(r) for r in requests]
-        longest = max(len(c) + r.max_new_tokens for c, r in zip(contexts, requests))
-        S = self._rows_for(longest, len(requests))
-        rows = Rows(
-            S,
-            max(r.max_new_tokens for r in requests),
-            max(len(r.stop_ids) for r in requests),
-            self.decoder.device,
-        )
-        self.decoder.reserve_positions(longest)
-        prompts: dict[tuple[int, ...], Prompt] = {}
-        queue = sorted(range(len(requests)), key=lambda i: requests[i].max_new_tokens)  # popped from the end
-        live: list[int] = []  # request index of row 0, 1, ...
-        born: list[int] = []  # context length of row 0, 1, ... minus the step of its admission: born + step = length
-        tokens = row_steps = step = 0
-        show = None if progress else True  # tqdm's None: only on a terminal
-        bar = tqdm(total=None, desc=progress, unit=" tok", unit_scale=True, leave=False, disable=show)
-
-        while queue or live:
-            free = S - len(live)
-            if queue and (not live or free >= min(len(queue), max(1, S // 8))):
-                admitted = [queue.pop() for _ in range(min(free, len(queue)))]
-                self._reserve(S, max(len(contexts[i]) for i in admitted), longest)
-                self._admit(admitted, requests, contexts, queue, rows, len(live), prompts, sampling)
-                live += admitted
-                born += [len(contexts[i]) - step for i in admitted]
-                bar.update(len(admitted))
-            else:
-                for _ in range(self.sync_every):
-                    columns = self._columns(max(born) + step + 1, longest)
-                    self._reserve(S, columns, longest)
-                    decode_step(self.decoder, self.cache, rows, len(live), columns, sampling)
-                    step += 1
-                row_steps += len(live) * self.sync_every
-                bar.update(len(live) * self.sync_every)
-
-            finished = rows.done[: len(live)].nonzero().flatten().tolist()
-            for row in finished:
-                i = live[row]
-                completion = self._complete(requests[i], contexts[i], rows, row)
-                tokens += len(completion.response_ids)
-                yield i, completion
-            if finished:
-                self._compact(rows, live, born, step, finished)
-        bar.close()
-        seconds = time.perf_counter() - started
-        self.stats = {
-            "tokens": tokens,
-            "seconds": seconds,
-            "tokens_per_s": tokens / seconds,
-            "steps": step,
-            "rows_mean": row_steps / max(step, 1),
-        }
-
-    # ------------------------------------------------------------------------------------------------- memory
-
-    def _rows_for(self, longest: int, wanted: int) -> int:
-        """Return how many rows of `longest` tokens fit into the cache memory; drop a cache of another shape."""
-        per_row = longest * self.decoder.cache_bytes_per_token()
-        fitting = self.cache_bytes // per_row
-        if fitting < 1:
-            raise UserError(
-                f"one response of {longest} tokens (prompt included) needs {per_row / 2**30:.2f} GiB of cache, only "
-                f"{self.cache_bytes / 2**30:.2f} GiB are set aside. Lower max_new_tokens, or raise the cache memory."
-            )
-        rows = min(self.max_rows, wanted, fitting)
-        if self.cache is not None and (self.cache.shape[1] < rows or self.cache.nbytes > self.cache_bytes):
-            self.cache = None
-        return rows
-
-    @staticmethod
-    def _columns(needed: int, longest: int) -> int:
-        return min(-(-needed // COLUMN_STEP) * COLUMN_STEP, longest)
-
-    def _reserve(self, rows: int, columns: int, longest: int) -> None:
-        """Make the cache at least `columns` wide. It doubles: most responses end far below the longest possible one."""
-        old = self.cache
-        if old is None:
-            self.cache = self.decoder.new_cache(rows, self._columns(2 * columns, longest))
-        elif old.shape[3] < columns:
-            rows = min(rows, old.shape[1])
-            self.cache = self.decoder.new_cache(rows, self._columns(2 * columns, longest))
-            self.cache[:, :, :, : old.shape[3]] = old[:, :rows]
-
-    # ------------------------------------------------------------------------------------------------- rows
-
-    def _context(self, request: Request) -> list[int]:
-        request.check(self.decoder.vocab)
-        before = request.continues
-        if before is None:
-            return list(request.prompt_ids)
-        return before.context_ids + before.response_ids.tolist() + list(request.prompt_ids)
-
-    def _admit(self, admitted, requests, contexts, queue, rows, first, prompts, sampling) -> None:
-        """Give rows first, first + 1, ... to `admitted`: fill the cache with their context and take the first token."""
-        fresh = [i for i in admitted if requests[i].continues is None]
-        self._run_prompts(fresh, requests, contexts, queue, prompts)
-        rows.admit(first, [requests[i] for i in admitted], [contexts[i] for i in admitted], sampling)
-        logits = torch.empty(len(admitted), self.decoder.vocab, device=self.decoder.device)
-
-        by_prompt: dict[tuple[int, ...], list[int]] = {}
-        for offset, i in enumerate(admitted):
-            if requests[i].continues is None:
-                by_prompt.setdefault(tuple(contexts[i]), []).append(offset)
-        for key, offsets in by_prompt.items():
-            prompt = prompts[key]
-            self.cache[:, [first + o for o in offsets], :, : len(key)] = prompt.kv.unsqueeze(1)
-            logits[offsets] = prompt.logits
-            prompt.waiting -= len(offsets)
-            if prompt.waiting == 0:
-                del prompts[key]
-
-        turns = [(o, i) for o, i in enumerate(admitted) if requests[i].continues is not None]
-        if turns:
-            self._extend(turns, requests, contexts, first, logits)
-
-        for offset, i in enumerate(admitted):
-            if requests[i].allowed_first and not requests[i].forced:
-                allowed = torch.full_like(logits[offset], float("-inf"))
-                allowed[list(requests[i].allowed_first)] = 0
-                logits[offset] += allowed
-        rows.advance(torch.arange(first, first + len(admitted), device=logits.device), logits, sampling)
-
-    def _run_prompts(self, fresh, requests, contexts, queue, prompts) -> None:
-        """Run every prompt of `fresh` that has not been run, and as many of those still queued as fill the pass."""
-        wanted = dict.fromkeys(tuple(contexts[i]) for i in fresh)
-        missing = [key for key in wanted if key not in prompts]
-        if not missing:
-            return
-        counts: dict[tuple[int, ...], int] = {}
-        for i in [*fresh, *reversed(queue)]:
-            if requests[i].continues is None:
-                key = tuple(contexts[i])
-                counts[key] = counts.get(key, 0) + 1
-        ahead = [key for key in counts if key not in prompts and key not in wanted]
-        room = self.prefill_tokens - sum(map(len, missing))
-        for key in ahead:
-            room -= len(key)
-            if room < 0:
-                break
-            missing.append(key)
-        missing.sort(key=len)
-        while missing:
-            batch = [missing.pop()]  # the longest sets the width of the pass
-            width = len(batch[0])
-            while missing and (len(batch) + 1) * width <= self.prefill_tokens:
-                batch.append(missing.pop())
-            logits, kv = self.decoder.prefill(*self._padded(batch))
-            for b, key in enumerate(batch):
-                prompts[key] = Prompt(kv[:, b, :, : len(key)], logits[b], counts[key])
-
-    def _extend(self, turns, requests, contexts, first, logits) -> None:
+    def _extend(self, turns: list[tuple[int, Job]], first: int, logits: torch.Tensor) -> None:
         """Put kept keys and values back into rows and run the new tokens of each dialogue behind them."""
-        kept = [requests[i].continues.cache for _, i in turns]
-        start = [cache.shape[2] for cache in kept]
-        new = [contexts[i][s:] for (_, i), s in zip(turns, start)]
-        width = max(map(len, new))
-        past = self.decoder.new_cache(len(turns), max(start) + width)
-        for b, cache in enumerate(kept):
-            past[:, b, :, : start[b]] = cache
-        out, past = self.decoder.extend(*self._padded(new), torch.tensor(start, device=past.device), past)
-        for b, (offset, i) in enumerate(turns):
-            n = len(contexts[i])
-            self.cache[:, first + offset, :, :n] = past[:, b, :, :n]
-            logits[offset] = out[b]
+        turns = sorted(turns, key=lambda turn: len(turn[1].context))
+        while turns:
+            take = max(1, self.prefill_tokens // len(turns[-1][1].context))  # columns that are gathered at a time
+            batch, turns = turns[-take:], turns[:-take]
+            kept = [job.request.continues.cache for _, job in batch]
+            start = [cache.shape[2] for cache in kept]
+            new = [job.context[s:] for (_, job), s in zip(batch, start)]
+            past = self.decoder.new_cache(len(batch), max(start) + max(map(len, new)))
+            for b, cache in enumerate(kept):
+                past[:, b, :, : start[b]] = cache
+            out, past = self.decoder.extend(*self._padded(new), torch.tensor(start, device=past.device), past)
+            for b, (offset, job) in enumerate(batch):
+                self.arena.put(first + offset, past[:, b, :, : len(job.context)])
+                logits[offset] = out[b]
 
-    def _complete(self, request: Request, context: list[int], rows: Rows, row: int) -> Completion:
+    def _complete(self, job: Job, rows: Rows, row: int) -> Completion:
         """Read a finished row back."""
-        n = int(rows.count[row])
+        request, context, n = job.request, job.context, int(rows.count[row])
         action = rows.out_action[row, :n].cpu().clone()
         logprobs = rows.out_logprob[row, :n].cpu().clone()
         logprobs.masked_fill_(~action, 0.0)
@@ -291,19 +435,23 @@ class Engine:
             action,
             "stop" if bool(rows.stopped[row]) else "length",
             # The last token was never fed back, so its keys and values do not exist yet: the next turn runs it first.
-            self.cache[:, row, :, : len(context) + n - 1].clone() if request.keep else None,
+            self.arena.read(row, len(context) + n - 1) if request.keep else None,
         )
 
-    def _compact(self, rows: Rows, live: list[int], born: list[int], step: int, finished: list[int]) -> None:
-        """Move the last live rows into the gaps that `finished` rows leave, so that live rows are 0 .. n-1 again."""
-        gone = set(finished)
-        n = len(live) - len(finished)
-        gaps = [row for row in finished if row < n]
-        movers = [row for row in range(n, len(live)) if row not in gone]
-        if gaps:
-            used = max(born[row] for row in movers) + step
-            self.cache[:, gaps, :, :used] = self.cache[:, movers, :, :used]
-            rows.move(movers, gaps)
-            for gap, mover in zip(gaps, movers):
-                live[gap], born[gap] = live[mover], born[mover]
-        del live[n:], born[n:]
+
+def measured_bytes(decoder: Decoder, max_rows: int, prefill_tokens: int) -> int:
+    """Return how many bytes of a GPU are left for keys and values after a warm-up, less a tenth.
+
+    Twice the peak of a full prefill pass and of the logits of all rows is set aside: a response that is run again may
+    be longer than a pass.
+    """
+    device = decoder.device
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    decoder.reserve_positions(prefill_tokens)
+    ones = torch.ones(1, prefill_tokens, dtype=torch.int64, device=device)
+    decoder.prefill(ones, torch.tensor([prefill_tokens], device=device))
+    torch.empty(2, max_rows, decoder.vocab, device=device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return int(0.9 * max(0, torch.cuda.mem_get_info(device)[0] - 2 * peak))

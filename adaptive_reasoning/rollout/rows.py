@@ -1,5 +1,7 @@
 """Rows: the static buffers of all responses that decode side by side, and the step that moves them on by one token."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -8,6 +10,16 @@ from adaptive_reasoning.rollout.request import Request
 from adaptive_reasoning.rollout.sampler import Sampling, sample, uniforms
 
 FREE = -1  # in `force`: this position is sampled
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a preempted row had said, on the host. n tokens."""
+
+    token: torch.Tensor  # [n] int64
+    logprob: torch.Tensor  # [n] fp32
+    action: torch.Tensor  # [n] bool
+    closed: bool
 
 
 class Rows:
@@ -22,7 +34,7 @@ class Rows:
             return torch.full(shape, value, dtype=dtype, device=device)
 
         S, N = rows, max_new_tokens
-        self.capacity, self.max_new_tokens = S, N
+        self.max_new_tokens = N
         self.token = new(S)  # last token, not yet in the cache
         self.position = new(S)  # where that token goes in the cache
         self.count = new(S)
@@ -71,35 +83,68 @@ class Rows:
         for buffer in self.all:
             buffer[target] = buffer[source]
 
-    def advance(self, rows: torch.Tensor, logits: torch.Tensor, sampling: Sampling) -> None:
-        """Take one token for each of `rows` [B] from logits [B, V]. Tensors in, tensors out, nothing read back."""
-        count, done = self.count[rows], self.done[rows]
-        column = torch.where(done, self.max_new_tokens, count)  # a finished row writes into the spare column
-        token, logprob = sample(logits, self.uniform[rows, column], sampling)
+    def fit(self, max_new_tokens: int, num_stop: int) -> bool:
+        """Return whether there is room for such responses."""
+        return max_new_tokens <= self.max_new_tokens and num_stop <= self.stop.shape[1]
 
-        force = self.force[rows, column].long()
-        closing = count >= self.closer_at[rows]
-        forced = (force != FREE) & ~(closing & self.closed[rows])
+    def clear(self, first: int, last: int) -> None:
+        """Make rows first .. last-1 finished ones: a batch that is padded with them runs them to no effect."""
+        self.done[first:last] = True
+        self.position[first:last] = 0
+
+    def save(self, row: int, n: int) -> Saved:
+        """Read back what a row needs to go on later: its n tokens. Its random stream is a function of its seed."""
+        said = (buffer[row, :n].cpu().clone() for buffer in (self.out_token, self.out_logprob, self.out_action))
+        return Saved(*said, bool(self.closed[row]))
+
+    def restore(self, row: int, saved: Saved) -> None:
+        """Go on with a row that was admitted anew and whose tokens, but for the last, are in the cache."""
+        n = len(saved.token)
+        self.out_token[row, :n] = saved.token.to(self.token.device)
+        self.out_logprob[row, :n] = saved.logprob.to(self.token.device)
+        self.out_action[row, :n] = saved.action.to(self.token.device)
+        self.token[row], self.count[row], self.closed[row] = saved.token[-1].item(), n, saved.closed
+        self.position[row] += n  # from the last token of the context to the last token said
+
+    def advance(self, first: int, logits: torch.Tensor, sampling: Sampling) -> None:
+        """Take one token for each of the rows first, first + 1 ... from logits [B, V].
+
+        Tensors in, tensors out, nothing read back. The rows lie side by side, so all buffers are used through views.
+        """
+        here = slice(first, first + len(logits))
+        count, done = self.count[here], self.done[here]
+        column = count.masked_fill(done, self.max_new_tokens).unsqueeze(1)  # finished rows write the spare column
+        token, logprob = sample(logits, self.uniform[here].gather(1, column).squeeze(1), sampling)
+
+        force = self.force[here].gather(1, column).squeeze(1).long()
+        closing = count >= self.closer_at[here]
+        forced = (force != FREE) & ~(closing & self.closed[here])
         token = torch.where(forced, force, token)
-        stopped = ~forced & (token.unsqueeze(1) == self.stop[rows]).any(1)
+        stopped = ~forced & (token.unsqueeze(1) == self.stop[here]).any(1)
 
-        self.out_token[rows, column] = token
-        self.out_logprob[rows, column] = logprob
-        self.out_action[rows, column] = ~(forced & closing)
+        self.out_token[here].scatter_(1, column, token.unsqueeze(1))
+        self.out_logprob[here].scatter_(1, column, logprob.unsqueeze(1))
+        self.out_action[here].scatter_(1, column, ~(forced & closing).unsqueeze(1))
         alive = ~done
-        self.closed[rows] |= (token == self.closer_unless[rows]) & alive & ~closing
-        self.token[rows] = torch.where(done, self.token[rows], token)
-        self.position[rows] += alive
-        self.count[rows] += alive
-        self.stopped[rows] |= stopped & alive
-        self.done[rows] |= alive & (stopped | (count + 1 >= self.budget[rows]))
+        self.closed[here].bitwise_or_((token == self.closer_unless[here]) & alive & ~closing)
+        last = self.token[here]
+        last.copy_(torch.where(done, last, token))
+        self.stopped[here].bitwise_or_(stopped & alive)
+        self.position[here].add_(alive)
+        count.add_(alive)  # a view of the buffer, as `done` is
+        done.bitwise_or_(stopped | (count >= self.budget[here]))
 
 
 @torch.inference_mode()  # cheaper than no_grad; nothing made inside leaves, only the buffers change
-def decode_step(decoder: Decoder, cache: torch.Tensor, rows: Rows, n: int, columns: int, sampling: Sampling) -> None:
+def decode_step(decoder: Decoder, arena, rows: Rows, n: int, columns: int, sampling: Sampling) -> None:
     """One token for the rows 0 .. n-1, whose positions all lie below `columns`: forward, sample, book-keeping.
 
-    The whole step is a function of static buffers with shapes fixed by (n, columns): what a CUDA graph captures.
+    The whole step is a function of static buffers with shapes fixed by (n, columns): what a CUDA graph captures. Over
+    pages the shapes follow from n alone.
     """
-    logits = decoder.decode(rows.token[:n], rows.position[:n], cache, columns)
-    rows.advance(torch.arange(n, device=logits.device), logits, sampling)
+    token, position = rows.token[:n], rows.position[:n]
+    if arena.table is None:
+        logits = decoder.decode(token, position, arena.cache, columns)
+    else:
+        logits = decoder.decode_paged(token, position, arena.cache, arena.table[:n])
+    rows.advance(0, logits, sampling)

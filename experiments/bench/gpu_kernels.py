@@ -286,7 +286,8 @@ def bench_rms_norm() -> dict:
             qkv, cache = normal(R, h + 2 * k, D), normal(min(R, 256), 2 * k, 128, D)
             angles = torch.polar(torch.ones(128, D // 2), torch.rand(128, D // 2)).to(DEVICE)
             place = torch.arange(R, device=DEVICE)
-            args = (qkv, angles, place // len(cache) % 128, cache, place % len(cache))
+            table = (place % len(cache)).int().unsqueeze(1)  # one page a row
+            args = (qkv, angles, place // len(cache) % 128, cache, table)
             cases[f"rope_and_store {size}, {R}"] = (both("rope_and_store", *args), 4 * R * (h + 2 * k) * D)
     return small("rms_norm, rope_and_store", cases)
 
