@@ -45,6 +45,7 @@ import torch
 from adaptive_reasoning.episode import Episode
 from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.evaluate import Protocol
+from adaptive_reasoning.learner.fused import fused_loss
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.options import RunArgs, parse_args
 from adaptive_reasoning.pass_rate import pass_rates, read_authors_table
@@ -210,7 +211,6 @@ def loss(logprobs: torch.Tensor, mb: MicroBatch, counts: Counts, args) -> tuple[
     shares of all micro-batches add up to the loss whatever the split. mb.old_logprobs holds log pi_IS: pi_old, and
     log 0.5 for the forced first token.
     """
-    log_ratio = logprobs - mb.old_logprobs  # [N]
     if args.ratio == "token":
         A = mb.advantages  # [N]
         weight = {
@@ -220,10 +220,14 @@ def loss(logprobs: torch.Tensor, mb: MicroBatch, counts: Counts, args) -> tuple[
         }[args.token_average]
     else:
         A = mb.sequence_advantages  # [S]
-        log_ratio = torch.zeros_like(A).index_add(0, mb.sequence, log_ratio)  # sum over the tokens of a sequence
-        if args.ratio == "sequence_mean":
-            log_ratio = log_ratio / mb.lengths
         weight = torch.full_like(A, 1 / counts.sequences)
+    if args.fused:  # what follows, in one launch
+        return fused_loss(logprobs, A, weight, mb, args, ratio=args.ratio)
+    log_ratio = logprobs - mb.old_logprobs  # [N]
+    if args.ratio != "token":
+        log_ratio = torch.zeros_like(A).index_add(0, mb.sequence, log_ratio)  # [S] sum over the tokens of a sequence
+    if args.ratio == "sequence_mean":
+        log_ratio = log_ratio / mb.lengths
     ratio = log_ratio.exp()
     free = -A * ratio
     clipped = -A * ratio.clamp(1 - args.clip_low, 1 + args.clip_high)

@@ -8,8 +8,8 @@ For a group of n samples with rewards r_i and formats f_i, F_i of them in the fo
 
 A group of one has mean 0 and std 1, as in the official code: A = r' / (1 + eps). A group whose r' are all equal, or
 differ by at most `spread`, gets exactly 0: the mean of equal numbers can miss them by a unit in the last place, and eps
-does not hide that in fp32. With the std of r it is r that must not be equal: all right answers would otherwise be
-divided by eps alone. All sums are in fp64, whatever the type of the rewards.
+does not hide that in fp32. With the std of r, a group whose r are all equal has std 1: a spread of 0 is no unit to
+measure in. All sums are in fp64, whatever the type of the rewards.
 
 Bytes: 8 B for the rewards and as many for each of order, formats, index, advantages and shaped rewards of B samples;
 for N tokens 8 N for the sample numbers and 4 N for the result.
@@ -65,7 +65,7 @@ def group_advantage(
         groups: the groups of the samples; an empty group is allowed.
         std: what the centred reward is divided by, "none", "population" or "unbiased".
         eps: added to the standard deviation.
-        spread: groups whose rewards (those of `std_of`) differ by at most this get advantage 0.
+        spread: groups whose shaped rewards differ by at most this get advantage 0.
         formats: [B] int64, any numbers; None leaves the rewards as they are.
         weight: w, how much rarity counts; Ada-GRPO takes (1 + cos(pi t / T)) / 2.
         std_of: the standard deviation is that of the "shaped" or of the "raw" rewards.
@@ -86,17 +86,21 @@ def group_advantage(
     def total(values):
         return torch.zeros(K, dtype=torch.float64, device=r.device).index_add(0, index, values)
 
+    def width(values):  # the largest minus the smallest of each group
+        infinite = torch.full((K,), torch.inf, dtype=torch.float64, device=r.device)
+        highest = (-infinite).scatter_reduce(0, index, values, "amax")
+        return highest - infinite.scatter_reduce(0, index, values, "amin")
+
     divisor = n.clamp(min=1)
     A = shaped - (total(shaped) / divisor)[index]
-    base = r if std_of == "raw" and std != "none" else shaped
     if std != "none":
+        base = r if std_of == "raw" else shaped
         deviation = base - (total(base) / divisor)[index]
         degrees = divisor if std == "population" else (n - 1).clamp(min=1)
-        A = A / ((total(deviation.square()) / degrees).sqrt() + eps)[index]
-    infinite = torch.full((K,), torch.inf, dtype=torch.float64, device=r.device)
-    highest = (-infinite).scatter_reduce(0, index, base, "amax")
-    lowest = infinite.scatter_reduce(0, index, base, "amin")
-    A = torch.where((highest - lowest <= spread)[index], 0.0, A)
+        s = (total(deviation.square()) / degrees).sqrt()
+        s = torch.where(width(base) == 0, 1.0, s) if std_of == "raw" else s
+        A = A / (s + eps)[index]
+    A = torch.where((width(shaped) <= spread)[index], 0.0, A)
     A = torch.where(size[index] == 1, shaped / (1 + eps) if std != "none" else shaped, A)
     tokens = A[sequence].float() if sequence is not None else None
     return Advantages(A.to(rewards.dtype), shaped.to(rewards.dtype), tokens)

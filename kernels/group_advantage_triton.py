@@ -50,13 +50,16 @@ def statistics(
     raw_total = tl.zeros((BLOCK,), tl.float64)
     highest = tl.full((BLOCK,), float("-inf"), tl.float64)
     lowest = tl.full((BLOCK,), float("inf"), tl.float64)
+    raw_highest, raw_lowest = highest, lowest
     for start in range(first, last, BLOCK):
         _, inside, r, shaped = shaped_block(rewards, order, formats, first, last, start, weight, FORMATS, BLOCK)
         total += shaped
         raw_total += r
-        base = r if RAW else shaped
-        highest = tl.maximum(highest, tl.where(inside, base, float("-inf")))
-        lowest = tl.minimum(lowest, tl.where(inside, base, float("inf")))
+        highest = tl.maximum(highest, tl.where(inside, shaped, float("-inf")))
+        lowest = tl.minimum(lowest, tl.where(inside, shaped, float("inf")))
+        if RAW:
+            raw_highest = tl.maximum(raw_highest, tl.where(inside, r, float("-inf")))
+            raw_lowest = tl.minimum(raw_lowest, tl.where(inside, r, float("inf")))
     centre = tl.sum(total, 0) / n
     factor = (n * 0.0) + 1.0
     single = factor  # a group of one: mean 0, std 1
@@ -70,6 +73,8 @@ def statistics(
             square += tl.where(inside, deviation * deviation, 0.0)
         degrees = n if STD == 1 else tl.maximum(n - 1.0, 1.0)
         factor = 1.0 / (tl.sqrt(tl.sum(square, 0) / degrees) + eps)
+        if RAW:  # equal raw rewards have std 1
+            factor = tl.where(tl.max(raw_highest, 0) == tl.min(raw_lowest, 0), single, factor)
     factor = tl.where(tl.max(highest, 0) - tl.min(lowest, 0) <= spread, 0.0, factor)
     alone = last - first == 1
     return tl.where(alone, 0.0, centre), tl.where(alone, single, factor)

@@ -151,15 +151,16 @@ def one_by_one(rewards, ids, std, formats, w, std_of):
                 F = sum(formats[j] == formats[i] for j in mine)
                 shaped[i] = (1 + (n / F - 1) * w) * rewards[i]
         base = [(shaped if std_of == "shaped" or std == "none" else rewards)[i] for i in mine]
-        mean, centre = math.fsum(shaped[i] for i in mine) / n, math.fsum(base) / n
+        mine_shaped = [shaped[i] for i in mine]
+        mean, centre = math.fsum(mine_shaped) / n, math.fsum(base) / n
         squares = math.fsum((x - centre) ** 2 for x in base)
         divisor = {"none": 1.0, "population": math.sqrt(squares / n) + 1e-6}.get(std)
         divisor = math.sqrt(squares / max(n - 1, 1)) + 1e-6 if divisor is None else divisor
         for i in mine:
             if n == 1:
                 A[i] = shaped[i] / (1.0 if std == "none" else 1.0 + 1e-6)
-            elif max(base) > min(base):
-                A[i] = (shaped[i] - mean) / divisor
+            elif max(mine_shaped) > min(mine_shaped):
+                A[i] = (shaped[i] - mean) / (divisor if std == "none" or max(base) > min(base) else 1.0 + 1e-6)
     return torch.tensor(A, dtype=torch.float64), torch.tensor(shaped, dtype=torch.float64)
 
 

@@ -31,7 +31,7 @@ NAMES = {"D": "direct", "S": "cot", "C": "code", "L": "long_cot", "U": "unknown"
 
 def shaping(**changes):
     return SimpleNamespace(
-        **{"std": "shaped", "drop_all_correct": False, "decay": "cosine", "total_steps": 171, **changes}
+        **{"fused": False, "std": "shaped", "drop_all_correct": False, "decay": "cosine", "total_steps": 171, **changes}
     )
 
 

@@ -38,7 +38,8 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 THINK, SHORT = 303, 302
 CONTROL = Control({"think": THINK, "short": SHORT})
-PLAIN = {"alpha": 0.001, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "entropy_coef": 0.0, "max_new_tokens": 64}
+PLAIN = {"alpha": 0.001, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "entropy_coef": 0.0, "max_new_tokens": 64,
+         "fused": False}  # fmt: skip
 
 
 def golden(name, kind=None):
@@ -424,14 +425,14 @@ def test_advantages_equal_the_official_code(inputs, case):
         got = [0.0] * len(inputs["rewards"])
         for rows in groups.values():
             es = [episode("think", 4, reward=inputs["rewards"][i]) for i in rows]
-            for i, a in zip(rows, advantages(es, SimpleNamespace(std=std))):
+            for i, a in zip(rows, advantages(es, SimpleNamespace(std=std, fused=False))):
                 got[i] = a
         assert got == pytest.approx(case["expected"][key], abs=2e-6 if std == "unbiased" else 1e-9)
 
 
 def test_equal_rewards_teach_nothing_even_if_fp32_cannot_hold_them():
     for std in ("none", "unbiased"):
-        A = advantages([episode("think", 4, reward=0.8)] * 8, SimpleNamespace(std=std))
+        A = advantages([episode("think", 4, reward=0.8)] * 8, SimpleNamespace(std=std, fused=False))
         assert A == [0.0] * 8
 
 

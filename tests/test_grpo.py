@@ -30,7 +30,7 @@ def cases(name, kind=None):
 def options(**changes):
     """The options a loss reads, by default those of the golden cases: no clip higher, no KL, no entropy."""
     given = {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "entropy_coef": 0.0, "aggregation": "token_mean"}
-    return SimpleNamespace(**{**given, "max_new_tokens": 10, "std": "unbiased", **changes})
+    return SimpleNamespace(**{**given, "fused": False, "max_new_tokens": 10, "std": "unbiased", **changes})
 
 
 def episode(mode, reward, group=0, tokens=4, advantage=0.0, text=""):

@@ -100,7 +100,7 @@ def clipped(inputs, dtype, names, mask=None):
     mask = torch.ones_like(old, dtype=torch.bool) if mask is None else mask
     logprobs.requires_grad_()
     settings = SimpleNamespace(
-        clip_low=inputs["clip"], clip_high=inputs["clip"], dual_clip=inputs.get("dual_clip") or 0.0
+        clip_low=inputs["clip"], clip_high=inputs["clip"], dual_clip=inputs.get("dual_clip") or 0.0, fused=False
     )
     n = Counts(int(mask.sum()), 1, 1)
     entropy = torch.zeros_like(old)[mask]

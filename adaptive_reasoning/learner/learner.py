@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from adaptive_reasoning.episode import Episode
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.model import Policy
+from adaptive_reasoning.learner.offload import OffloadedAdamW
 from adaptive_reasoning.learner.packing import Counts, MicroBatch, Minibatch, fill, group_chunks, pack
 from adaptive_reasoning.learner.runtime import all_gather, all_reduce, is_zero3
 
@@ -102,6 +103,11 @@ class Learner:
         }
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         if self.zero3:
+            if args.offload_optimizer:
+                raise UserError(
+                    "--offload_optimizer is for one process without ZeRO-3. With ZeRO-3 set offload_optimizer_device: "
+                    "cpu in the launch file."
+                )
             offload = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
             if offload not in ("none", "cpu"):
                 raise UserError(f"offload_optimizer_device {offload}: checkpoints know none and cpu. Take one of them.")
@@ -112,7 +118,8 @@ class Learner:
             self.optimizer = engine.optimizer
             return engine
         engine = accelerator.prepare_model(self.policy)
-        self.optimizer = torch.optim.AdamW(parameters, fused=accelerator.device.type == "cuda", **options)
+        kind = OffloadedAdamW if args.offload_optimizer else torch.optim.AdamW
+        self.optimizer = kind(parameters, fused=accelerator.device.type == "cuda", **options)
         return engine
 
     def _zero3_engine(self, optimizer):

@@ -22,7 +22,9 @@ def write_optimizer(path: Path, learner) -> dict:
     """Write what this process holds; return {"bytes", "sha256"} of the file. No collective operation."""
     pieces, steps = [], set()
     places = zero3_places(learner.optimizer) if learner.zero3 else {}
-    for name, parameter in trainable(learner):
+    # In the optimiser's order its entries may be copies of the parameters (offload.py); state is kept by entry.
+    entries = [p for group in learner.optimizer.param_groups for p in group["params"]]
+    for i, (name, parameter) in enumerate(trainable(learner)):
         if learner.zero3:
             index, offset = places[id(parameter)]
             flat = learner.optimizer.fp32_partitioned_groups_flat[index]
@@ -31,7 +33,7 @@ def write_optimizer(path: Path, learner) -> dict:
             here = slice(offset, offset + b - a)
             pieces.append((f"{name}.master", flat.detach()[here]))
         else:
-            state, here = learner.optimizer.state[parameter], slice(None)
+            state, here = learner.optimizer.state[entries[i]], slice(None)
         if state:  # none before the first step
             steps.add(float(state["step"]))
             pieces += [(f"{name}.{key}", state[key].reshape(-1)[here]) for key in MOMENTS]
