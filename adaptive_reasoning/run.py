@@ -29,7 +29,7 @@ from adaptive_reasoning.learner.model import generation_config, load_config, loa
 from adaptive_reasoning.learner.packing import MicroBatch, logprob_gap
 from adaptive_reasoning.learner.runtime import all_gather, is_zero3, make_accelerator
 from adaptive_reasoning.preflight import preflight
-from adaptive_reasoning.record import open_folder, over_processes, sums_of
+from adaptive_reasoning.record import check_inputs, data_of, inputs_of, open_folder, over_processes, sums_of
 from adaptive_reasoning.report import glossary
 from adaptive_reasoning.report.console import Console, say
 from adaptive_reasoning.report.files import (
@@ -73,6 +73,7 @@ class Run:
         self.stop_ids = prompts.stop_tokens(self.tokenizer, generation_config(args.model))
         self.task = load_task(args, self.tokenizer)
         self.task.batch(1, args.prompts_per_step, args.seed)  # says at once if there are too few questions
+        self.inputs = inputs_of(data_of(self.task), self.tokenizer)
         self.grader = self.task.grader(args.grader_workers, args.grader_timeout, check)
         self.step = self.continued = 0  # step reached, and the step at which this process continued
         self.spent = 0.0  # seconds of earlier parts of a resumed run
@@ -130,6 +131,7 @@ class Run:
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, self.learner, self.critic)
             self.step, self.spent, self.memory = state["step"], state["wall_s"], state.get("memory", {})
+            check_inputs(self.folder, state.get("inputs", {}), self.inputs)
             self.continued = self.step
             self.say(f"continuing {self.folder} after step {self.step}")
         if self.main:
@@ -400,6 +402,7 @@ class Run:
             root.mkdir(exist_ok=True)
         self.accelerator.wait_for_everyone()
         state = {"step": self.step, "wall_s": self.spent + time.perf_counter() - self.started, "memory": self.memory}
+        state["inputs"] = self.inputs
         save_checkpoint(root / f"step_{self.step:06d}", self.learner, self.tokenizer, state, self.critic)
         if self.main:
             prune(root, self.args.keep_checkpoints)
