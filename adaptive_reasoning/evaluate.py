@@ -5,6 +5,8 @@
 The settings show what choosing when to think is worth: "adaptive" forces nothing, "always_think" and "never_think"
 force the first token and bound what the model could reach. ARM's settings force one of its four tags; "consensus" takes
 the answer that the three cheap formats agree on, else the Long CoT's, from the samples of the forced settings.
+
+A setting that is finished is kept in finished.jsonl: after a kill the same command measures the others alone.
 """
 
 import dataclasses
@@ -17,15 +19,16 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-import yaml
 
 from adaptive_reasoning import router
 from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.runtime import all_gather, make_accelerator
 from adaptive_reasoning.options import RunArgs, parse_args
+from adaptive_reasoning.pass_rate import fingerprint
+from adaptive_reasoning.record import MAY_CHANGE, check_inputs, data_of, inputs_of, open_folder
 from adaptive_reasoning.report.console import evaluation_table, say
-from adaptive_reasoning.report.files import append_jsonl, write_json_atomic, write_text_atomic
+from adaptive_reasoning.report.files import append_jsonl, read_jsonl, write_bytes_atomic, write_json_atomic
 from adaptive_reasoning.report.papers import PAPERS
 from adaptive_reasoning.report.stages import stage_rows, stage_table
 from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling, request_seed
@@ -37,6 +40,7 @@ from adaptive_reasoning.tasks.task import Benchmark, load_task
 from adaptive_reasoning.tasks.votes import consensus, majority
 
 EVAL_STREAM = 7_919  # keeps evaluation random numbers apart from those of training
+CONTINUES = MAY_CHANGE | {"settings", "eval_data", "paper"}  # what an evaluation may be continued with other values of
 KEPT_SAMPLES = 48  # responses per setting and evaluation that go into samples.jsonl
 
 
@@ -322,6 +326,27 @@ def judge(args, make_engine, model, tokenizer, benchmarks, forced=()) -> dict[st
     }
 
 
+def finished(folder: Path, args, inputs: dict[str, str]) -> dict[tuple[str, str], dict]:
+    """Return {(benchmark, setting): line of finished.jsonl} of what was measured before; write samples.jsonl from it.
+
+    Raises:
+        UserError: the folder holds a training run, or an evaluation of other weights, data or options.
+    """
+    kept = folder / "finished.jsonl"
+    if (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder} holds a training run, whose files this would replace. Choose another --output_dir.")
+    open_folder(folder, args.algorithm, args, begun=kept.is_file(), may_change=CONTINUES)
+    lines = read_jsonl(kept)
+    for line in lines:
+        check_inputs(folder, line["inputs"], {what: inputs.get(what) for what in line["inputs"]})
+    samples = folder / "samples.jsonl"
+    write_bytes_atomic(samples, b"")
+    for line in lines:
+        for sample in line["samples"]:
+            append_jsonl(samples, sample)
+    return {(line["benchmark"], line["setting"]): line for line in lines}
+
+
 def main() -> None:
     args = parse_args(Args)
     check_args(args)
@@ -349,25 +374,32 @@ def main() -> None:
             sync_every=1 if device.type == "cpu" else 8,
         )
 
-    judged = {}
-    if "router_judge" in wanted and args.judge_model:  # first, so that its weights make room for those of the model
-        judged = judge(args, make_engine, *load_model(args.judge_model, args), task.benchmarks)
+    folder, kept = Path(args.output_dir), {}
+    data = data_of(task)
+    if accelerator.is_main_process:
+        inputs = inputs_of(data, tokenizer) | {f"the model {args.model}": fingerprint(args.model)}
+        kept = finished(folder, args, inputs)
+    kept = all_gather(accelerator, kept)[0]
+    if kept and accelerator.is_main_process:
+        say(f"continuing {folder}: {', '.join(f'{b} {s}' for b, s in kept)} measured before")
+    judged, due = {}, [b for b in task.benchmarks if (b.name, "router_judge") not in kept]
+    if "router_judge" in wanted and due and args.judge_model:  # first, so that its weights make room for the model's
+        judged = judge(args, make_engine, *load_model(args.judge_model, args), due)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     engine = make_engine(model)
-    if "router_judge" in wanted and not args.judge_model:
+    if "router_judge" in wanted and due and not args.judge_model:
         forced = protocol.settings["never_think"]  # its verdict, not its thoughts
-        judged = judge(args, lambda _: engine, model, tokenizer, task.benchmarks, forced)
-    folder = Path(args.output_dir)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "samples.jsonl").unlink(missing_ok=True)
-        write_text_atomic(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(args), sort_keys=False))
+        judged = judge(args, lambda _: engine, model, tokenizer, due, forced)
     rows = []
     with task.grader(args.grader_workers, args.grader_timeout, protocol.check) as grader:
         for benchmark in task.benchmarks:
             graded: dict[str, list[dict]] = {setting: [] for setting in wanted}
             for setting in wanted:
+                if line := kept.get((benchmark.name, setting)):
+                    graded[setting] = line["rows"]
+                    rows.append(line["row"])
+                    continue
                 samples, more = [], {}
                 if setting == "consensus":
                     graded[setting] = consensus(graded, protocol.consensus)
@@ -388,8 +420,15 @@ def main() -> None:
                     result["maj_accuracy"] = majority(graded[setting], args.maj_k, grader)
                 rows.append({"step": 0, "setting": setting, "benchmark": benchmark.name, "result": result})
                 if accelerator.is_main_process:
+                    samples = [{"step": 0, "split": "eval", **sample} for sample in samples]
+                    line = {"benchmark": benchmark.name, "setting": setting, "row": rows[-1]}
+                    mine = {k: v for k, v in inputs.items() if k not in data or k.endswith(f" {benchmark.name}")}
+                    append_jsonl(
+                        folder / "finished.jsonl",
+                        {**line, "inputs": mine, "rows": graded[setting], "samples": samples},
+                    )
                     for sample in samples:
-                        append_jsonl(folder / "samples.jsonl", {"step": 0, "split": "eval", **sample})
+                        append_jsonl(folder / "samples.jsonl", sample)
     if accelerator.is_main_process:
         write_json_atomic(folder / "evaluation.json", rows)
         say(evaluation_table(rows))

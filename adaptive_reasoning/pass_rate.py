@@ -1,8 +1,9 @@
 """Pass rates: how often a model solves each question, sampled once and kept.
 
 Results are lines of a file named after a key of model, questions and sampler, so that any run that would measure the
-same thing finds them, and no run finds another's. Lines are appended as questions are finished: a killed measurement
-goes on where it stopped, and a longer run adds the questions that a shorter one did not need.
+same thing finds them, and no run finds another's. One line holds one round of questions, appended when the round is
+finished: a killed measurement goes on with the very rounds that an untouched one would have had, and a longer run adds
+the questions that a shorter one did not need.
 """
 
 import hashlib
@@ -39,6 +40,7 @@ def pass_rates(
     about = {
         "model": fingerprint(run.args.model),
         "questions": digest("\0".join(f"{q.problem}\0{q.answer}" for q in run.task.questions)),
+        "prompts": digest(repr(run.task.prompts)),  # the chat template is in them
         "requests": digest(repr([describe(r) for r in make_requests(0)])),
         "sampling": repr(sampling),
         "dtype": run.args.dtype,
@@ -49,7 +51,7 @@ def pass_rates(
         if not path.is_file():
             append_jsonl(path, {"about": about})
     run.accelerator.wait_for_everyone()
-    known = {row["question"]: row for row in read_jsonl(path) if "question" in row}
+    known = {row["question"]: row for line in read_jsonl(path) for row in line.get("round", [])}
     todo = [i for i in needed if i not in known]
     run.accelerator.wait_for_everyone()
     if todo:
@@ -66,11 +68,10 @@ def pass_rates(
             row["correct"] += int(e.info["correct"])
             row["tokens"] += e.num_tokens
             row["cut"] += e.finish_reason == "length"
-        for part in all_gather(run.accelerator, list(rows.values())):
-            for row in part:
-                known[row["question"]] = row
-                if run.main:
-                    append_jsonl(path, row)
+        done = [row for part in all_gather(run.accelerator, list(rows.values())) for row in part]
+        known |= {row["question"]: row for row in done}
+        if run.main:
+            append_jsonl(path, {"round": done})
     rates = {i: known[i]["correct"] / known[i]["n"] for i in needed}
     run.lengths |= {i: known[i]["tokens"] / known[i]["n"] for i in needed}
     run.say(f"pass rates of {len(rates)} questions from {path}: mean {sum(rates.values()) / len(rates):.3f}")

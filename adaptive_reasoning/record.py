@@ -1,6 +1,7 @@
 """What a run writes down: the folder it owns, and one row of metrics a step from what every process saw."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import yaml
@@ -10,33 +11,58 @@ from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.checkpoint import newest_checkpoint
 from adaptive_reasoning.report.files import write_text_atomic
 
-MAY_CHANGE = {  # options that a continued run may have other values of
+# Options that a continued run may have other values of: how long it is, what it writes down, and what fits the machine.
+# All others decide what is sampled or learnt, and a run has one value of each.
+MAY_CHANGE = {
     "max_steps", "save_every", "keep_checkpoints", "grader_workers", "grader_timeout", "samples_per_step", "report_to",
     "max_ungraded", "tokens_per_micro_batch", "rollout_rows", "gradient_checkpointing", "output_dir", "patience",
+    "offload_optimizer",
 }  # fmt: skip
 
 
-def open_folder(folder: Path, algorithm: str, args) -> None:
+def open_folder(folder: Path, algorithm: str, args, begun: bool | None = None, may_change=MAY_CHANGE) -> None:
     """Create the folder of a run with its config.yaml, or check that what is in it is this run.
 
+    Args:
+        algorithm: name of what runs there; an evaluation and a cold start have one too.
+        begun: whether the folder holds anything that would be continued; None: a checkpoint.
+        may_change: options that it may be continued with other values of.
+
     Raises:
-        UserError: it holds a run of another algorithm or with other options, or cannot be written to.
+        UserError: it holds a run of another algorithm or with other options, its config.yaml is damaged, or it cannot
+            be written to.
     """
     path, config = folder / "config.yaml", dataclasses.asdict(args)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and newest_checkpoint(folder / "checkpoints") is not None:
-            check_same(folder, yaml.safe_load(path.read_text()) or {}, algorithm, config)
-        write_text_atomic(path, yaml.safe_dump({"algorithm": algorithm, **config}, sort_keys=False))
+        if begun is None:
+            begun = newest_checkpoint(folder / "checkpoints") is not None
+        if path.is_file() and begun:
+            check_same(folder, read_config(path), algorithm, config, may_change)
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot write there: {error}") from error
+    write_text_atomic(path, yaml.safe_dump({"algorithm": algorithm, **config}, sort_keys=False))
 
 
-def check_same(folder: Path, old: dict, algorithm: str, new: dict) -> None:
-    """Raise UserError if the folder holds a run with other options; how long it runs may change."""
-    if old.pop("algorithm", algorithm) != algorithm:
-        raise UserError(f"{folder} holds a run of another algorithm. Choose another --output_dir.")
-    differ = [k for k in new if k in old and old[k] != new[k] and k not in MAY_CHANGE]
+def read_config(path: Path) -> dict:
+    """Return the options in the config.yaml of a run."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged, it is not valid YAML: {error}. {DAMAGED}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged, it holds no options but {type(config).__name__}. {DAMAGED}")
+    return config
+
+
+DAMAGED = "Delete it to continue with the options of this command, or choose another --output_dir."
+
+
+def check_same(folder: Path, old: dict, algorithm: str, new: dict, may_change=MAY_CHANGE) -> None:
+    """Raise UserError if the folder holds a run with other options; those in `may_change` may differ."""
+    if (found := old.pop("algorithm", algorithm)) != algorithm:
+        raise UserError(f"{folder} holds a run of {found}, not of {algorithm}. Choose another --output_dir.")
+    differ = [k for k in new if k in old and old[k] != new[k] and k not in may_change]
     if differ:
         k = differ[0]
         raise UserError(
@@ -55,6 +81,44 @@ def picked(groups: list[list[int]], batch: list[int], n: int, step: int) -> list
     place = {question: i for i, question in enumerate(batch)}
     every = [(place[q], j, rank) for rank, part in enumerate(groups) for j, q in enumerate(part)]
     return [(rank, j) for _, j, rank in pick(sorted(every), n, step)]
+
+
+def data_of(task) -> dict[str, list[str]]:
+    """Return {what: texts} of the questions of a task, by where they come from."""
+    parts: dict[str, list[str]] = {}
+    for q in task.questions:
+        parts.setdefault(f"the training data {q.source or q.id.split('/')[0]}", []).append(text_of(q))
+    for benchmark in task.benchmarks:
+        parts[f"the evaluation data {benchmark.name}"] = [text_of(q) for q in benchmark.questions]
+    return parts
+
+
+def text_of(question) -> str:
+    return f"{question.problem}\0{question.answer}\0{question.difficulty}"
+
+
+def inputs_of(data: dict[str, list[str]], tokenizer) -> dict[str, str]:
+    """Return {what: digest} of what a run reads beside its options and weights, saved with every checkpoint.
+
+    Data counts by its content: a file may be written again as it was.
+    """
+    parts = dict(data)
+    parts["the tokenizer"] = [f"{text}\0{i}" for text, i in sorted(tokenizer.get_vocab().items())]
+    parts["the chat template"] = [str(tokenizer.chat_template)]
+    return {
+        what: hashlib.sha256("\1".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        for what, texts in parts.items()
+    }
+
+
+def check_inputs(folder: Path, old: dict[str, str], new: dict[str, str]) -> None:
+    """Raise UserError where data, tokenizer or chat template are no longer what the run was begun with."""
+    changed = [what for what in dict.fromkeys([*old, *new]) if old.get(what) != new.get(what)]
+    if old and changed:
+        raise UserError(
+            f"{changed[0]} has changed since {folder} was begun, and a continued run would mix two. Put back what it "
+            "was, or start a new run with another --output_dir."
+        )
 
 
 def sums_of(shares: list[dict]) -> dict[str, float]:

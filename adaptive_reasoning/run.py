@@ -32,7 +32,7 @@ from adaptive_reasoning.learner.packing import MicroBatch, logprob_gap
 from adaptive_reasoning.learner.runtime import all_gather, end, is_zero3, make_accelerator, on_main
 from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.preflight import preflight
-from adaptive_reasoning.record import open_folder, over_processes, picked, sums_of
+from adaptive_reasoning.record import check_inputs, data_of, inputs_of, open_folder, over_processes, picked, sums_of
 from adaptive_reasoning.report import glossary
 from adaptive_reasoning.report.console import Console, say
 from adaptive_reasoning.report.files import (
@@ -77,6 +77,7 @@ class Run:
         self.stop_ids = prompts.stop_tokens(self.tokenizer, generation_config(args.model))
         self.task = load_task(args, self.tokenizer)
         self.task.batch(1, args.prompts_per_step, args.seed)  # says at once if there are too few questions
+        self.inputs = inputs_of(data_of(self.task), self.tokenizer)
         self.grader = self.task.grader(args.grader_workers, args.grader_timeout, check)
         self.step = self.continued = 0  # step reached, and the step at which this process continued
         self.spent = 0.0  # seconds of earlier parts of a resumed run
@@ -144,6 +145,7 @@ class Run:
             state = load_checkpoint(checkpoint, self.learner, self.critic)
             self.step, self.spent, self.memory = state["step"], state["wall_s"], state.get("memory", {})
             self.lengths = dict(state.get("lengths", []))
+            check_inputs(self.folder, state.get("inputs", {}), self.inputs)
             self.continued = self.step
             self.say(f"continuing {self.folder} after step {self.step}")
 
@@ -441,6 +443,7 @@ class Run:
         on_main(self.accelerator, lambda: root.mkdir(exist_ok=True))
         state = {"step": self.step, "wall_s": self.spent + time.perf_counter() - self.started, "memory": self.memory}
         state["lengths"] = sorted(self.lengths.items())
+        state["inputs"] = self.inputs
         save_checkpoint(root / f"step_{self.step:06d}", self.learner, self.tokenizer, state, self.critic)
         on_main(self.accelerator, lambda: prune(root, self.args.keep_checkpoints))
 

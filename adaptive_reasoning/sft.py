@@ -3,7 +3,8 @@
     python -m adaptive_reasoning.sft --config experiments/cold_start_adaptthink.yaml
 
 The loss is the mean negative log-prob over the response tokens of the batch, EOS included; prompts carry no loss. It
-runs on the same learner as reinforcement: same packing, same log-probs, same checkpoints. LoRA through peft on request,
+runs on the same learner as reinforcement: same packing, same log-probs, same checkpoints, and the same command
+continues a run that was killed, to the same weights. LoRA through peft on request,
 merged into full weights at the end.
 
 Training rows come from a file (JSONL or Parquet with `problem` and `response`), or, for the laboratory, from arithmetic
@@ -11,7 +12,9 @@ chains made by code. A row's mode token is supervised like any other, except whe
 otherwise (`tasks/formats`).
 """
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import time
@@ -31,12 +34,14 @@ from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.learner.runtime import all_reduce, make_accelerator
 from adaptive_reasoning.options import RunArgs, parse_args
+from adaptive_reasoning.record import MAY_CHANGE, check_inputs, check_same, inputs_of, open_folder
 from adaptive_reasoning.report.console import say
-from adaptive_reasoning.report.files import append_jsonl, truncate_jsonl, write_json_atomic
+from adaptive_reasoning.report.files import append_jsonl, load_json, truncate_jsonl, write_json_atomic
 from adaptive_reasoning.tasks import chain, control_slot, prompts
 from adaptive_reasoning.tasks.formats import NAMES, Row, load
 from adaptive_reasoning.tasks.question import Question
 
+CONTINUES = MAY_CHANGE - {"max_steps"}  # the schedule of the learning rate and the rows depend on how long it is
 TEMPLATES = {"arm": load("arm").TEMPLATE}
 
 
@@ -160,12 +165,12 @@ def loss(logprobs: torch.Tensor, counts: Counts) -> torch.Tensor:
 
 
 def rate(args, highest: float, step: int) -> float:
-    """Return the learning rate of step 1, 2, ... before the learner's warm-up."""
+    """Return the learning rate of step 1, 2, ... before the warm-up: a plain float, as checkpoints need it."""
     if args.lr_schedule == "constant":
         return highest
     # With a share of warm-up the cosine begins behind it, as in transformers.
     start = args.warmup_steps if getattr(args, "warmup_share", 0) else 0
-    return highest * 0.5 * (1 + np.cos(np.pi * max(0, step - 1 - start) / (args.max_steps - start)))
+    return highest * 0.5 * (1 + math.cos(math.pi * max(0, step - 1 - start) / (args.max_steps - start)))
 
 
 def start_model(args, accelerator):
@@ -222,32 +227,42 @@ def main() -> None:
     base_rate = args.learning_rate
     done = folder / "done.json"
     if done.is_file():
-        if json.loads(done.read_text())["options"] != options:
-            raise UserError(
-                f"{folder} holds a cold start with other options. Choose another --output_dir or delete it."
-            )
+        check_same(folder, load_json(done)["options"], "sft", options, CONTINUES)
         say(f"{folder / 'model'} is complete")
         return
+    file_rows = load_rows(args.data) if args.task == "math" else None
+    if file_rows:
+        if args.batch_size > len(file_rows):
+            raise UserError(
+                f"a step needs {args.batch_size} rows, {args.data} has {len(file_rows)}: lower --batch_size."
+            )
+        if args.pairs:
+            check_pairs(file_rows, args.batch_size)
     accelerator = make_accelerator(args)
     rank, ranks, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     model, tokenizer = start_model(args, accelerator)
+    inputs = {f"the training data {args.data}": [f"{r.question.problem}\0{r.response}" for r in file_rows or []]}
+    inputs = inputs_of(inputs, tokenizer)
     learner = Learner(args, model, accelerator, trainable="marked" if args.lora_rank else "all")
-    file_rows = load_rows(args.data) if args.task == "math" else None
-    if args.pairs and file_rows:
-        check_pairs(file_rows, args.batch_size)
     if args.epochs and file_rows:
         args.max_steps = -(-args.epochs * len(file_rows) // args.batch_size)
     if args.warmup_share:
         args.warmup_steps = round(args.warmup_share * args.max_steps)
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if main_process:
+        open_folder(folder, "sft", dataclasses.replace(args, **options), may_change=CONTINUES)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+    accelerator.wait_for_everyone()
     step = 0
     checkpoint = newest_checkpoint(folder / "checkpoints")
     if checkpoint is not None:
-        step = load_checkpoint(checkpoint, learner)["step"]
-        say(f"continuing {folder} after step {step}")
+        state = load_checkpoint(checkpoint, learner)
+        check_inputs(folder, state.get("inputs", {}), inputs)
+        step = state["step"]
+        if main_process:
+            say(f"continuing {folder} after step {step}")
     if main_process and (folder / "metrics.jsonl").is_file():
         truncate_jsonl(folder / "metrics.jsonl", step)
-    started = time.perf_counter()
+    started, first = time.perf_counter(), step
 
     while step < args.max_steps:
         step += 1
@@ -270,10 +285,11 @@ def main() -> None:
             row = {"step": step, "loss/policy": total, "loss/grad_norm": stats["grad_norm"]}
             append_jsonl(folder / "metrics.jsonl", {**row, "loss/learning_rate": stats["learning_rate"]})
             if step % 50 == 0 or step == args.max_steps:
-                left = (time.perf_counter() - started) / step * (args.max_steps - step)
+                left = (time.perf_counter() - started) / (step - first) * (args.max_steps - step)
                 say(f"cold start step {step:>5}/{args.max_steps} | loss {total:.4f} | ETA {left:.0f}s")
         if args.save_every and step % args.save_every == 0 and step < args.max_steps:
-            save_checkpoint(folder / "checkpoints" / f"step_{step:06d}", learner, tokenizer, {"step": step})
+            state = {"step": step, "inputs": inputs}
+            save_checkpoint(folder / "checkpoints" / f"step_{step:06d}", learner, tokenizer, state)
             if main_process:
                 prune(folder / "checkpoints", args.keep_checkpoints)
     save_final(folder, learner, tokenizer, options)
@@ -291,7 +307,12 @@ def save_final(folder: Path, learner: Learner, tokenizer, options: dict) -> None
             for file in (folder / "final" / "model").glob("*.safetensors*"):
                 file.unlink()
             learner.model.save_pretrained(folder / "final" / "model", state_dict=weights)
-        os.replace(folder / "final" / "model", folder / "model")
+        model, old = folder / "model", folder / "model.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if model.exists():  # of a process that was killed before it could write done.json
+            os.rename(model, old)
+        os.rename(folder / "final" / "model", model)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(folder / "final")
         write_json_atomic(folder / "done.json", {"options": options})
         say(f"wrote {folder / 'model'}")

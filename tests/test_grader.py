@@ -106,7 +106,7 @@ def test_healthy_answers_among_hanging_crashing_and_memory_eating_ones():
     }
     jobs = [(f"{n}", f"{n + n % 2}", n) for n in range(100)] + [(name, "1", name) for name in bad]
     random.Random(0).shuffle(jobs)
-    with GraderPool(workers=3, timeout=2.0, check=check, memory_gib=1.0) as pool:
+    with GraderPool(workers=3, timeout=2.0, check=check, memory_gib=0.5) as pool:
         for job in jobs:
             pool.submit(*job)
         grades = pool.drain()

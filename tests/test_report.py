@@ -219,7 +219,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary_one(tmp_path, m
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match="no space"):
         files.write_json_atomic(path, {"new": 1})
     assert json.loads(path.read_text()) == {"old": None}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]

@@ -17,12 +17,16 @@ def append_jsonl(path: Path, obj: dict) -> None:
 
     Raises:
         TypeError: a value that JSON cannot hold (a tensor, a NumPy scalar).
+        UserError: the disk is full, or the file cannot be written. The torn line goes with the next append or resume.
     """
     line = _to_json(obj).encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate becomes its JSON escape
-    with open(path, "ab") as file:
-        _mend_tail(path)
-        file.write(line)
-        file.flush()
+    try:
+        with open(path, "ab", buffering=0) as file:
+            _mend_tail(path)
+            while line:
+                line = line[file.write(line) :]
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -66,22 +70,36 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary file in the same folder, sync it, rename it to `path`, sync the folder."""
+    """Write `data` to a temporary file in the same folder, sync it, rename it to `path`, sync the folder.
+
+    Raises:
+        UserError: the disk is full, or the file cannot be written; what was there before is still there.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself is only safe once the folder is on disk
-    finally:
-        os.close(folder)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself is only safe once the folder is on disk
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path}: {error.strerror or error}. Free some space or mend the permissions, and start the same "
+        "command again: it continues the run."
+    )
 
 
 def _to_json(obj, indent: int | None = None) -> str:

@@ -9,14 +9,22 @@ failure is never a silent zero: every grade says ok, timeout or error, and `rate
         pool.drain()                                # {0: Grade(correct=True, status="ok", ...)}
 
 A slot is a fresh interpreter (never a fork of the run, so its threads and its CUDA do not matter) that imports the
-checking function's module once, does no check itself, and forks the worker that does. A killed worker is so replaced in
-milliseconds instead of the second that importing sympy takes: a hundred hanging answers cost their deadlines, no more.
-One thread of the run talks to all slots; the calling thread may be any thread.
+checking function's module once, calls its `warm_up` if it has one, does no check itself, and forks the worker that
+does. A killed worker is so replaced in milliseconds instead of the seconds that importing sympy and filling its caches
+take: a hundred hanging answers cost their deadlines, no more. One thread of the run talks to all slots; the calling
+thread may be any thread.
+
+A verdict is a function of the answer and its reference alone, on whatever rank and after whatever other answers: hashes
+and random numbers, by which sympy orders sets and tries points, start from the same seed for every answer. What a clock
+decides cannot be such a function. An answer that missed its deadline is not tried again: a retry of every hanging
+answer would double what they cost, and a slow machine shows in `rates`, which the run watches (--max_ungraded).
 """
 
+import gc
 import importlib
 import json
 import os
+import random
 import selectors
 import signal
 import subprocess
@@ -210,7 +218,7 @@ class GraderPool:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
             start_new_session=True,  # Ctrl-C goes to the run, which closes the pool
         )
         slot.ready, slot.job, slot.received, slot.started = False, None, b"", time.monotonic()
@@ -333,7 +341,7 @@ def _write(pipe: int, message) -> None:
 
 
 def serve() -> None:
-    """Main function of a slot: import the check, then keep one worker alive until the pipe closes.
+    """Main function of a slot: import the check, warm up, then keep one worker alive until the pipe closes.
 
     Command line: module:function, memory limit in GiB, pid of the run. One JSON document a line on stdin
     ([number, answer, gold]) and stdout: {"failure"}; {"worker": pid} when a worker is ready, {"died": exit code} when
@@ -349,9 +357,11 @@ def serve() -> None:
         check = importlib.import_module(module)
         for part in name.split("."):
             check = getattr(check, part)
+        getattr(importlib.import_module(module), "warm_up", lambda: None)()
     except Exception as error:
         return _write(replies, {"failure": f"{type(error).__name__}: {error}"})
     os.dup2(nothing, 2)
+    gc.freeze()  # a collection in a worker would touch, and so copy, every page it shares with its parent
     code = None
     while code != 0:  # a worker ends with 0 when the pipe is closed
         me, worker = os.getpid(), os.fork()
@@ -378,6 +388,7 @@ def _work(check, requests: int, replies: int) -> int:
         except ValueError:
             continue  # the rest of a job that a worker died reading; its deadline ends it
         _write(replies, {"number": number, "begun": True})
+        _seed()
         try:
             reply = {"correct": bool(check(answer, gold)), "status": "ok", "detail": ""}
         except BaseException as error:  # SystemExit too: whatever the check raises is a verdict that was not reached
@@ -387,6 +398,13 @@ def _work(check, requests: int, replies: int) -> int:
         if reply["detail"] == "MemoryError":
             return 1
     return 0
+
+
+def _seed() -> None:
+    """Start the random numbers anew; sympy, where the check has imported it, tries random points of its own."""
+    random.seed(0)
+    if "sympy" in sys.modules:
+        sys.modules["sympy"].core.random.seed(0)
 
 
 def _die_with(parent: int) -> None:

@@ -7,7 +7,9 @@ calls two answers equal whose first numbers are ("3/4" and "3/5" pass, and so do
 
 import re
 
-from adaptive_reasoning.tasks.answers import boxed_answer, same_answer
+from adaptive_reasoning.tasks.answers import boxed_answer, same_answer, warm_up
+
+__all__ = ["lenient_answer", "lenient_same", "warm_up"]  # a grader slot calls the last one before it grades
 
 NUMBER = re.compile(r"-?\d+\.\d+|\d+")  # the authors' pattern: a sign counts in front of decimals alone
 PLACES = (r"<answer>(.*?)</answer>", r"\*\*(?:Final )?Answer:?\*\*:?\s*([^\n]+)")

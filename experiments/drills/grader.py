@@ -16,8 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # the workers import this file by its name
 
-from adaptive_reasoning.tasks.answers import same_answer
+from adaptive_reasoning.tasks.answers import same_answer, warm_up
 from adaptive_reasoning.tasks.grader import GraderPool
+
+__all__ = ["check", "warm_up"]  # what a worker looks for in this module
 
 
 def check(answer: str, gold: str) -> bool:
@@ -83,16 +85,28 @@ def main() -> int:
     healthy = [job for job in jobs if job[2] is not None]
     alone, _, _ = grade(healthy, args.workers, args.timeout)
     seconds, grades, alive = grade(jobs, args.workers, args.timeout)
-    wrong = [i for i, (_, _, right) in enumerate(jobs) if right is not None and grades[i].correct != right]
+    wrong = [
+        i for i, (_, _, right) in enumerate(jobs)
+        if right is not None and (grades[i].correct != right or grades[i].status != "ok")
+    ]  # fmt: skip
+    latencies = sorted(grade.seconds for grade, (_, _, right) in zip(grades.values(), jobs) if right is not None)
+    p50, p99 = (1e3 * latencies[int(share * (len(latencies) - 1))] for share in (0.5, 0.99))
+    load = os.getloadavg()[0]
     hung = sum(grade.status == "timeout" for grade in grades.values())
     died = sum(grade.status == "error" for grade in grades.values())
     floor = hung * args.timeout / args.workers + alone
     result = {
         "drill": "grader", "answers": len(jobs), "timeouts": hung, "errors": died, "wrong": len(wrong), "alive": alive,
         "healthy_alone_s": round(alone, 2), "seconds": round(seconds, 2), "times_floor": round(seconds / floor, 3),
+        "answers_per_s": round(len(healthy) / alone, 1), "p50_ms": round(p50, 2), "p99_ms": round(p99, 2),
+        "load": round(load, 2),
     }  # fmt: skip
     print(f"{len(jobs):,} answers: {hung} ran into their deadline, {died} died, {len(wrong)} healthy ones wrong")
     print(f"{seconds:.1f} s; deadlines over {args.workers} workers and the healthy work alone: {floor:.1f} s")
+    print(
+        f"healthy ones alone: {len(healthy) / alone:.0f} a second; the check of one takes {p50:.1f} ms in the "
+        f"middle, {p99:.1f} ms at the 99th percentile; load of the machine at the end: {load:.1f}"
+    )
     for i in wrong[:5]:
         print("wrong:", jobs[i], grades[i])
     print(json.dumps(result))
