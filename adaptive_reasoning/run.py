@@ -25,7 +25,13 @@ from adaptive_reasoning.learner.checkpoint import (
 )
 from adaptive_reasoning.learner.critic import Critic, load_critic
 from adaptive_reasoning.learner.learner import Learner
-from adaptive_reasoning.learner.model import generation_config, load_config, load_model, load_tokenizer
+from adaptive_reasoning.learner.model import (
+    check_vocabulary,
+    generation_config,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from adaptive_reasoning.learner.packing import MicroBatch, logprob_gap
 from adaptive_reasoning.learner.runtime import all_gather, is_zero3, make_accelerator
 from adaptive_reasoning.preflight import preflight
@@ -70,6 +76,7 @@ class Run:
         self.main = self.accelerator.is_main_process
         self.config = load_config(args.model)
         self.tokenizer = load_tokenizer(args.model)
+        check_vocabulary(self.config, self.tokenizer)
         self.stop_ids = prompts.stop_tokens(self.tokenizer, generation_config(args.model))
         self.task = load_task(args, self.tokenizer)
         self.task.batch(1, args.prompts_per_step, args.seed)  # says at once if there are too few questions
