@@ -182,7 +182,9 @@ def read_yaml(path: Path, cls: type) -> dict:
             f"--config {path}: no such file. Give the path of a YAML file, for example one of experiments/*.yaml."
         )
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}. Save the file as UTF-8.") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -253,8 +255,11 @@ POSITIVE = (  # of any algorithm
     "critic_minibatches",
     "critic_learning_rate",
     "judge_max_new_tokens",
+    "chain_questions",
+    "chain_eval_questions",
 )
 NOT_NEGATIVE = (
+    "seed",
     "temperature",
     "eval_every",
     "save_every",
@@ -289,6 +294,21 @@ def check(args) -> None:
     for name, allowed in {**CHOICES, **getattr(args, "CHOICES", {})}.items():
         if getattr(args, name, allowed[0]) not in allowed:
             raise UserError(f"--{name} {getattr(args, name)}: takes {', '.join(allowed)}.")
+    if hasattr(args, "prompts_per_step") and not args.temperature > 0:
+        raise UserError(f"--temperature {args.temperature}: training needs a temperature greater than 0.")
+    if getattr(args, "minibatches_per_step", 1) > getattr(args, "prompts_per_step", 1):
+        raise UserError(
+            f"--minibatches_per_step {args.minibatches_per_step}: needs as many questions a step, --prompts_per_step "
+            f"is {args.prompts_per_step}."
+        )
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name, 0.5) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must lie in [0, 1).")
+    if getattr(args, "forcing", "") == "exact" and (args.num_generations * args.nothinking_share) % 1:
+        raise UserError(
+            f"--forcing exact: {args.nothinking_share:g} of --num_generations {args.num_generations} is no whole "
+            "number of responses. Change one of them, or take --forcing coin."
+        )
     for name in ("eval_top_p", "ref_top_p"):
         if not 0 < getattr(args, name, 1.0) <= 1:
             raise UserError(f"--{name} {getattr(args, name)}: must lie in (0, 1].")

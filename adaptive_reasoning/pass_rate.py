@@ -90,6 +90,8 @@ def read_authors_table(path: str, questions: dict[int, Question]) -> dict[int, f
         table = {
             row["problem"].strip(): row["metrics"]["avg_acc_thinking"] for row in json.loads(Path(path).read_text())
         }
+        if wrong := [v for v in table.values() if not isinstance(v, (int, float)) or not 0 <= v <= 1]:
+            raise TypeError(f"an accuracy of {wrong[0]!r}")
     except (OSError, ValueError) as error:
         raise UserError(f"--ref_results {path}: cannot be read as JSON: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:

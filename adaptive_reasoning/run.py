@@ -27,7 +27,13 @@ from adaptive_reasoning.learner.checkpoint import (
 )
 from adaptive_reasoning.learner.critic import Critic, load_critic
 from adaptive_reasoning.learner.learner import Learner
-from adaptive_reasoning.learner.model import generation_config, load_config, load_model, load_tokenizer
+from adaptive_reasoning.learner.model import (
+    check_vocabulary,
+    generation_config,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from adaptive_reasoning.learner.packing import MicroBatch, logprob_gap
 from adaptive_reasoning.learner.runtime import all_gather, end, is_zero3, make_accelerator, on_main
 from adaptive_reasoning.learner.watch import Watch
@@ -74,6 +80,7 @@ class Run:
         self.watch = Watch(self.accelerator, args.patience)
         self.config = load_config(args.model)
         self.tokenizer = load_tokenizer(args.model)
+        check_vocabulary(self.config, self.tokenizer)
         self.stop_ids = prompts.stop_tokens(self.tokenizer, generation_config(args.model))
         self.task = load_task(args, self.tokenizer)
         self.task.batch(1, args.prompts_per_step, args.seed)  # says at once if there are too few questions

@@ -175,8 +175,6 @@ def rate(args, highest: float, step: int) -> float:
 
 def start_model(args, accelerator):
     """Return (model to train, tokenizer)."""
-    if args.task == "math" and not args.model:
-        raise UserError("--model is empty: name the model to fine-tune.")
     if args.model:
         model, tokenizer = load_model(args.model, args)
         if args.short_slot:
@@ -230,6 +228,8 @@ def main() -> None:
         check_same(folder, load_json(done)["options"], "sft", options, CONTINUES)
         say(f"{folder / 'model'} is complete")
         return
+    if args.task == "math" and not args.model:
+        raise UserError("--model is empty: name the model to fine-tune.")
     file_rows = load_rows(args.data) if args.task == "math" else None
     if file_rows:
         if args.batch_size > len(file_rows):

@@ -1,4 +1,4 @@
-"""The user's own commands in a subprocess, with small models and few steps (P10), resume (P6), and bad input."""
+"""The user's own commands in a subprocess, with small models and few steps (P10), resume (P6), and what goes wrong on the way."""
 
 import json
 import os
@@ -11,8 +11,6 @@ import pytest
 import yaml
 from small_model import make_folder
 
-from adaptive_reasoning import adaptthink
-from adaptive_reasoning.errors import run_cli
 from adaptive_reasoning.report.files import read_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -203,79 +201,7 @@ def test_supervised_rows_from_a_file_with_lora(small, tmp_path):
     assert changed and all("_proj" in name for name in changed)
 
 
-# --- bad input: one message, code 2, nothing half-written
-
-
-@pytest.fixture
-def bad(small, tmp_path, monkeypatch, capsys):
-    """A function that runs AdaptThink with something wrong and returns its one message.
-
-    In this process, because starting Python a dozen times is most of the time otherwise; what the command line makes of
-    a UserError is tested with real processes elsewhere in this file.
-    """
-    folder, questions = small
-    monkeypatch.chdir(ROOT)
-
-    def run(*options, data=None, model=None) -> str:
-        command = ["adaptthink", "--config", "experiments/adaptthink_1_5b.yaml", "--model", str(model or folder)]
-        command += ["--data", str(data or questions), "--dtype", "fp32", "--eval_data", "", "--max_steps", "1"]
-        command += [
-            "--output_dir",
-            str(tmp_path / "run"),
-            "--ref_cache",
-            str(tmp_path / "ref"),
-            *SMALL.split(),
-            *options,
-        ]
-        monkeypatch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit) as stopped:
-            run_cli(adaptthink.main)
-        assert stopped.value.code == 2
-        assert not (tmp_path / "run").exists(), "nothing is written before everything was checked"
-        return capsys.readouterr().err.strip().splitlines()[-1]
-
-    return run
-
-
-def written(path: Path, text: str) -> Path:
-    path.write_text(text)
-    return path
-
-
-def test_bad_data(bad, tmp_path):
-    good = '{"problem": "1+1", "answer": "2"}\n'
-    for name, text, message in (
-        ("empty.jsonl", "", "empty.jsonl"),
-        ("broken.jsonl", good + "{not json\n", "broken.jsonl, line 2"),
-        ("lacks.jsonl", good + '{"problem": "2+2"}\n', "lacks.jsonl, line 2"),
-    ):
-        assert message in bad(data=written(tmp_path / name, text)), name
-    assert "no such" in bad(data=tmp_path / "missing.jsonl")
-    assert "lower --prompts_per_step" in bad(data=written(tmp_path / "few.jsonl", good))
-
-
-def test_bad_options(bad, tmp_path):
-    assert "unknown option --detla" in bad("--detla", "1")
-    assert "--max_new_tokens 0: must be greater than 0" in bad("--max_new_tokens", "0")
-    assert "longer than --max_prompt_tokens 3" in bad("--max_prompt_tokens", "3")
-    assert "no such folder" in bad(model=tmp_path / "nothing")
-
-
-def test_bad_tokenizers(bad, small, tmp_path):
-    folder, _ = small
-    plain = tmp_path / "plain"
-    shutil.copytree(folder, plain)
-    template = plain / "chat_template.jinja"
-    template.write_text(template.read_text().replace("<think>", ""))
-    assert "must end in" in bad(model=plain)
-
-    split = tmp_path / "split"
-    shutil.copytree(folder, split)
-    tokenizer = json.loads((split / "tokenizer.json").read_text())
-    for token in tokenizer["added_tokens"]:
-        token["content"] = token["content"].replace("</think>", "</thought>")
-    (split / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "does not hold '</think>' as one token" in bad(model=split)
+# --- what goes wrong on the way: one message, code 2, nothing half-written (bad input: test_bad_input.py)
 
 
 def test_a_full_disk_while_a_checkpoint_is_written(small, tmp_path):
@@ -318,12 +244,11 @@ def test_a_run_whose_answers_cannot_be_graded_stops(laboratory, tmp_path):
     assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["grader/timeout_rate"] == 0.3
 
 
-def test_another_run_in_the_folder_is_not_continued(laboratory, tmp_path):
-    options = ["--config", "experiments/toy_adaptthink.yaml", "--model", str(laboratory), *CHAIN.split()]
-    options += ["--ref_cache", str(tmp_path / "ref"), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
-    assert run_module("adaptthink", *options).returncode == 0
-    done = run_module("adaptthink", *options, "--delta", "0.3")
-    assert done.returncode == 2 and "holds a run with delta = 0.1, now it is 0.3" in done.stderr
+def test_an_unknown_option_is_one_line_and_code_2():
+    """Bad input as the command line sees it; the table of it is in test_bad_input.py."""
+    done = run_module("adaptthink", "--detla", "1")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip().splitlines()[-1] == "error: unknown option --detla. Did you mean '--delta'?"
 
 
 @pytest.mark.slow

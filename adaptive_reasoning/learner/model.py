@@ -12,6 +12,7 @@ from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.kernels import token_logprobs
 
 FAMILIES = ("qwen2", "qwen3", "llama")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_config(name_or_path: str):
@@ -76,7 +77,18 @@ def load_model(name_or_path: str, args, kind=AutoModelForCausalLM, **options):
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--model {name_or_path}: cannot load the weights: {error}") from error
-    return model, load_tokenizer(name)
+    tokenizer = load_tokenizer(name)
+    check_vocabulary(model.config, tokenizer)
+    return model, tokenizer
+
+
+def check_vocabulary(config, tokenizer) -> None:
+    """Raise UserError if the tokenizer has tokens for which the model has no row."""
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, the vocab_size of the model is "
+            f"{config.vocab_size}: they do not belong together. Give a folder of a model with its own tokenizer."
+        )
 
 
 def load_tokenizer(name_or_path: str):
@@ -85,6 +97,12 @@ def load_tokenizer(name_or_path: str):
     AutoTokenizer of transformers 5 rebuilds every tokenizer beside a Qwen2 config with Qwen2's own way of cutting text,
     whatever the file says; R1-Distill models bring their own. Without a tokenizer.json AutoTokenizer has to do.
     """
+    folder = Path(name_or_path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(  # transformers would make an empty tokenizer of nothing
+            f"--model {name_or_path}: the folder has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}). Copy the "
+            "tokenizer files of the model into it."
+        )
     try:
         return PreTrainedTokenizerFast.from_pretrained(name_or_path)
     except (OSError, ValueError):

@@ -167,4 +167,4 @@ def load_json(path: Path):
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+        raise UserError(f"{path}: cannot be read as JSON: {error}. Restore it, or start anew elsewhere.") from error

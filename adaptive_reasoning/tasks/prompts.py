@@ -1,5 +1,7 @@
 """Prompts and control tokens: rendered and looked up once, checked before anything heavy starts."""
 
+from jinja2 import TemplateError
+
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.tasks.question import Question
 
@@ -15,12 +17,16 @@ def prompt_text(tokenizer, problem: str) -> str:
     """Return the prompt as text.
 
     Raises:
-        UserError: the tokenizer has no chat template.
+        UserError: the tokenizer has no chat template, or one that is no Jinja.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template. Add one to its folder.")
     messages = [{"role": "user", "content": problem}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        what = f"the chat template of {tokenizer.name_or_path!r} cannot be rendered"
+        raise UserError(f"{what}: {str(error).rstrip('.')}. Mend it in its folder.") from error
 
 
 def check_opens_thinking(tokenizer) -> str:

@@ -104,6 +104,8 @@ def load_task(args, tokenizer, train: bool = True) -> Task:
         from adaptive_reasoning.tasks import math
 
         sources = [part.strip() for part in args.data.split(",") if part.strip()]
+        if train and not sources:
+            raise UserError("--data is empty: name JSONL or Parquet files, or data sets of the hub.")
         loaded = [math.load_questions(source, args.train_limit) for source in sources] if train else []
         questions = [question for part in loaded for question in part]
         beside = next((source for source in sources if Path(source).is_file()), "")
