@@ -107,7 +107,8 @@ def slurm(tmp_path):
         'for node in 0 1; do SLURM_NODEID=$node "$@" & tasks="$tasks $!"; done\n'
         'trap "kill $tasks" TERM\nfor task in $tasks; do wait $task || exit $?; done',
         "make": 'printf "make"  >> asked.$SLURM_NODEID\nprintf " [%s]" "$@" >> asked.$SLURM_NODEID\n'
-        'if [ -f slow ]; then sleep 30 & nap=$!; trap "echo stopped >> asked.$SLURM_NODEID; kill $nap; exit 143" TERM; wait; fi\n'
+        "stop() { echo stopped >> asked.$SLURM_NODEID; kill $nap; exit 143; }\ntrap stop TERM\n"
+        "if [ -f slow ]; then sleep 30 & nap=$!; wait; fi\n"
         "exit $(cat code 2>/dev/null || echo 0)",
     }
     (tmp_path / "bin").mkdir()
