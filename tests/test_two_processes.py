@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from adaptive_reasoning.tasks import chain
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = (
-    "--config experiments/adaptthink_1_5b.yaml --dtype fp32 --prompts_per_step 5 --num_generations 4 "
+    "--config experiments/adaptthink_1_5b.yaml --dtype fp32 --max_steps 3 --save_every 1 --prompts_per_step 5 --num_generations 4 "
     "--ref_samples 2 --max_new_tokens 24 --nothinking_max_new_tokens 12 --eval_limit 5 --grader_workers 1 "
     "--tokens_per_micro_batch 256 --learning_rate 1e-3 --eval_every 0"
 )
@@ -72,8 +73,8 @@ def equal_weights(one: Path, two: Path) -> None:
 
 @pytest.mark.slow
 def test_zero3_on_two_processes_trains_like_one(tmp_path):
-    """AdaptThink: same samples, same losses to 1e-4, a checkpoint that opens. Then the run of two processes goes on in
-    one and that of one on two, a third step each, and they are still the same run.
+    """AdaptThink: same samples, same losses to 1e-4, a checkpoint that opens. Then the last step once more, the run of two
+    processes in one and that of one on two: they are still the same run.
 
     Five questions on two processes: one has three of them and the other two, and micro-batches differ in number.
     """
@@ -81,27 +82,34 @@ def test_zero3_on_two_processes_trains_like_one(tmp_path):
     data = make_folder(model)
     common = [*OPTIONS.split(), "--model", model, "--data", data, "--eval_data", data]
 
-    def train(launcher, folder, steps):
-        own = ["--output_dir", tmp_path / folder, "--ref_cache", tmp_path / f"ref-{folder}", "--max_steps", steps]
+    def train(launcher, folder):
+        own = ["--output_dir", folder, "--ref_cache", tmp_path / f"ref-{folder.name}"]
         return go(launcher, "-m", "adaptive_reasoning.adaptthink", *common, *own)
 
-    folders = tmp_path / "one", tmp_path / "two"
-    for name in LAUNCHERS:
-        train(name, name, 2)
-    for step, (other, another) in ((2, ("one", "two")), (3, ("two", "one"))):
-        if step == 3:
-            assert "after step 2" in train(other, "one", 3) and "after step 2" in train(another, "two", 3)
+    def compare():
         equal_rows(*(read_jsonl(folder / "metrics.jsonl") for folder in folders))
         equal_samples(*folders)
-        equal_weights(*(folder / f"checkpoints/step_{step:06d}" for folder in folders))
+        equal_weights(*(folder / "checkpoints/step_000003" for folder in folders))
         results = [read_jsonl(folder / "evaluations.jsonl") for folder in folders]
         assert [r["result"]["mean_tokens"] for r in results[0]] == [r["result"]["mean_tokens"] for r in results[1]]
+
+    one, two = folders = tmp_path / "one", tmp_path / "two"
+    train("one", one)
+    train("two", two)
+    compare()
+    for launcher, folder in (("two", one), ("one", two)):
+        shutil.rmtree(folder / "checkpoints" / "step_000003")
+        assert "after step 2" in train(launcher, folder)
+    compare()
 
 
 @pytest.mark.slow
 def test_the_other_algorithms_train_on_two_processes_as_on_one(tmp_path):
     """Ada-GRPO, DeGRPO and Thinker with its critic; GRPO with all questions on one process and none on the other, which
     takes part in every collective operation of the step all the same.
+
+    With an entropy bonus a process whose micro-batch was empty left it out of the backward pass, and DeepSpeed stopped
+    the run: the ranks disagreed on the modules that they had passed.
     """
     for form in {form for form, _ in RUNS.values()} - {"arm"}:  # they have learned nothing
         tokenizer = chain.tokenizer(form)
