@@ -14,9 +14,23 @@ SEED ?= 0
 SEEDS ?= 0 1 2 3 4
 DELTAS ?= 0 0.05 0.1 0.2
 RUN ?= $(patsubst %/metrics.jsonl,%,$(wildcard runs/*/metrics.jsonl))
+HOSTFILE ?=
+OFFLOAD ?=
+
+# Several machines: each is told its place, or finds it in a file with a machine a line.
+ifneq ($(HOSTFILE),)
+  NODE := $(shell experiments/launch/node.sh "$(HOSTFILE)" $(NUM_NODES))
+  ifeq ($(NODE),)
+    $(error HOSTFILE=$(HOSTFILE) does not tell which machine this is)
+  endif
+  override NUM_NODES := $(word 1,$(NODE))
+  NODE_RANK ?= $(word 2,$(NODE))
+  MASTER_ADDR ?= $(word 3,$(NODE))
+endif
 NUM_NODES ?= 1
 NODE_RANK ?= 0
 MASTER_ADDR ?= 127.0.0.1
+MASTER_PORT ?= 29500
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -36,6 +50,9 @@ FOUND_GPUS := $(if $(filter undefined,$(origin CUDA_VISIBLE_DEVICES)),\
 FOUND_GPUS := $(strip $(FOUND_GPUS))
 NUM_GPUS ?= $(FOUND_GPUS)
 
+# OFFLOAD=1 needs ZeRO-3, on a single GPU too.
+OFFLOADED := $(if $(filter-out 0,$(OFFLOAD)),zero3_8gpu_offload)
+
 # Without a GPU, and for the tiny models of the chain task, everything runs in one process on the CPU.
 # Waiting OpenMP threads spin for milliseconds by default: on a busy machine two threads are then slower than one.
 ON_CPU := CUDA_VISIBLE_DEVICES= ACCELERATE_USE_CPU=true GOMP_SPINCOUNT=10000
@@ -43,13 +60,13 @@ ifeq ($(NUM_GPUS),0)
   LAUNCH = $(ON_CPU) $(PY) -m
   PRECISION = --dtype fp32
 else ifneq ($(NUM_NODES),1)
-  LAUNCH = $(VENV)/bin/accelerate launch --config_file experiments/launch/zero3_2nodes.yaml \
+  LAUNCH = $(VENV)/bin/accelerate launch --config_file experiments/launch/$(or $(OFFLOADED),zero3_2nodes).yaml \
     --num_machines $(NUM_NODES) --num_processes $$(($(NUM_NODES) * $(NUM_GPUS))) --machine_rank $(NODE_RANK) \
-    --main_process_ip $(MASTER_ADDR) -m
-else ifeq ($(NUM_GPUS),1)
+    --main_process_ip $(MASTER_ADDR) --main_process_port $(MASTER_PORT) -m
+else ifeq ($(NUM_GPUS)$(OFFLOADED),1)
   LAUNCH = $(PY) -m
 else
-  LAUNCH = $(VENV)/bin/accelerate launch --config_file experiments/launch/zero3_8gpu.yaml \
+  LAUNCH = $(VENV)/bin/accelerate launch --config_file experiments/launch/$(or $(OFFLOADED),zero3_8gpu).yaml \
     --num_processes $(NUM_GPUS) -m
 endif
 PRECISION ?=
@@ -78,7 +95,8 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  \033[1m%-24s\033[0m %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  Options: MODEL= DATA= NUM_GPUS= (now $(NUM_GPUS)) OUT= SEED= ARGS="--max_steps 2 ..."'
-	@echo '  Several machines: NUM_NODES= NODE_RANK= MASTER_ADDR=   Interpreter of .venv: PYTHON='
+	@echo '  Optimiser in host memory: OFFLOAD=1   Interpreter of .venv: PYTHON='
+	@echo '  Several machines: HOSTFILE=, or NUM_NODES= NODE_RANK= MASTER_ADDR= MASTER_PORT=; Slurm: experiments/launch/slurm.sh'
 
 # --- install
 

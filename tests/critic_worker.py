@@ -3,7 +3,6 @@
 torchrun --standalone --nproc_per_node 2 tests/critic_worker.py FOLDER
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -15,9 +14,12 @@ from adaptive_reasoning.learner.critic import Critic, load_critic
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.ppo import normalise, value_loss
-from adaptive_reasoning.learner.runtime import make_accelerator
+from adaptive_reasoning.learner.runtime import end, make_accelerator
 
 SHARES = [[0, 3], [1, 2, 4, 5, 6, 7, 8, 9]]  # how the ten episodes are dealt to two ranks
+
+
+ENGINES = []  # of DeepSpeed, to be taken apart at the end: four in one process
 
 
 class Settings:
@@ -29,7 +31,10 @@ def make_pair(path, folder, accelerator):
     args = make_args(folder)
     args.critic_learning_rate = 2e-3
     learner = Learner(args, load_model(path, args)[0], accelerator)
-    return learner, Critic(args, load_critic(path, args), accelerator)
+    critic = Critic(args, load_critic(path, args), accelerator)
+    if learner.zero3:
+        ENGINES.extend([learner.engine, critic.engine])
+    return learner, critic
 
 
 def fresh_episodes(ranks) -> list:
@@ -84,12 +89,7 @@ def main(folder: Path) -> None:
     found = check(folder, accelerator, fresh_episodes(SHARES[rank]))
     if rank == 0:
         torch.save(found, folder / "result.pt")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    # Four DeepSpeed engines in one process: once in a while one of their threads is still there when the interpreter
-    # takes itself down, and aborts it ("terminate called without an active exception"). Everything is done by now.
-    sys.stdout.flush()
-    os._exit(0)
+    end(accelerator, ENGINES)
 
 
 if __name__ == "__main__":

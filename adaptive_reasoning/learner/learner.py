@@ -56,7 +56,7 @@ class Learner:
         self.model = model
         self.steps = 0  # optimiser steps taken
         self.optimizer = None
-        self._scored = None  # (micro-batch, its log-probs) between score and backward
+        self._scored = None  # (micro-batch, its log-probs, entropy or None) between score and backward
         self._losses = []  # (loss, episodes) of the micro-batches of the step so far
         self._complete = False  # whether the last micro-batch of the step has been through backward
         self.one_row = model.config._attn_implementation == "flash_attention_2"
@@ -198,7 +198,7 @@ class Learner:
         # Gradients of data parallelism are exchanged once a step: in the backward pass of the last micro-batch.
         with self.no_sync() if self.no_sync and not mb.last else nullcontext():
             logprobs, entropy = self._forward(self.engine, mb, with_entropy)
-        self._scored = (mb, logprobs)
+        self._scored = (mb, logprobs, entropy)
         return logprobs, entropy
 
     def _forward(self, module, mb: MicroBatch, with_entropy: bool = False):
@@ -237,10 +237,13 @@ class Learner:
     def backward(self, value: torch.Tensor) -> None:
         """Add the gradient of one micro-batch's loss: a scalar, its share of the whole step over all ranks."""
         assert self._scored is not None, "backward needs the log-probs of score, and only once"
-        mb, logprobs = self._scored
+        mb, logprobs, entropy = self._scored
         self._scored = None
         if mb.weight == 0.0:
             value = logprobs.sum() * 0.0  # whatever the loss made of no tokens, a mean for example, is not a number
+            if entropy is not None and getattr(self.args, "entropy_coef", 0):
+                # ZeRO-3 compares the modules that ranks pass backwards: the bonus has to be there on this one too.
+                value = value + entropy.sum() * 0.0
         self._losses.append((value.detach(), mb.episodes))
         self._complete = mb.last
         # Both data parallelism and DeepSpeed average over ranks: multiplying by their number leaves the sum.
