@@ -73,6 +73,8 @@ class RunArgs:
     """Longest response in tokens, first token and EOS included."""
     rollout_rows: int = 256
     """Rows that decode side by side on one process."""
+    batch_invariant: bool = False
+    """For debugging: a sample's log-probs do not depend on its batch mates, bit for bit; as slow as a full batch."""
 
     # --- learner
     learning_rate: float = 2e-6

@@ -170,6 +170,7 @@ class Run:
             args.rollout_rows,
             cache_bytes=self.cache_bytes,
             sync_every=1 if device.type == "cpu" else GPU_SYNC_EVERY,
+            batch_invariant=args.batch_invariant,
         )
         self.engine.refresh(self.learner.named_weights())
         rows = read_jsonl(self.folder / "metrics.jsonl") if checkpoint and self.main else []

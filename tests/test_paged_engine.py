@@ -98,7 +98,7 @@ def test_preempted_rows_go_on_where_they_were(model, pages, sync_every):
     engine = paged(model, pages=pages, sync_every=sync_every)
     same(engine.run(requests, Sampling(1.0)), want)
     assert all_free(engine)
-    assert engine.stats["preempted"] >= 5, engine.stats
+    assert engine.stats["preempted"] >= 4, engine.stats
 
 
 def test_preempted_turns_of_a_dialogue(model):

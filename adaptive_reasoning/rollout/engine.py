@@ -12,7 +12,6 @@ prompt and response are run again as a prompt, and it goes on. The decode step i
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
@@ -20,60 +19,15 @@ from tqdm import tqdm
 from adaptive_reasoning.rollout.arena import Pages, Slots
 from adaptive_reasoning.rollout.decoder import Decoder, varlen_attention
 from adaptive_reasoning.rollout.graphs import Graphs, buckets
+from adaptive_reasoning.rollout.job import Job, Prompt, State
 from adaptive_reasoning.rollout.request import Completion, Request
-from adaptive_reasoning.rollout.rows import Rows, Saved, decode_step
+from adaptive_reasoning.rollout.rows import Rows, decode_step
 from adaptive_reasoning.rollout.sampler import Sampling
 
 PAGE = 64  # columns of a page on CUDA: as many as a block of the attention kernel
 FIXED_WIDTH = (
     64  # pages; a page table this wide gives the attention kernel its largest number of parts, whatever is run
 )
-
-
-@dataclass(eq=False)
-class Job:
-    """A request on its way: in the queue, in a row, or back in the queue with what it has said."""
-
-    index: int  # of the request
-    request: Request
-    context: list[int]  # everything before the response
-    key: int  # equal for equal prompts that one prefill serves
-    prefix: list[int]  # what has to be in the cache before the row can decode
-    saved: Saved | None = None  # where it was preempted
-
-    @property
-    def total(self) -> int:
-        return len(self.context) + self.request.max_new_tokens
-
-    @property
-    def turn(self) -> bool:
-        """Whether its keys and values were kept by an earlier turn of the dialogue."""
-        return self.request.continues is not None and self.saved is None
-
-
-@dataclass
-class Prompt:
-    """A prompt that was run: shared by all samples of it until the last one has a row."""
-
-    held: object  # the arena's
-    tokens: int
-    logits: torch.Tensor  # [V] fp32 after its last token
-    waiting: int  # samples that still need it
-
-
-@dataclass
-class State:
-    """One run of the loop."""
-
-    rows: Rows
-    size: int  # most live rows
-    queue: list[Job]  # popped from the end
-    sampling: Sampling
-    prompts: dict[int, Prompt] = field(default_factory=dict)
-    live: list[Job] = field(default_factory=list)  # of row 0, 1, ...
-    born: list[int] = field(default_factory=list)  # of row 0, 1, ...: born + step = its tokens in the cache
-    step: int = 0
-    preempted: int = 0
 
 
 class Engine:
