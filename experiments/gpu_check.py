@@ -60,12 +60,12 @@ def gpu_test_files() -> list[Path]:
 
 
 class Marks(ModuleType):
-    """Stands for pytest where it is missing: marks that do nothing."""
+    """Stands for pytest where it is missing: marks, with arguments or without, that do nothing."""
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return lambda *args, **kwargs: lambda function: function
+        return lambda *args, **kwargs: args[0] if args and callable(args[0]) else lambda function: function
 
 
 def run_gpu_tests(smoke: bool) -> int:

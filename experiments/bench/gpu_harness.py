@@ -230,6 +230,22 @@ def random_model(config, dtype=None):
 # ------------------------------------------------------------------------------------------------------------ the line
 
 
+OURS = ("triton", "engine")  # sides of a comparison
+EXCUSES = ("out of memory", "MemoryError", "accelerate is not installed")
+
+
+def failures(results: dict, ours: bool = False) -> list[str]:
+    """Return the errors of our own code in what a part found; those of others, or too little memory, are none."""
+    found = []
+    for key, value in results.items():
+        if isinstance(value, dict):
+            case = key[:1].isdigit() and "error" in value  # of decode, as "1.5B/128x2048"
+            found += failures(value, ours or case or key.startswith(OURS))
+        elif key == "error" and ours and not value.startswith(EXCUSES):
+            found.append(value)
+    return found
+
+
 def main_of(parts: dict[str, Callable], doc: str, name: str, left_out: tuple[str, ...] = (), more=None) -> int:
     """Run the parts named on the command line (default: all but `left_out`), one table and one JSON line each.
 
@@ -249,10 +265,14 @@ def main_of(parts: dict[str, Callable], doc: str, name: str, left_out: tuple[str
         print("There is no GPU here: nothing was measured. --smoke runs tiny sizes on the CPU.")
         return 2
     torch.manual_seed(0)
+    failed = []
     for part in args.part or [part for part in parts if part not in left_out]:
         start = time.perf_counter()
         results = parts[part](args) if more else parts[part]()
         line = {"benchmark": f"{name}/{part}", "smoke": args.smoke, "seconds": round(time.perf_counter() - start, 1)}
         line |= {"gpu": gpu_name(), "torch": torch.__version__}
         print(json.dumps({**line, "results": results}), flush=True)
-    return 0
+        failed += failures(results)
+    if failed:
+        print(f"{len(failed)} of our own cases failed, the first with {failed[0]}")
+    return 1 if failed else 0
