@@ -301,8 +301,10 @@ gpu-check:  ## all GPU tests and short benchmarks in one call of under 10 minute
 	@PYTHONPATH=. $(PYTHON) experiments/gpu_check.py $(ARGS)
 
 .PHONY: bench-gpu
-bench-gpu:  ## benchmarks of the kernels on a GPU
+bench-gpu:  ## benchmarks on a GPU: kernels, decode and long-tailed rollout, one training step; ARGS=--smoke tries them
 	@PYTHONPATH=. $(PYTHON) experiments/bench/gpu_kernels.py $(ARGS)
+	@PYTHONPATH=. $(PYTHON) experiments/bench/gpu_rollout.py $(ARGS)
+	@PYTHONPATH=. $(PYTHON) experiments/bench/gpu_step.py $(ARGS)
 
 .PHONY: drill
 drill: $(call cold,adaptthink)  ## 30 times kill -9 on one process and on two under ZeRO-3; 10,000 answers, some hanging

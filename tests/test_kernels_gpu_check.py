@@ -47,13 +47,102 @@ def test_a_part_that_fails_or_hangs_is_reported_and_the_others_go_on(gpu_check, 
     assert "a 7.0" in lines[-2] and len(lines[-4:-1]) == 3
 
 
+def lines_of(*command: str, **environment: str) -> list[dict]:
+    """Run a benchmark from a plain checkout and return the JSON lines that it prints."""
+    given = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT,
+        env=given | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"} | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
 @pytest.mark.slow
-def test_benchmarks_run_in_the_interpreter():
+def test_kernel_benchmarks_run_in_the_interpreter():
     if find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    command = [sys.executable, "experiments/bench/gpu_kernels.py", "--smoke", "policy_loss", "sample", "rms_norm"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [line["benchmark"] for line in found] == [f"gpu_kernels/{x}" for x in ("policy_loss", "sample", "rms_norm")]
-    assert not [case for line in found for case in line["results"].values() if "error" in case["triton"]]
+    parts = ("token_logprobs", "group_advantage", "policy_loss", "sample", "rms_norm")
+    found = lines_of("experiments/bench/gpu_kernels.py", "--smoke", *parts)
+    assert [line["benchmark"] for line in found] == [f"gpu_kernels/{x}" for x in parts]
+    cases = [case for line in found for case in line["results"].values() if isinstance(case, dict)]
+    assert len(cases) > 10 and not [case for case in cases if "error" in case["triton"]]
+
+
+@pytest.mark.slow
+def test_rollout_benchmark_runs():
+    decode, mix = lines_of("experiments/bench/gpu_rollout.py", "--smoke", "--short")
+    assert all(decode["results"][f"1.5B/{B}x40"]["tokens_per_s"] > 0 for B in (1, 3))
+    results = mix["results"]
+    assert results["engine"]["times_as_long"] == 1.0 and results["generate"]["tokens_per_s"] > 0
+    assert results["tokens"] > results["requests"] == 4
+
+
+@pytest.mark.slow
+def test_step_benchmark_runs_without_what_the_gpu_machine_lacks(tmp_path):
+    """No DeepSpeed, data sets or math-verify: the machine with the GPU has torch, triton, transformers, accelerate."""
+    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    path = f".{os.pathsep}{tmp_path}"
+    (line,) = lines_of("experiments/bench/gpu_step.py", "--smoke", "--fused", "--offload_optimizer", PYTHONPATH=path)
+    found = line["results"]
+    assert found["responses"] == 8 and found["fused"] and found["offload_optimizer"]
+    assert found["logprob_gap"] < 1e-4, "the engine's log-probs are the learner's"
+    assert found["step"] == pytest.approx(
+        sum(found[x] for x in ("rollout", "grade_wait", "update", "refresh")), abs=0.01
+    )
+
+
+HIDE = """
+import importlib.util, sys
+HIDDEN = ("deepspeed", "datasets", "math_verify", "latex2sympy2_extended", "pytest", "flash_attn", "trl")
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in HIDDEN:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hide())
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name.split(".")[0] in HIDDEN else real(name, *a)
+"""
+
+
+def test_the_tests_for_a_gpu_run_without_pytest(gpu_check, monkeypatch, tmp_path, capsys):
+    """Marks do nothing, a test that fails is named and counted, one that needs a fixture is left out by name."""
+    (tmp_path / "test_some_gpu.py").write_text(
+        "import pytest\npytestmark = [pytest.mark.gpu, pytest.mark.skipif(True, reason='')]\nran = []\n"
+        "@pytest.mark.slow\ndef test_good():\n    ran.append(1)\n"
+        "def test_bad():\n    assert len(ran) == 2, f'ran {len(ran)} times'\n"
+        "def test_with(fixture):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(gpu_check, "gpu_test_files", lambda: [tmp_path / "test_some_gpu.py"])
+    real = gpu_check.find_spec
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if name == "pytest" else real(name))
+    monkeypatch.setitem(sys.modules, "pytest", pytest)  # put back afterwards
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert gpu_check.run_gpu_tests(smoke=False) == 1
+    said = capsys.readouterr().out
+    assert "FAILED test_some_gpu.py test_bad: AssertionError: ran 1 times" in said
+    assert "left out, they need pytest: test_with" in said
+    assert "1 tests without pytest passed, 1 failed, 1 left out" in said
+
+
+@pytest.mark.parametrize("part", ["tests", "tests marked gpu"])
+def test_tests_are_called_directly_where_pytest_or_math_verify_is_missing(gpu_check, monkeypatch, part):
+    real = gpu_check.find_spec
+    assert gpu_check.test_command(part, smoke=False)[:2] == ["-m", "pytest"]
+    for missing in ("pytest", "math_verify"):
+        monkeypatch.setattr(gpu_check, "find_spec", lambda name, m=missing: None if name == m else real(name))
+        assert gpu_check.test_command(part, smoke=False)[0].endswith("gpu_check.py")
+
+
+def test_an_error_of_our_own_fails_a_benchmark_and_that_of_others_does_not(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "bench"))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    import gpu_harness
+
+    broken, full, fine = {"error": "ValueError: x"}, {"error": "out of memory"}, {"ms": 1.0}
+    ours = {"8": {"triton": fine, "triton, entropy": broken, "torch": full}, "1.5B/3x40": {"error": "KeyError: 1"}}
+    assert gpu_harness.failures({**ours, "engine": broken}) == ["ValueError: x", "KeyError: 1", "ValueError: x"]
+    others = {"4096": {"triton": full, "liger (cross entropy)": broken}, "generate": broken, "copy_gb_per_s": 1.0}
+    assert gpu_harness.failures({**others, "7B/256x8192": {"error": "MemoryError: does not fit"}}) == []

@@ -18,12 +18,12 @@ from distributed_worker import (
     weights,
     write_model,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.checkpoint import load_checkpoint, newest_checkpoint, prune, save_checkpoint
 from adaptive_reasoning.learner.learner import Learner, NonFiniteError
-from adaptive_reasoning.learner.model import load_model
+from adaptive_reasoning.learner.model import boundaries, load_model
 from adaptive_reasoning.learner.offload import OffloadedAdamW
 from adaptive_reasoning.learner.packing import pack
 from adaptive_reasoning.learner.runtime import make_accelerator
@@ -406,3 +406,36 @@ def test_fused_step_of_the_offloaded_optimiser():
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     assert torch.equal(found[1][2], torch.ones(2))
+
+
+def varlen_sdpa(
+    module, query, key, value, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, **_
+):  # fmt: skip
+    """Attend within [boundary, next boundary) alone, as flash attention does: by what the call says, not by a mask."""
+    assert attention_mask is None and query.shape[0] == 1
+    assert cu_seq_lens_q.dtype == torch.int32 and torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+    lengths = cu_seq_lens_q.diff()
+    assert max_length_q == max_length_k == int(lengths.max()) and isinstance(max_length_q, int)
+    assert int(lengths.sum()) == query.shape[2]
+    parts = zip(*(x.split(lengths.tolist(), dim=2) for x in (query, key, value)))
+    out = [torch.nn.functional.scaled_dot_product_attention(*p, is_causal=True, enable_gqa=True) for p in parts]
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("name", ["untied", "qwen3", "llama"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_rows_tell_flash_attention_where_sequences_end(models, tmp_path, name, checkpointing):
+    """By the names that transformers hands on to its kernels, in every family, through gradient checkpointing too."""
+    AttentionInterface.register("varlen_sdpa", varlen_sdpa)
+    found = []
+    for one_row in (False, True):
+        learner = make_learner(models[name], make_args(tmp_path, gradient_checkpointing=checkpointing))
+        if one_row:
+            learner.model.config._attn_implementation = "varlen_sdpa"
+        logprobs, _ = learner.score(pack(make_episodes(), one_row=one_row))
+        logprobs.square().sum().backward()
+        found.append((logprobs.detach(), gradients(learner)))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=0)
+    for key, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][key], gradient, atol=1e-4, rtol=1e-4)
+    assert boundaries(None) == {}

@@ -1,5 +1,9 @@
 """Episodes into minibatches and micro-batches: nothing lost, nothing doubled, every index where it belongs."""
 
+import math
+from statistics import NormalDist
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -95,3 +99,22 @@ def test_logprob_gap_leaves_forced_tokens_out():
     mb = pack([tiny([5], [8, 9, 3], info={"forced": 1})])
     total, number, largest = logprob_gap(mb, torch.tensor([50.0, -2.25, -2.5]))
     assert (float(total), number, float(largest)) == (0.75, 2, 0.5)
+
+
+def adaptthink_lengths(number: int) -> list[int]:
+    """Half NoThinking, half thinking, both log-normal (quantiles, so always the same), with a prompt of 150 tokens."""
+    z = [NormalDist().inv_cdf((i + 0.5) / (number // 2)) for i in range(number // 2)]
+    thinking = [min(16_384, 5000 * math.exp(0.6 * x)) for x in z]
+    return [150 + int(T) for T in thinking + [min(4096, 600 * math.exp(0.6 * x)) for x in z]]
+
+
+@pytest.mark.parametrize("number, most", [(128, 0.09), (256, 0.05), (2048, 0.01)])
+def test_padding_of_rows_sorted_by_length_is_small(number, most):
+    """Why rows are not packed where flash-attn is missing: the figures that `pack` names."""
+    episodes = [SimpleNamespace(prompt_ids=range(150), response_ids=range(L - 150)) for L in adaptthink_lengths(number)]
+    batches = fill(episodes, 32_768, one_row=False)
+    lengths = [[150 + len(e.response_ids) for e in batch] for batch in batches]
+    computed = sum(len(batch) * max(batch) for batch in lengths)
+    assert all(len(batch) * max(batch) <= 32_768 for batch in lengths)
+    assert 1 - sum(map(sum, lengths)) / computed < most
+    assert len(batches) <= len(fill(episodes, 32_768, one_row=True)) + max(3, 0.1 * len(batches))

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from adaptive_reasoning.episode import Episode
 from adaptive_reasoning.learner.learner import Learner
-from adaptive_reasoning.learner.model import load_model
+from adaptive_reasoning.learner.model import boundaries, load_model
 
 
 def load_critic(name_or_path: str, args):
@@ -67,7 +67,9 @@ class ValueModel(nn.Module):
 
     def forward(self, input_ids, position_ids, predict_index):
         """Return values [N] fp32 at `predict_index`. Args: as in `packing.MicroBatch`."""
-        hidden = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        hidden = self.model.model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **boundaries(position_ids)
+        ).last_hidden_state
         hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predict_index)  # [N, H]
         return self.model.score(hidden)[:, 0]
 

@@ -137,6 +137,23 @@ class LogprobHead(nn.Linear):
         return token_logprobs(hidden.to(dtype), self.weight.to(dtype), targets, temperature, with_entropy=with_entropy)
 
 
+def boundaries(position_ids: torch.Tensor | None) -> dict:
+    """Return where the sequences of a packed row begin and end, by the names transformers hands to flash attention.
+
+    It would find them by itself, from positions that restart, but once a layer, waiting for the device each time.
+    SDPA does not read them: there transformers makes a block-diagonal mask out of the positions.
+
+    Args:
+        position_ids: [1, W], restarting with each sequence; None where every row is one sequence.
+    """
+    if position_ids is None:
+        return {}
+    starts = (position_ids[0] == 0).nonzero()[:, 0]
+    ends = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])]).int()  # [S + 1]
+    longest = int(ends.diff().max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
 class Policy(nn.Module):
     """A causal language model whose forward pass returns log-probs of given tokens."""
 
@@ -151,6 +168,8 @@ class Policy(nn.Module):
 
         Args: as in `packing.MicroBatch`; hidden states of B * W positions, of which N predict a target.
         """
-        hidden = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        hidden = self.model.model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **boundaries(position_ids)
+        ).last_hidden_state
         hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predict_index)  # [N, H]
         return self.model.lm_head(hidden, targets, temperature, with_entropy)

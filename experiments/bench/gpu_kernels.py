@@ -12,88 +12,16 @@
 Times are medians; the L2 cache is overwritten before every run. One table and one line of JSON a part.
 """
 
-import argparse
-import json
-import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 
-SMOKE = "--smoke" in sys.argv
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "" if SMOKE else "0")  # before `harness`, which measures the CPU
-if SMOKE:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+from gpu_harness import DEVICE, HIDDEN, SHAPES, SMOKE, V, copy_rate, main_of, normal, print_table, shown, sides
 
-import torch  # noqa: E402
-from adaptive_reasoning.kernels import torch_version, triton_version  # noqa: E402
-from adaptive_reasoning.kernels.group_advantage import Groups  # noqa: E402
-from harness import print_table  # noqa: E402
-
-V = 300 if SMOKE else 151_936
-SHAPES = {"1.5B": (12, 2, 128), "7B": (28, 4, 128)}  # query heads, key/value heads, head size
-HIDDEN = {"1.5B": 64 if SMOKE else 1536, "7B": 64 if SMOKE else 3584}
-DEVICE = "cuda" if torch.cuda.is_available() and not SMOKE else "cpu"
-
-
-def median_ms(call: Callable, budget_s: float = 0.6) -> float:
-    """Return the median time of one call in milliseconds, over as many calls as fit into the budget (3 to 50)."""
-    if DEVICE == "cpu":
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
-    flush = torch.empty(64 * 2**20, dtype=torch.int32, device=DEVICE)  # 256 MiB, several times the L2 cache
-    call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    repeats = max(3, min(50, int(budget_s / max(1e-4, time.perf_counter() - start))))
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for first, last in events:
-        flush.zero_()  # it also keeps the GPU busy while the call is being launched
-        first.record()
-        call()
-        last.record()
-    torch.cuda.synchronize()
-    return statistics.median(first.elapsed_time(last) for first, last in events)
-
-
-def peak_bytes(call: Callable) -> int | None:
-    """Return how much memory a call takes on top of its inputs; None without a GPU."""
-    if DEVICE == "cpu":
-        call()
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def sides(calls: dict[str, Callable]) -> dict[str, dict]:
-    """Return {side: {"ms", "gib"}}; a side that runs out of memory or fails says so and the others go on."""
-    out = {}
-    for side, call in calls.items():
-        try:
-            memory = peak_bytes(call)
-            out[side] = {"ms": round(median_ms(call), 4), "gib": None if memory is None else round(memory / 2**30, 3)}
-        except torch.OutOfMemoryError:
-            out[side] = {"error": "out of memory"}
-        except Exception as error:  # the report is worth more than the first failure
-            out[side] = {"error": f"{type(error).__name__}: {error}"[:300]}
-        if DEVICE == "cuda":
-            torch.cuda.empty_cache()
-    return out
-
-
-def normal(*shape, dtype=torch.bfloat16, scale=1.0):
-    return torch.randn(*shape, device=DEVICE, dtype=torch.float32).mul_(scale).to(dtype)
+# isort: split
+import torch
+from adaptive_reasoning.kernels import torch_version, triton_version
+from adaptive_reasoning.kernels.group_advantage import Groups
 
 
 def both(name: str, *args, **kwargs) -> dict[str, Callable]:
@@ -104,21 +32,10 @@ def both(name: str, *args, **kwargs) -> dict[str, Callable]:
     }
 
 
-def shown(side: dict, key: str = "ms"):
-    return side.get("error", side.get(key))
-
-
 def speedup(found: dict) -> float | None:
     """Return how many times faster Triton is than torch."""
     a, b = found["torch"].get("ms"), found["triton"].get("ms")
     return None if a is None or b is None else round(a / b, 2)
-
-
-def copy_rate() -> float:
-    """Return the bytes per second of a copy on the device, reading and writing counted."""
-    n = 2**16 if SMOKE else 2 * 2**30
-    a, b = torch.empty(n, dtype=torch.uint8, device=DEVICE), torch.empty(n, dtype=torch.uint8, device=DEVICE)
-    return 2 * n / (median_ms(lambda: b.copy_(a)) / 1e3)
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
@@ -228,7 +145,7 @@ def small(title: str, cases: dict[str, tuple[dict, int]]) -> dict:
 
 def bench_group_advantage() -> dict:
     """8,192 rewards in groups of 16, plain, with Ada-GRPO's shaping, and with the broadcast to 4 M tokens."""
-    B, G = (48, 8) if SMOKE else (8192, 16)
+    B, G = (8, 4) if SMOKE else (8192, 16)
     groups = Groups.of(torch.arange(B, device=DEVICE) // G)
     rewards = torch.randint(2, (B,), device=DEVICE).double()
     formats = torch.randint(4, (B,), device=DEVICE)
@@ -361,30 +278,5 @@ PARTS = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", nargs="*", help=f"any of {', '.join(PARTS)}; default: all but tune")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes in the interpreter: does it run")
-    args = parser.parse_args()
-    unknown = [name for name in args.part if name not in PARTS]
-    if unknown:
-        parser.error(f"unknown part {unknown[0]}: takes {', '.join(PARTS)}")
-    if DEVICE == "cpu" and not args.smoke:
-        print("There is no GPU here: nothing was measured. --smoke runs tiny sizes in Triton's interpreter.")
-        return 2
-    torch.manual_seed(0)
-    for name in args.part or [name for name in PARTS if name != "tune"]:
-        start = time.perf_counter()
-        results = PARTS[name]()
-        line = {
-            "benchmark": f"gpu_kernels/{name}",
-            "smoke": args.smoke,
-            "seconds": round(time.perf_counter() - start, 1),
-        }
-        line |= {"gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else None, "torch": torch.__version__}
-        print(json.dumps({**line, "results": results}), flush=True)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_of(PARTS, __doc__, "gpu_kernels", left_out=("tune",)))
