@@ -33,10 +33,11 @@ def run_cli(main) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
+        before = signal.getsignal(signal.SIGINT)  # stays: another one would cut through the end of the interpreter
         print("interrupted; the same command continues from what was saved", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
     finally:
-        if signal.getsignal(signal.SIGINT) is not before:
+        if signal.getsignal(signal.SIGINT) is not before:  # for callers that go on, as tests do
             signal.signal(signal.SIGINT, before)
 
 

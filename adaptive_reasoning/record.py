@@ -135,7 +135,8 @@ def over_processes(parts: list[dict], updates: int) -> dict[str, float | None]:
 
     Args:
         parts: of each process: numbers of "tokens", "episodes", "cut" and "correct" episodes, the sum of "reward",
-            "gap" as (sum, number, maximum) of |learner - sampler log-prob|, "grader" rates and "losses" (`sums_of`).
+            "gap" and "ratio" as (sum, number, maximum) of |learner - sampler log-prob| and of the tokens' ratios,
+            "grader" rates and "losses" (`sums_of`).
         updates: optimiser steps the losses are a mean over.
     """
 
@@ -152,10 +153,11 @@ def over_processes(parts: list[dict], updates: int) -> dict[str, float | None]:
     }
     for key in sorted(set().union(*(part["losses"] for part in parts))):
         row[key] = sum(part["losses"].get(key, 0.0) for part in parts) / updates
-    gaps = [part["gap"] for part in parts]
-    if compared := sum(number for _, number, _ in gaps):
-        row["check/logprob_gap_mean"] = sum(total for total, _, _ in gaps) / compared
-        row["check/logprob_gap_max"] = max(largest for _, _, largest in gaps)
+    for what, name in (("gap", "check/logprob_gap"), ("ratio", "check/ratio")):
+        sums = [part[what] for part in parts]
+        if compared := sum(number for _, number, _ in sums):
+            row[f"{name}_mean"] = sum(total for total, _, _ in sums) / compared
+            row[f"{name}_max"] = max(largest for _, _, largest in sums)
     for key in parts[0]["grader"]:
         values = [part["grader"][key] for part in parts if part["grader"][key] is not None]
         row[key] = sum(values) / len(values) if values else None

@@ -34,7 +34,7 @@ from adaptive_reasoning.learner.model import (
     load_model,
     load_tokenizer,
 )
-from adaptive_reasoning.learner.packing import MicroBatch, logprob_gap
+from adaptive_reasoning.learner.packing import MicroBatch, logprob_gap, token_ratios
 from adaptive_reasoning.learner.runtime import all_gather, end, is_zero3, make_accelerator, on_main
 from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.preflight import preflight
@@ -197,7 +197,7 @@ class Run:
         while self.step < self.args.max_steps:
             self.step += 1
             self.clock |= {"step": time.perf_counter()}
-            self.gap, self.sampled_at = [0.0, 0, 0.0], self.learner.steps
+            self.gap, self.ratio, self.sampled_at = [0.0, 0, 0.0], [0.0, 0, 0.0], self.learner.steps
             yield self.step
 
     def next_questions(self) -> list[tuple[int, Question, list[int]]]:
@@ -266,13 +266,16 @@ class Run:
         """Note what only the forward pass of the update knows.
 
         The distance of the learner's log-probs from the sampler's (they saw the same tokens under the same weights, so
-        anything but rounding is a bug; minibatches behind the first update do not count), and each episode's
-        info["first_logprob"].
+        anything but rounding is a bug; minibatches behind the first update do not count), the ratios of the update, and
+        each episode's info["first_logprob"].
         """
         with torch.no_grad():
             if self.learner.steps == self.sampled_at:
                 total, number, largest = logprob_gap(mb, logprobs)
                 self.gap = [self.gap[0] + float(total), self.gap[1] + number, max(self.gap[2], float(largest))]
+            if mb.weight:
+                total, number, largest = token_ratios(mb, logprobs)
+                self.ratio = [self.ratio[0] + float(total), self.ratio[1] + number, max(self.ratio[2], float(largest))]
             first = mb.position == 0
             rows, values = mb.sequence[first].tolist(), logprobs[first].tolist()
         for row, value in zip(rows, values):
@@ -337,6 +340,7 @@ class Run:
             "correct": sum(e.info["correct"] for e in episodes),
             "reward": sum(e.reward for e in episodes),
             "gap": self.gap,
+            "ratio": self.ratio,
             "grader": self.grader.rates(),
             "losses": sums_of(losses),
             "groups": [e.group for e in episodes],

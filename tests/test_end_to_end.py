@@ -1,4 +1,4 @@
-"""The user's own commands in a subprocess, with small models and few steps (P10), resume (P6), and what goes wrong on the way."""
+"""The user's own commands in a subprocess, with small models and few steps (P10), resume (P6), and what goes wrong."""
 
 import json
 import os

@@ -221,6 +221,10 @@ def test_nonfinite_stops_before_the_update(models, tmp_path, where):
     assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(learner).values()))
     (entry,) = json.loads((tmp_path / "run" / "nonfinite_step_0001.json").read_text())["micro_batches"]
     assert entry["questions"] == (names if where == "loss" else ["q0", "q1", "q2", "q3", "q4"])
+    saved = {(s["question"], tuple(s["prompt_ids"]), tuple(s["response_ids"])) for s in entry["samples"]}
+    asked = {(e.question.id, tuple(e.prompt_ids.tolist()), tuple(e.response_ids.tolist())) for e in make_episodes()}
+    assert saved <= asked and {question for question, _, _ in saved} == set(entry["questions"])
+    assert set(entry["samples"][0]) >= {"text", "behaviour_logprobs", "reward", "advantage", "group"}
 
 
 def test_resume_is_bit_exact(models, tmp_path):

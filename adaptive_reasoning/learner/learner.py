@@ -10,7 +10,6 @@ A loss divides by `minibatch.counts`, the counts of the whole step over all rank
 over micro-batches and ranks, and no split, order or number of ranks changes it.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import deepcopy
@@ -25,12 +24,28 @@ from adaptive_reasoning.learner.model import Policy
 from adaptive_reasoning.learner.offload import OffloadedAdamW
 from adaptive_reasoning.learner.packing import Counts, MicroBatch, Minibatch, fill, group_chunks, pack
 from adaptive_reasoning.learner.runtime import all_gather, all_reduce, is_zero3
+from adaptive_reasoning.report.files import write_json_atomic
 
 ADAM_EPS = 1e-8
+SUSPECTS = 64  # samples of each process that are written down where any may be the cause
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """A loss or the gradient was not finite; no rank has updated its weights."""
+
+
+def sample_of(e: Episode) -> dict:
+    """Return what tells what was wrong with a sample: text and token ids, behaviour log-probs, reward, advantage."""
+    return {
+        "question": e.question.id,
+        "group": e.group,
+        "text": e.text,
+        "prompt_ids": list(map(int, e.prompt_ids)),
+        "response_ids": list(map(int, e.response_ids)),
+        "behaviour_logprobs": [str(float(value)) for value in e.behaviour_logprobs],  # JSON has no nan
+        "reward": str(e.reward),
+        "advantage": str(e.advantage),
+    }
 
 
 class Learner:
@@ -302,6 +317,7 @@ class Learner:
                 "loss": str(float(value)),  # JSON has no nan
                 "questions": [e.question.id for e in episodes],
                 "groups": [e.group for e in episodes],
+                "samples": [sample_of(e) for e in episodes],
             }
             for ok, value, (_, episodes) in zip(finite, values, losses)
             if not ok
@@ -309,19 +325,24 @@ class Learner:
         bad = [entry for entries in all_gather(self.accelerator, mine) for entry in entries]
         what = "loss" if bad else "gradient"
         if not bad:  # any micro-batch may be the cause
-            ids = [e.question.id for _, episodes in losses for e in episodes]
+            episodes = [e for _, episodes in losses for e in episodes]
+            heaviest = sorted(episodes, key=lambda e: -abs(e.advantage))[:SUSPECTS]
+            mine = (sorted({e.question.id for e in episodes}), [sample_of(e) for e in heaviest])
             bad = [
-                {"process": i, "loss": "finite", "questions": sorted(set(questions))}
-                for i, questions in enumerate(all_gather(self.accelerator, ids))
+                {"process": i, "loss": "finite", "questions": questions, "samples": samples}
+                for i, (questions, samples) in enumerate(all_gather(self.accelerator, mine))
             ]
         path = Path(self.args.output_dir) / f"nonfinite_step_{self.steps + 1:04d}.json"
         if self.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             report = {"optimiser_step": self.steps + 1, "grad_norm": str(grad_norm), "micro_batches": bad}
-            path.write_text(json.dumps(report, indent=1) + "\n")
+            write_json_atomic(path, report)
         self.accelerator.wait_for_everyone()
         raise NonFiniteError(
-            f"the {what} of optimiser step {self.steps + 1} is not finite; nothing was updated. {path}"
+            f"the {what} of optimiser step {self.steps + 1} is not finite; nothing was updated on any process. The "
+            f"samples concerned, with their token ids, are in {path}: look for the one that is unlike the others. "
+            f"Lower --learning_rate or --max_grad_norm if the steps before it were growing; the same command "
+            f"continues from the newest checkpoint."
         )
 
     # --- weights

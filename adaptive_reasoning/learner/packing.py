@@ -202,6 +202,12 @@ def to_device(batch: MicroBatch, device) -> MicroBatch:
     return batch
 
 
+def token_ratios(mb: MicroBatch, logprobs: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
+    """Return (sum, number, maximum) of exp(learner - old log-prob) over the action tokens that were not forced."""
+    ratio = (logprobs.detach() - mb.old_logprobs).exp()[~mb.forced]
+    return ratio.sum(), len(ratio), ratio.max() if len(ratio) else ratio.new_zeros(())
+
+
 def logprob_gap(mb: MicroBatch, logprobs: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
     """Return (sum, number, maximum) of |learner - behaviour log-prob| over the action tokens that were not forced.
 

@@ -35,6 +35,7 @@ class Watch:
         self.raised: list[Raised] = []
         self._going_on: dict[tuple, Raised] = {}  # broken in the newest row, long enough or not yet
         self._lengths: dict[tuple, int] = {}
+        self._start: dict[str, float] = {}  # first value of each metric
         for row in rows:
             self.see(row)
 
@@ -42,9 +43,11 @@ class Watch:
         """Take the next row; return the alarms that begin with it. Raised once, not again while they last."""
         new = []
         for key in [key for key in row if key in glossary.METRICS]:
+            if row[key] is not None:
+                self._start.setdefault(key, row[key])
             for number, rule in enumerate(glossary.METRICS[key].alarms):
                 name = (key, number)
-                if not _broken(rule, row[key]):
+                if not _broken(rule, row[key], self._start.get(key)):
                     self._going_on.pop(name, None)
                     self._lengths.pop(name, None)
                     continue
@@ -57,7 +60,9 @@ class Watch:
         return new
 
 
-def _broken(rule: glossary.Alarm, value: float | None) -> bool:
+def _broken(rule: glossary.Alarm, value: float | None, start: float | None) -> bool:
     if value is None:
         return rule.null
+    if rule.of_start is not None and value < rule.of_start * start:
+        return True
     return (rule.below is not None and value < rule.below) or (rule.above is not None and value > rule.above)

@@ -6,35 +6,8 @@
 An algorithm file adds its own with `register({"my_group/name": Metric("...")})` when it is imported.
 """
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """Raise `advice` once a metric is below / above a bound for `steps` steps in a row, or null if `null` is set."""
-
-    advice: str
-    below: float | None = None
-    above: float | None = None
-    null: bool = False
-    steps: int = 1
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What one metric means.
-
-    `unit`: "share" (0 to 1), "tokens", "tokens/s", "seconds", "count", "nats" (log-probs) or "" for a bare number.
-    `good`: which way is good, or what to look at. `short`: its label in the console line; only the metrics that have
-    one appear there.
-    """
-
-    meaning: str
-    unit: str = ""
-    good: str = ""
-    short: str = ""
-    alarms: tuple[Alarm, ...] = ()
-
+from adaptive_reasoning.report.metric import Alarm, Metric
+from adaptive_reasoning.report.own_metrics import OWN
 
 SHARED = {
     "step": Metric("Training step: one rollout batch and the updates on it.", unit="count"),
@@ -109,16 +82,39 @@ SHARED = {
         "Mean entropy of the next-token distribution over the response tokens, at the sampling temperature.",
         "nats",
         "falls slowly; a sudden fall is a collapse",
+        alarms=(
+            Alarm(
+                "the entropy has fallen to a twentieth of what it was: the responses are becoming one response; look "
+                "for identical ones in the samples, then raise --entropy_coef or lower --learning_rate",
+                of_start=0.05,
+                steps=10,
+            ),
+        ),
     ),
     "loss/clip_fraction": Metric(
         "Share of the responses (or tokens, as the algorithm clips) whose ratio was outside the clip range.",
         "share",
         "low; 0 in the first update except for forced first tokens",
+        alarms=(
+            Alarm(
+                "more than half of what is learnt from is clipped: lower --learning_rate or --minibatches_per_step",
+                above=0.5,
+                steps=5,
+            ),
+        ),
     ),
     "loss/approx_kl": Metric(
         "Estimate of the divergence of the updated policy from the one that sampled: mean of ratio - 1 - log ratio.",
         "nats",
         "small",
+        alarms=(
+            Alarm(
+                "one step moves the policy far from the one that sampled: lower --learning_rate or "
+                "--minibatches_per_step, or tighten the clip range",
+                above=0.1,
+                steps=3,
+            ),
+        ),
     ),
     # --- check
     "check/logprob_gap_mean": Metric(
@@ -133,7 +129,46 @@ SHARED = {
             ),
         ),
     ),
-    "check/logprob_gap_max": Metric("Largest such distance in this step.", "nats", "small; single outliers in bf16"),
+    "check/logprob_gap_max": Metric(
+        "Largest such distance in this step.",
+        "nats",
+        "small; single outliers in bf16",
+        alarms=(
+            Alarm(
+                "in every step some token is e times more probable to the sampler than to the learner, or less: "
+                "compare with --dtype fp32; if it stays, sampler and learner hold different weights or temperatures",
+                above=1.0,
+                steps=3,
+            ),
+        ),
+    ),
+    "check/ratio_mean": Metric(
+        "Mean ratio of the tokens as the update saw them, policy over pi_old, forced ones left out.",
+        "",
+        "near 1; exactly 1 with one update per batch where the learner recomputes pi_old",
+        alarms=(
+            Alarm(
+                "the mean ratio is far from 1: the data is off-policy; look at check/logprob_gap_mean, then lower "
+                "--learning_rate or --minibatches_per_step",
+                below=0.9,
+                above=1.1,
+                steps=3,
+            ),
+        ),
+    ),
+    "check/ratio_max": Metric(
+        "Largest such ratio in this step.",
+        "",
+        "below 2; single outliers in bf16",
+        alarms=(
+            Alarm(
+                "in every step some token has become ten times as probable between sampling and update: look at "
+                "check/logprob_gap_max, then lower --learning_rate or --minibatches_per_step",
+                above=10.0,
+                steps=3,
+            ),
+        ),
+    ),
     # --- data, learner, grader
     "data/epoch": Metric("Passes over the training questions so far, as a fraction.", ""),
     "data/skipped_prompts": Metric("Questions left out so far because their prompt is too long.", "count", "near 0"),
@@ -156,242 +191,28 @@ SHARED = {
         "share",
         "near 0",
         alarms=(
-            Alarm("one answer in twenty runs into the grader's deadline: look for runaway expressions", above=0.05),
+            Alarm(
+                "one answer in twenty runs into the grader's deadline: look for runaway expressions under 'grader' in "
+                "the samples; raise --grader_timeout if they are plain answers on a busy machine",
+                above=0.05,
+            ),
         ),
     ),
     "grader/error_rate": Metric(
         "Share of the answers whose check failed with an error; they count as not verified.",
         "share",
         "near 0",
-        alarms=(Alarm("one answer in a hundred makes the grader fail: look at the samples", above=0.01),),
+        alarms=(
+            Alarm(
+                "one answer in a hundred makes the grader fail: look at 'grader' in the samples for which answers",
+                above=0.01,
+            ),
+        ),
     ),
     "grader/seconds_mean": Metric("Mean time of checking one answer.", "seconds", "lower"),
 }
 
-ADAPTTHINK = {
-    "adapt_think/forced_nothinking_share": Metric(
-        "Share of the responses that start with </think>, forced to or (with forcing off) by choice.",
-        "share",
-        "exactly what was asked for",
-    ),
-    "adapt_think/forced_share_gap": Metric(
-        "Distance of that share from the one asked for.",
-        "share",
-        "0; coin flips scatter by a few points",
-        alarms=(Alarm("the forced share is not the one asked for: the rollouts are not what they claim", above=0.1),),
-    ),
-    "adapt_think/nothinking_accuracy": Metric("Share of the forced NoThinking responses that are right.", "share"),
-    "adapt_think/thinking_accuracy": Metric("Share of the forced Thinking responses that are right.", "share"),
-    "adapt_think/nothinking_reward": Metric("Mean reward of the NoThinking responses, delta not included."),
-    "adapt_think/thinking_reward": Metric("Mean reward of the Thinking responses."),
-    "adapt_think/reward_gap": Metric(
-        "NoThinking reward minus Thinking reward. A question moves to NoThinking where this gap is above -delta.",
-        "",
-        "rises towards 0",
-    ),
-    "adapt_think/nothinking_tokens": Metric("Mean length of the NoThinking responses.", "tokens"),
-    "adapt_think/thinking_tokens": Metric("Mean length of the Thinking responses.", "tokens"),
-    "adapt_think/first_eot_prob": Metric(
-        "Mean probability of </think> as the first token, over the NoThinking responses of this step that get gradient "
-        "(step 0: over the evaluation questions): the first sign of progress. The share of NoThinking in the "
-        "evaluations stays at 0 for long, because the nucleus cuts improbable tokens.",
-        "share",
-        "rises, then settles between 0 and 1",
-        "p(</think>)",
-        alarms=(
-            Alarm(
-                "</think> is almost certain on every question for twenty steps: the model has stopped thinking "
-                "altogether; lower --delta",
-                above=0.995,
-                steps=20,
-            ),
-            Alarm(
-                "</think> is still below 0.0001 after a hundred steps: check that forced first tokens get gradient "
-                "and that nothinking_accuracy is above 0",
-                below=1e-4,
-                steps=100,
-            ),
-        ),
-    ),
-    "adapt_think/first_eot_logprob": Metric(
-        "Mean log-probability of </think> as the first token: shows movement while the probability still reads 0.",
-        "nats",
-        "rises",
-    ),
-    "adapt_think/first_ratio_mean": Metric(
-        "Mean ratio of the first token, policy over the probability it was forced with. Not 1 even before the first "
-        "update.",
-        "",
-        "between 0 and 2",
-    ),
-    "adapt_think/advantage_mean": Metric(
-        "Mean advantage, delta * 1(NoThinking) + reward - reference accuracy. Not centred, by design.", "", "rises"
-    ),
-    "adapt_think/ref_accuracy_mean": Metric(
-        "Mean reference accuracy of the questions of this step, measured once before training.", "share"
-    ),
-    "eval/nothinking_share": Metric(
-        "Share of NoThinking responses in the newest evaluation, nothing forced.",
-        "share",
-        "between 0 and 1, high on easy questions",
-    ),
-    "eval/thinking_share": Metric("Share of Thinking responses in the newest evaluation, nothing forced.", "share"),
-}
-
-GROUPED = {
-    "group/all_wrong_share": Metric("Share of the questions that no response gets right.", "share", "falls"),
-    "group/all_correct_share": Metric("Share of the questions that every response gets right.", "share", "rises"),
-    "group/all_correct_mixed_share": Metric(
-        "Share of the questions that every response gets right, in more than one mode.", "share", "above 0"
-    ),
-    "reward/correct_negative_share": Metric("Share of the right responses whose advantage is negative.", "share"),
-    "rollout/empty_rationale_share": Metric(
-        'Share of the rationales that hold nothing but "The answer is X".',
-        "share",
-        "low: else the modes are labels alone",
-    ),
-    "loss/ref_kl": Metric(
-        "Divergence of the policy from the starting model: k3 estimate, clamped to [-10, 10], weighted like the loss.",
-        "nats",
-        "small",
-        alarms=(Alarm("the policy is far from the starting model: raise --kl_coef or lower the rate", above=5.0),),
-    ),
-}
-
-DEGRPO = {
-    "degrpo/num_think": Metric("Responses of this step that start with <think>.", "count"),
-    "degrpo/num_short": Metric("Responses of this step that start with <short>.", "count", "not 0 for long"),
-    "degrpo/num_malformed": Metric("Responses of this step that start with no control token.", "count", "0"),
-    "degrpo/first_think_prob": Metric(
-        "Mean probability of <think> as the first token, as the responses of this step show it (a short one: 1 - "
-        "P(<short>)); step 0: over the evaluation questions.",
-        "share",
-        "about 0.5 after the warm-up; rises, then falls as the short answers improve",
-        "p(<think>)",
-        alarms=(
-            Alarm(
-                "the model takes <think> on every question for twenty steps: raise --alpha or --gamma, or give it more "
-                "easy questions",
-                above=0.995,
-                steps=20,
-            ),
-            Alarm(
-                "the model takes <short> on every question for twenty steps: lower --gamma (a --gamma_schedule), as "
-                "the authors did after 300 steps",
-                below=0.005,
-                steps=20,
-            ),
-        ),
-    ),
-    "degrpo/first_think_logprob": Metric("Mean log-probability of <think> as the first token, at step 0.", "nats"),
-}
-
-MODES = {  # of the algorithms with group baselines
-    "direct": "Direct Answer",
-    "cot": "Short CoT",
-    "code": "Code",
-    "long_cot": "Long CoT",
-    "unknown": "without a known opening",
-    "response": "all",
-    "think": "Think",
-    "short": "Short",
-    "malformed": "without a control token",
-}
-
-
-def of_mode(mode: str, name: str) -> dict[str, Metric]:
-    """Return the metrics that every mode has."""
-    return {
-        f"mode/{mode}_share": Metric(
-            f"Share of the responses of this step in mode {name}.", "share", "no mode at 1: that is a collapse"
-        ),
-        f"mode/{mode}_accuracy": Metric(f"Share of the responses in mode {name} that are right.", "share", "higher"),
-        f"mode/{mode}_tokens": Metric(f"Mean length of the responses in mode {name}.", "tokens"),
-        f"mode/{mode}_advantage": Metric(f"Mean advantage of the responses in mode {name}: above 0 it will grow."),
-        f"mode/{mode}_all_correct_groups": Metric(
-            f"Questions of this step whose every response is right and in mode {name}.", "count"
-        ),
-        f"eval/{mode}_share": Metric(f"Share of mode {name} in the newest evaluation, nothing forced.", "share"),
-    }
-
-
-STAGES = {  # of Thinker's dialogue
-    "fast": "Fast",
-    "verify": "Verify",
-    "slow": "Slow",
-    "summary": "Summary",
-    "qa": "the only",
-}
-
-
-def of_stage(stage: str, name: str) -> dict[str, Metric]:
-    """Return the metrics that every stage of a dialogue has."""
-    accuracy = {
-        "verify": "Share of the verdicts that are right about the Fast answer.",
-        "summary": "Share of the summaries with the answer of the Slow stage.",
-    }
-    return {
-        f"thinker/{stage}_share": Metric(f"Share of the dialogues that reach the {name} stage.", "share"),
-        f"thinker/{stage}_reward": Metric(f"Mean reward of the {name} stage.", "", "higher"),
-        f"thinker/{stage}_accuracy": Metric(
-            accuracy.get(stage, f"Share of the answers of the {name} stage that are right."), "share", "higher"
-        ),
-        f"thinker/{stage}_tokens": Metric(f"Mean length of the responses of the {name} stage.", "tokens"),
-        f"thinker/{stage}_truncated_share": Metric(
-            f"Share of the responses of the {name} stage cut at its budget.", "share", "near 0"
-        ),
-        f"thinker/{stage}_boxed_share": Metric(
-            f"Share of the responses of the {name} stage with an answer (a verdict) in a box.", "share", "near 1"
-        ),
-        f"thinker/{stage}_reflection_words": Metric(
-            f"Self-reflection words (wait, recheck, retry, alternatively, however) per response of the {name} stage."
-        ),
-        f"thinker/{stage}_explained_variance": Metric(
-            f"Share of the variance of the {name} stage's returns that the critic foresaw, over tokens. Below 0 it is "
-            "worse than a constant.",
-            "",
-            "towards 1",
-        ),
-        f"eval/{stage}_share": Metric(
-            f"Share of the dialogues whose answer is that of the {name} stage, in the newest evaluation.", "share"
-        ),
-    }
-
-
-THINKER = {
-    "thinker/fast_trailing_accuracy": Metric(
-        "p: accuracy of the Fast stage over the last iterations before this one, clamped; weighs the two verdicts.",
-        "share",
-        "rises",
-    ),
-    "thinker/verify_balanced_accuracy": Metric(
-        "Mean of the shares of right verdicts on right and on wrong Fast answers; 0.5 for a guess.",
-        "share",
-        "towards 1",
-    ),
-    "thinker/verify_yes_when_right": Metric("Share of Yes among the verdicts on right Fast answers.", "share", "1"),
-    "thinker/verify_no_when_right": Metric("Share of No among the verdicts on right Fast answers.", "share", "0"),
-    "thinker/verify_yes_when_wrong": Metric("Share of Yes among the verdicts on wrong Fast answers.", "share", "0"),
-    "thinker/verify_no_when_wrong": Metric("Share of No among the verdicts on wrong Fast answers.", "share", "1"),
-    "thinker/verify_unparsable_share": Metric("Share of the verdicts that are neither Yes nor No.", "share", "0"),
-    "thinker/summary_logprob_per_token": Metric(
-        "L per token: mean log-prob of the summary's tokens as an answer to the Fast prompt.", "nats", "rises"
-    ),
-    "loss/value": Metric("Loss of the critic, mean over its optimiser steps of this step.", "", "falls"),
-    "loss/value_clip_fraction": Metric(
-        "Share of the action tokens whose value moved beyond the clip range of the value loss.", "share", "low"
-    ),
-    "loss/value_grad_norm": Metric(
-        "Largest norm of the critic's gradient in this step, before clipping.", "", "steady"
-    ),
-}
-
-METRICS: dict[str, Metric] = {**SHARED, **ADAPTTHINK, **GROUPED, **DEGRPO}
-for mode, name in MODES.items():
-    METRICS |= of_mode(mode, name)
-METRICS |= THINKER
-for stage, name in STAGES.items():
-    METRICS |= of_stage(stage, name)
+METRICS: dict[str, Metric] = {**SHARED, **OWN}
 
 
 def register(metrics: dict[str, Metric]) -> None:

@@ -4,6 +4,8 @@
     python experiments/drills/kill.py --processes 2                # under ZeRO-3 on two CPU processes
     python experiments/drills/kill.py --algorithm grpo --config experiments/toy_grpo.yaml \\
         --model runs/cold-start-arm/model
+    python experiments/drills/kill.py --algorithm sft --config experiments/cold_start_adaptthink.yaml
+    python experiments/drills/kill.py --algorithm evaluate --steps 3          # three settings, each finished once
 
 Kills fall at random moments, while a process still loads, trains, or writes a checkpoint. The final weights,
 metrics, samples, evaluations and summary have to be equal (times apart), and no checkpoint may ever be half-written.
@@ -39,8 +41,13 @@ def command_of(args, folder: Path) -> tuple[list[str], dict[str, str]]:
         environment.pop("ACCELERATE_USE_CPU", None)  # it would silently turn DeepSpeed off
         start = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
         start += ["--config_file", "experiments/launch/zero3_cpu.yaml", "--num_processes", str(args.processes), "-m"]
-    options = [f"adaptive_reasoning.{args.algorithm}", "--config", args.config, "--model", args.model]
-    options += ["--max_steps", str(args.steps), "--save_every", "1", "--eval_every", "20", "--output_dir", str(folder)]
+    options = [f"adaptive_reasoning.{args.algorithm}", "--output_dir", str(folder)]
+    if args.algorithm == "evaluate":  # of what the training of the laboratory evaluates
+        options += ["--model", args.model, "--task", "chain", "--max_new_tokens", "128", "--dtype", "fp32"]
+    else:
+        options += ["--config", args.config, "--max_steps", str(args.steps), "--save_every", "1"]
+    if args.algorithm not in ("evaluate", "sft"):
+        options += ["--model", args.model, "--eval_every", "20"]
     if args.algorithm == "adaptthink":
         options += ["--ref_cache", str(folder.parent / f"reference-{folder.name}")]
     return [*start, *options, *args.more], environment
@@ -54,12 +61,18 @@ def finish(args, folder: Path) -> tuple[float, float]:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         while process.poll() is None:
             time.sleep(0.1)
-            if first is None and any(row["step"] for row in rows(folder / "metrics.jsonl")):
+            if first is None and steps_done(folder):
                 first = time.monotonic()
     if process.returncode:
         raise SystemExit(f"{folder.name} ended with {process.returncode}; see {folder.parent / folder.name}.log")
     end = time.monotonic()
     return (first or end) - start, end - (first or end)
+
+
+def steps_done(folder: Path) -> int:
+    """Return how many steps (settings of an evaluation) are written down."""
+    last = max((row["step"] for row in rows(folder / "metrics.jsonl")), default=0)
+    return last + len(rows(folder / "finished.jsonl"))
 
 
 def kill_once(args, folder: Path, after: float) -> bool:
@@ -106,11 +119,18 @@ def rows(path: Path) -> list[dict]:
 
 def state_of(folder: Path, steps: int) -> dict[str, str]:
     """Return a digest of everything that has to be equal."""
-    summary = json.loads((folder / "summary.json").read_text())
-    summary.pop("wall_s")
-    weights = (folder / "checkpoints" / f"step_{steps:06d}" / "model" / "model.safetensors").read_bytes()
-    parts = {"summary": json.dumps(summary), "weights": weights}
-    parts |= {name: json.dumps(rows(folder / f"{name}.jsonl")) for name in ("metrics", "samples", "evaluations")}
+    names = ("metrics", "samples", "evaluations", "finished")
+    parts = {name: json.dumps(rows(folder / f"{name}.jsonl")) for name in names}
+    for name in ("summary", "evaluation", "reference"):
+        if (folder / f"{name}.json").is_file():
+            content = json.loads((folder / f"{name}.json").read_text())
+            if name == "summary":
+                content.pop("wall_s")
+            parts[name] = json.dumps(content)
+    for model in (folder / "model", folder / "checkpoints" / f"step_{steps:06d}" / "model"):
+        if model.is_dir():
+            parts["weights"] = (model / "model.safetensors").read_bytes()
+    assert "weights" in parts or "evaluation" in parts, f"{folder} is not finished"
     return {k: hashlib.sha256(v if isinstance(v, bytes) else v.encode()).hexdigest() for k, v in parts.items()}
 
 
@@ -135,6 +155,7 @@ def main() -> int:
     while kills < args.kills:
         # Every fourth kill hits a process that still loads; the others are spread over the steps that are left.
         done = max((int(p.name[5:]) for p in (killed / "checkpoints").glob("step_??????")), default=0)
+        done = done or len(rows(killed / "finished.jsonl"))
         share = 2 * (args.steps - done) / args.steps / (args.kills - kills)
         loads = kills % 4 == 3
         after = rng.uniform(0.3, 1.0) * loading if loads else loading + rng.uniform(0, 1) * share * training
@@ -146,7 +167,7 @@ def main() -> int:
         print(f"kill {kills:2d} after {after:5.1f} s, it had come to step {done} when it was started", flush=True)
     finish(args, killed)
     a, b = state_of(whole, args.steps), state_of(killed, args.steps)
-    differ = sorted(k for k in a if a[k] != b[k])
+    differ = sorted(k for k in {**a, **b} if a.get(k) != b.get(k))
     leftovers = [p.name for p in (killed / "checkpoints").glob("*.partial")]
     print(f"{kills} kills; " + (f"DIFFERENT: {', '.join(differ)}" if differ else "everything equals the untouched run"))
     for line in broken + leftovers:

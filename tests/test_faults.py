@@ -1,0 +1,256 @@
+"""Fault drills: what a machine does to a run (full disks, kills, Ctrl-C), and that the same command goes on (P6)."""
+
+import errno
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from adaptive_reasoning import pass_rate
+from adaptive_reasoning.errors import UserError, run_cli
+from adaptive_reasoning.report.files import append_jsonl, read_jsonl
+
+ROOT = Path(__file__).parent.parent
+CHAIN = (
+    "--task chain --chain_questions 12 --chain_eval_questions 8 --prompts_per_step 4 --num_generations 4 --dtype fp32 "
+    "--ref_samples 2 --max_new_tokens 16 --nothinking_max_new_tokens 8 --rollout_rows 64 --max_steps 2 --save_every 1 "
+    "--eval_every 0"
+)
+GO_ON = "Free some space or mend the permissions, and start the same command again: it continues the run."
+
+
+@pytest.fixture
+def go(monkeypatch, capsys):
+    """A function that runs a command in this process and returns (exit code, stderr)."""
+
+    def go(module: str, *options: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [module, *map(str, options)])
+        monkeypatch.chdir(ROOT)
+        capsys.readouterr()
+        try:
+            run_cli(importlib.import_module(f"adaptive_reasoning.{module}").main)
+        except SystemExit as stopped:
+            return stopped.code, capsys.readouterr().err
+        return 0, ""
+
+    return go
+
+
+SFT = "--config experiments/cold_start_adaptthink.yaml --max_steps 5 --batch_size 8 --save_every 2".split()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model of the laboratory that has seen a few rows."""
+    folder, argv = tmp_path_factory.mktemp("model"), sys.argv
+    sys.argv = ["sft", *SFT, "--output_dir", str(folder)]
+    try:
+        importlib.import_module("adaptive_reasoning.sft").main()
+    finally:
+        sys.argv = argv
+    return folder / "model"
+
+
+def training(model: Path, tmp_path: Path) -> list[str]:
+    where = f"--model {model} --output_dir {tmp_path / 'run'} --ref_cache {tmp_path / 'ref'}"
+    return f"--config experiments/toy_adaptthink.yaml {where} {CHAIN}".split()
+
+
+def comparable(path: Path) -> list[dict]:
+    """Return the rows of a metrics file without what a clock measured."""
+    clocks = re.compile("time/|per_s|seconds_mean")
+    return [{k: v for k, v in row.items() if not clocks.search(k)} for row in read_jsonl(path)]
+
+
+# --- killed and started again
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_a_cold_start_continues_to_the_same_weights(go, tmp_path, lora):
+    """P6. A checkpoint once held the learning rate as a NumPy number, and no resumed cold start could read it back.
+
+    The process is killed after the model is in its place and before done.json is: the model is then written again.
+    """
+    options = [*SFT, "--lora_rank", lora]
+    assert go("sft", *options, "--output_dir", tmp_path / "whole") == (0, "")
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    (tmp_path / "killed" / "done.json").unlink()
+    with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss/po')
+    assert go("sft", *options, "--output_dir", tmp_path / "killed") == (0, "")
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
+    code, error = go("sft", *options, "--output_dir", tmp_path / "killed", "--learning_rate", "0.1")
+    assert code == 2 and "holds a run with learning_rate = 0.003, now it is 0.1" in error
+
+
+def test_an_evaluation_measures_only_what_is_not_finished(go, model, tmp_path, monkeypatch):
+    """P6: killed in its second setting; results, samples and kept rows are those of an untouched evaluation."""
+    options = f"--task chain --chain_eval_questions 10 --model {model} --max_new_tokens 8 --dtype fp32 --eval_samples 2"
+    options = [*options.split(), "--maj_k", "2"]
+    assert go("evaluate", *options, "--output_dir", tmp_path / "whole") == (0, "")
+    (tmp_path / "killed").mkdir()
+    shutil.copy(tmp_path / "whole" / "config.yaml", tmp_path / "killed")
+    lines = (tmp_path / "whole" / "finished.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "killed" / "finished.jsonl").write_bytes(lines[0] + lines[1][:-9])
+    (tmp_path / "killed" / "samples.jsonl").write_text('{"step": 0, "sp')
+    evaluate = importlib.import_module("adaptive_reasoning.evaluate")
+    real, measured = evaluate.evaluate, []
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: (measured.append(a[6]), real(*a, **k))[1])
+    assert go("evaluate", *options, "--output_dir", tmp_path / "killed") == (0, "")
+    assert measured == ["always_think", "never_think"]
+    for name in ("evaluation.json", "samples.jsonl", "finished.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    code, error = go("evaluate", *options, "--output_dir", tmp_path / "killed", "--chain_mix", "1")
+    assert code == 2 and "holds a run with chain_mix" in error
+
+
+def test_presampling_continues_with_the_same_rounds(go, model, tmp_path, monkeypatch):
+    """P6: rows used to be appended one by one, so a kill within a round changed which questions met in later ones."""
+    monkeypatch.setattr(pass_rate, "QUESTIONS_PER_ROUND", 3)
+    assert go("adaptthink", *training(model, tmp_path)) == (0, "")
+    (kept,) = (tmp_path / "ref").iterdir()
+    whole, first = kept.read_bytes(), comparable(tmp_path / "run" / "metrics.jsonl")
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 1 + 3 and all(len(json.loads(line)["round"]) <= 3 for line in lines[1:])
+    kept.write_bytes(b"".join(lines[:2]) + lines[2][:40])
+    shutil.rmtree(tmp_path / "run")
+    assert go("adaptthink", *training(model, tmp_path)) == (0, "")
+    assert kept.read_bytes() == whole and comparable(tmp_path / "run" / "metrics.jsonl") == first
+
+
+# --- a full disk
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_a_full_disk_is_one_message_and_the_run_goes_on_later(go, model, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to("/dev/full")
+    code, error = go("adaptthink", *training(model, tmp_path))
+    assert (code, error.strip()) == (
+        2,
+        f"error: cannot write {tmp_path / 'run' / name}: No space left on device. {GO_ON}",
+    )
+    (tmp_path / "run" / name).unlink()
+    assert go("adaptthink", *training(model, tmp_path)) == (0, "")
+    assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_a_full_disk_while_the_reference_table_is_written(go, model, tmp_path, monkeypatch):
+    write = os.fsync
+
+    def full(handle):
+        if "reference.json" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, error = go("adaptthink", *training(model, tmp_path))
+    assert code == 2 and f"cannot write {tmp_path / 'run' / 'reference.json'}: No space left on device" in error
+    assert not list((tmp_path / "run").glob("*reference*")) and not list((tmp_path / "run").glob(".*"))
+    monkeypatch.setattr(os, "fsync", write)
+    assert go("adaptthink", *training(model, tmp_path)) == (0, "")
+
+
+def test_a_torn_append_is_cut_by_the_next_one(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, {"step": 1})
+    with open(path, "a") as file:
+        file.write('{"step": 2, "x')
+    append_jsonl(path, {"step": 2})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    with pytest.raises(UserError, match="cannot write .*: Is a directory. Free some space"):
+        append_jsonl(tmp_path, {"step": 3})
+
+
+# --- clocks and Ctrl-C
+
+
+def test_no_duration_depends_on_the_clock_on_the_wall():
+    """It may be set back while a run goes on: a deadline would then never come, a speed would be negative."""
+    wall = re.compile(r"\btime\.time\(|datetime\.(now|utcnow)\(|from time import .*\btime\b")
+    files = [p for folder in ("adaptive_reasoning", "kernels", "experiments") for p in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 50 and [p.name for p in files if wall.search(p.read_text())] == []
+
+
+GRADING = """
+import sys, time
+from pathlib import Path
+from adaptive_reasoning.errors import run_cli
+from adaptive_reasoning.tasks.grader import GraderPool
+import test_grader
+
+class Slow:
+    def __enter__(self): return self
+    def __exit__(self, *_):
+        Path(sys.argv[1] + ".closing").touch()
+        time.sleep(float(sys.argv[2]))
+
+def main():
+    with Slow(), GraderPool(1, 3600.0, test_grader.note_pid) as pool:
+        pool.submit(sys.argv[1], "hang", 0)
+        pool.drain()
+
+run_cli(main)
+"""
+
+
+@pytest.mark.parametrize("presses, closing", [(1, 0), (2, 3600)])
+def test_ctrl_c_once_closes_and_twice_ends(tmp_path, presses, closing):
+    """Once: the graders are gone and one line is said. Twice: at once, whatever is still being closed."""
+    from test_grader import alive, wait_until
+
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    run = subprocess.Popen(
+        [sys.executable, "-c", GRADING, str(tmp_path / "pid"), str(closing)],
+        env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_until((tmp_path / "pid").exists)
+        run.send_signal(signal.SIGINT)
+        wait_until((tmp_path / "pid.closing").exists)
+        if presses == 2:
+            run.send_signal(signal.SIGINT)
+        _, error = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130
+    assert error == ("interrupted; the same command continues from what was saved\n" if presses == 1 else "")
+    wait_until(lambda: not alive(int((tmp_path / "pid").read_text())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_in_a_run_and_the_same_command_again(model, tmp_path, presses):
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "adaptive_reasoning.adaptthink", *training(model, tmp_path)]
+    run = subprocess.Popen([*command, "--max_steps", "100000"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 200
+        while not (tmp_path / "run" / "checkpoints" / "step_000002").exists():
+            assert run.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        for _ in range(presses):
+            run.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        _, error = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130 and "Traceback" not in error
+    done = max(int(p.name[5:]) for p in (tmp_path / "run" / "checkpoints").glob("step_??????"))
+    again = subprocess.run(
+        [*command, "--max_steps", str(done + 1)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
+    )
+    assert again.returncode == 0 and f"after step {done}" in again.stdout, again.stderr[-2000:]
+    assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == list(range(done + 2))
