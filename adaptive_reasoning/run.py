@@ -27,7 +27,7 @@ from adaptive_reasoning.learner.critic import Critic, load_critic
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import generation_config, load_config, load_model, load_tokenizer
 from adaptive_reasoning.learner.packing import MicroBatch, logprob_gap
-from adaptive_reasoning.learner.runtime import all_gather, is_zero3, make_accelerator
+from adaptive_reasoning.learner.runtime import all_gather, is_zero3, make_accelerator, offloads_optimizer
 from adaptive_reasoning.preflight import preflight
 from adaptive_reasoning.record import open_folder, over_processes, sums_of
 from adaptive_reasoning.report import glossary
@@ -99,6 +99,7 @@ class Run:
             zero3=is_zero3(self.accelerator),
             device_memory=torch.cuda.get_device_properties(device).total_memory if cuda else None,
             arena=None if cuda else CPU_CACHE_BYTES,
+            offload=offloads_optimizer(self.accelerator),
             questions=len(self.task.questions),
             skipped=self.task.skipped,
             longest_prompt=max(map(len, self.task.prompts)),
