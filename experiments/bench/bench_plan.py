@@ -92,7 +92,7 @@ TINY = Size(vocab=300, hidden=64, layers=2, intermediate=128, tied=True, checkpo
 SIZES = {
     "10M": Size(32_000, 192, 8, 768, tied=True, checkpointing=False, micro_batch=2048),
     "60M": Size(32_000, 512, 9, 1536, tied=False, checkpointing=False),
-    "195M": Size(151_936, 768, 12, 2304, tied=True, checkpointing=True),
+    "195M": Size(151_936, 768, 12, 2304, True, True, prompts=2, prompt_tokens=32, max_new_tokens=48, micro_batch=320),
 }
 
 
