@@ -150,13 +150,19 @@ def parse_args(cls: type, argv: list[str] | None = None):
     Raises:
         UserError: an unknown option, a YAML file that is missing, is no mapping or has a key that is no option, or a
             value out of range.
-        SystemExit: argparse's own error (code 2) for a value of the wrong type.
+        SystemExit: argparse's own error (code 2) for a value of the wrong type; code 0 after `--preflight`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if "--preflight" in argv:
+        from adaptive_reasoning.plan.command import print_plan  # which parses the rest of the line with this function
+
+        print_plan(cls, argv)
+        raise SystemExit(0)
     parser = HfArgumentParser(
         documented(cls), allow_abbrev=False, description=(inspect.getdoc(cls) or "").split("\n")[0]
     )
     parser.add_argument("--config", default="", help="YAML file with options; the command line wins over it.")
+    parser.add_argument("--preflight", action="store_true", help="Print memory and hours of the run, and end.")
     config = parser.parse_known_args(argv)[0].config
     if config:
         parser.set_defaults(**read_yaml(Path(config), cls))

@@ -35,7 +35,14 @@ from adaptive_reasoning.learner.model import (
     load_tokenizer,
 )
 from adaptive_reasoning.learner.packing import MicroBatch, logprob_gap, token_ratios
-from adaptive_reasoning.learner.runtime import all_gather, end, is_zero3, make_accelerator, on_main
+from adaptive_reasoning.learner.runtime import (
+    all_gather,
+    end,
+    is_zero3,
+    make_accelerator,
+    offloads_optimizer,
+    on_main,
+)
 from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.preflight import preflight
 from adaptive_reasoning.record import check_inputs, data_of, inputs_of, open_folder, over_processes, picked, sums_of
@@ -112,6 +119,7 @@ class Run:
             zero3=is_zero3(self.accelerator),
             device_memory=torch.cuda.get_device_properties(device).total_memory if cuda else None,
             arena=None if cuda else CPU_CACHE_BYTES,
+            offload=offloads_optimizer(self.accelerator),
             questions=len(self.task.questions),
             skipped=self.task.skipped,
             longest_prompt=max(map(len, self.task.prompts)),

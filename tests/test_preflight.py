@@ -6,20 +6,22 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlamaConfig, MistralConfig
 
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.options import RunArgs
-from adaptive_reasoning.preflight import (
+from adaptive_reasoning.plan.fit import Mend, fits, mends, needed, plan_memory
+from adaptive_reasoning.plan.hours import checkpoint_bytes
+from adaptive_reasoning.plan.memory import (
     GIB,
     USABLE,
+    Where,
     activation_bytes_per_token,
-    checkpoint_bytes,
-    checkpoints_ahead,
-    estimate_rows,
+    arena_growth,
+    dialogue_bytes,
     fixed_items,
     kv_bytes_per_token,
-    memory_plan,
-    preflight,
-    shapes_of,
+    phase_bytes,
     state_bytes_per_parameter,
 )
+from adaptive_reasoning.plan.shapes import shapes_of
+from adaptive_reasoning.preflight import checkpoints_ahead, preflight
 
 # 28 layers of  q, o 2 x 1536 x 1536 + 1536 | k, v 2 x (1536 x 256 + 256) | MLP 3 x 1536 x 8960 | two norms 2 x 1536
 # = 46,797,824, two embeddings of 151,936 x 1536, one norm.
@@ -54,12 +56,22 @@ def look(config, **changes):
     return preflight(args, model_config=config, **facts)
 
 
+EIGHT = Where(8, zero3=True)
+ONE = Where(1)
+CPU = Where(1, cuda=False)
+
+
 def plan(shapes, **changes):
-    facts = {"world_size": 8, "zero3": True, "longest_prompt": 1024, "memory": 80 * GIB, "arena": None}
-    args = RunArgs(**{k: v for k, v in changes.items() if k not in facts})
-    facts |= {k: v for k, v in changes.items() if k in facts}
-    items, rows, cache = memory_plan(args, shapes, **facts)
-    return {item.name: item.bytes for item in items}, rows, cache
+    """(name -> bytes, plan) of one of 8 GPUs of 80 GiB; options and the place can be changed."""
+    facts = {"world_size": 8, "zero3": True, "longest_prompt": 1024, "memory": 80 * GIB}
+    names = set(Where.__dataclass_fields__)
+    args = RunArgs(**{k: v for k, v in changes.items() if k not in names})
+    found = plan_memory(args, shapes, Where(**facts | {k: v for k, v in changes.items() if k in names}))
+    return {item.name: item.bytes for item in found.items}, found
+
+
+def sizes(args, shapes, where) -> dict[str, int]:
+    return {item.name: item.bytes for item in fixed_items(args, shapes, where)[0]}
 
 
 def test_shapes_and_parameters(shapes):
@@ -80,43 +92,89 @@ def test_kv_cache_is_28_kib_a_token(shapes):
     assert kv_bytes_per_token(shapes, 4) == 56 * 1024
 
 
-def test_rows_that_fit():
-    """A row of 1000 tokens of 1 KiB needs 1.5 times its size, because the arena grows by copying."""
-    assert estimate_rows(10 * 1500 * 1024, 1024, 1000) == 10
-    assert estimate_rows(10 * 1500 * 1024 - 1, 1024, 1000) == 9
-    assert estimate_rows(-5, 1024, 1000) == 0
-
-
 def test_state_of_the_learner(shapes):
     assert sum(state_bytes_per_parameter("bf16", zero3=True).values()) == 2 + 4 + 4 + 8
     assert sum(state_bytes_per_parameter("fp32", zero3=True).values()) == 4 + 4 + 4 + 8
     assert sum(state_bytes_per_parameter("bf16", zero3=False).values()) == 4 + 2 + 4 + 8
     assert sum(state_bytes_per_parameter("fp32", zero3=False).values()) == 4 + 4 + 8
-    eight = {item.name: item.bytes for item in fixed_items(shapes, RunArgs(), 8, zero3=True)}
-    assert eight["weights, optimiser"] == PARAMETERS * 18 // 8
+    eight = sizes(RunArgs(), shapes, EIGHT)
+    parts = ("weight", "fp32 master", "gradient", "Adam")
+    assert [eight[part] for part in parts] == [PARAMETERS * size // 8 for size in (2, 4, 4, 8)]
     assert eight["rollout replica"] == PARAMETERS * 2
     assert eight["ZeRO-3 exchange"] == (10**9 + 5 * 10**8) * 2
     assert eight["output head"] == 151_936 * 1536 * 10 + 192 * 2**20
-    one = {item.name: item.bytes for item in fixed_items(shapes, RunArgs(dtype="fp32"), 1, zero3=False)}
-    assert one["weights, optimiser"] == PARAMETERS * 16
+    one = sizes(RunArgs(dtype="fp32"), shapes, ONE)
+    assert one["fp32 weight"] + one["gradient"] + one["Adam"] == PARAMETERS * 16
     assert one["rollout replica"] == PARAMETERS * 4
     assert "ZeRO-3 exchange" not in one
+
+
+def test_what_exists_when(shapes):
+    """Without ZeRO-3 gradients go after every step: the rollout does not have them, the moments of Adam it does."""
+    items, _ = fixed_items(RunArgs(dtype="fp32"), shapes, CPU)
+    alive = {phase: {item.name for item in items if phase in item.phases} for phase in ("load", "rollout", "head")}
+    assert "gradient" not in alive["rollout"] | alive["load"] and "gradient" in alive["head"]
+    assert "Adam" in alive["rollout"] and "Adam" not in alive["load"]
+    assert "sampling" not in alive["head"] and "activations" not in alive["rollout"]
+    zero3, _ = fixed_items(RunArgs(), shapes, EIGHT)
+    assert "rollout" in next(item.phases for item in zero3 if item.name == "gradient"), "ZeRO-3 keeps its buffer"
+
+
+def test_peak_is_the_largest_phase_and_not_the_sum(shapes):
+    _, found = plan(shapes)
+    totals = phase_bytes(found.items)
+    assert found.peak == max(totals.values()) == totals[found.largest_phase]
+    assert found.peak < sum(item.bytes for item in found.items)
 
 
 def test_reference_policy_and_critic_are_counted(shapes):
     from types import SimpleNamespace
 
     args = SimpleNamespace(**vars(RunArgs()), kl_coef=0.001, critic_learning_rate=5e-6)
-    eight = {item.name: item.bytes for item in fixed_items(shapes, args, 8, zero3=True)}
-    assert eight["reference policy"] == PARAMETERS * 2 // 8 and eight["critic"] == eight["weights, optimiser"]
-    one = {item.name: item.bytes for item in fixed_items(shapes, args, 1, zero3=False)}
-    assert one["reference policy"] == PARAMETERS * (4 + 2), "fp32 weights and the bf16 copy of autocast"
-    assert "reference policy" not in {item.name for item in fixed_items(shapes, RunArgs(), 8, zero3=True)}
+    eight = sizes(args, shapes, EIGHT)
+    assert eight["reference policy"] == PARAMETERS * 2 // 8
+    assert all(eight[f"critic: {part}"] == eight[part] for part in ("weight", "fp32 master", "gradient", "Adam"))
+    assert sizes(args, shapes, ONE)["reference policy"] == PARAMETERS * 4
+    assert "reference policy" not in sizes(RunArgs(), shapes, EIGHT)
 
 
 def test_data_parallel_splits_nothing(shapes):
-    (states, *_) = fixed_items(shapes, RunArgs(), 8, zero3=False)
-    assert states.bytes == PARAMETERS * 18
+    eight = sizes(RunArgs(), shapes, Where(8, zero3=False))
+    parts = ("fp32 weight", "bf16 copy", "gradient", "Adam")
+    assert sum(eight[part] for part in parts) == PARAMETERS * 18
+
+
+def test_optimiser_in_cpu_memory(shapes):
+    """One process sends Adam's moments away; ZeRO-3 the fp32 masters and the gradients as well."""
+    from types import SimpleNamespace
+
+    args = SimpleNamespace(**vars(RunArgs()))
+    args.offload_optimizer = True
+    for where, parts in ((ONE, {"Adam": 8}), (EIGHT, {"fp32 master": 4, "gradient": 4, "Adam": 8})):
+        items, host = fixed_items(args, shapes, where)
+        assert not parts.keys() & {item.name for item in items}
+        away = {item.name: item.bytes for item in host}
+        assert all(away[part] == PARAMETERS * size // where.world_size for part, size in parts.items())
+
+
+def test_dialogues_are_kept_between_turns(shapes):
+    """The keys and values that Thinker keeps were missing from the plan: 256 dialogues of 16,048 tokens of 28 KiB."""
+    from adaptive_reasoning.thinker import Args
+
+    args, expected = Args(), 256 * (2048 + 14_000) * 28 * 1024
+    where = Where(8, zero3=True, longest_prompt=2048)
+    assert dialogue_bytes(args, shapes, 2048) == expected
+    assert {item.name: item.bytes for item in fixed_items(args, shapes, where)[1]}["dialogues"] == expected
+    assert "dialogues" not in sizes(args, shapes, where), "on a GPU they wait in the memory of the machine"
+    assert sizes(args, shapes, Where(cuda=False, longest_prompt=2048))["dialogues"] == expected
+    assert dialogue_bytes(Args(environment="qa"), shapes, 2048) == dialogue_bytes(RunArgs(), shapes, 2048) == 0
+
+
+def test_slots_grow_by_doubling():
+    """Prompt of 20 tokens: 64 columns (of 40, rounded up), then 192 (of 2 x 96), at last all that the longest needs."""
+    assert arena_growth(20, 64) == (0, 64)
+    assert arena_growth(20, 150) == (64, 150)
+    assert arena_growth(20, 500) == (448, 500)
 
 
 def test_activations_by_hand(shapes):
@@ -156,38 +214,37 @@ def test_activations_against_a_real_backward_pass(dtype):
     assert measured == pytest.approx(dtype.itemsize * shapes_of(config).layer_width, rel=0.15)
 
 
-def test_plan_fills_the_gpu_with_rows(shapes):
-    """17,408 tokens x 28 KiB = 0.465 GiB a row, 0.697 with room to grow; the rest of the plan is fixed."""
-    items, rows, cache = plan(shapes)
+def test_plan_fills_the_gpu(shapes):
+    """A row is 17,408 tokens x 28 KiB = 0.465 GiB; pages take what the largest phase leaves, whole rows or not."""
+    items, found = plan(shapes)
     row = 17_408 * 28 * 1024
     assert items["activations"] == 32_768 * 292_864
-    assert items["KV arena"] == cache == rows * row
-    rest = sum(size for name, size in items.items() if not name.startswith("KV arena"))
-    limit = int(USABLE * 80 * GIB)
-    assert rest + rows * row * 1.5 <= limit < rest + (rows + 1) * row * 1.5
-    assert 60 < rows < 90
+    assert items["KV arena"] == found.cache_bytes and found.rows == found.cache_bytes // row
+    assert found.peak == int(USABLE * 80 * GIB)
+    assert 100 < found.rows < 150
 
 
 def test_no_more_rows_than_asked_for(shapes):
-    items, rows, _ = plan(shapes, rollout_rows=8)
-    assert rows == 8 and items["KV arena"] == 8 * 17_408 * 28 * 1024
+    items, found = plan(shapes, rollout_rows=8)
+    assert found.rows == 8 and items["KV arena"] == 8 * 17_408 * 28 * 1024
 
 
 def test_columns_are_rounded_up(shapes):
-    _, rows, cache = plan(shapes, rollout_rows=2, longest_prompt=33, max_new_tokens=32)
-    assert cache == rows * 96 * 28 * 1024
+    _, found = plan(shapes, rollout_rows=2, longest_prompt=33, max_new_tokens=32)
+    assert found.cache_bytes == 2 * 96 * 28 * 1024
 
 
 def test_long_sequence_is_a_micro_batch_of_its_own(shapes):
-    items, _, _ = plan(shapes, tokens_per_micro_batch=1000)
+    items, _ = plan(shapes, tokens_per_micro_batch=1000)
     assert items["activations"] == 17_408 * 292_864
 
 
 def test_arena_limit_bounds_rows_without_a_gpu(shapes):
-    _, rows, cache = plan(shapes, memory=None, arena=4 * GIB, dtype="fp32", world_size=1, zero3=False)
-    assert rows == 4 * GIB // (17_408 * 56 * 1024) == 4
-    assert cache <= 4 * GIB
-    assert plan(shapes, memory=None)[1] == RunArgs().rollout_rows
+    facts = {"memory": None, "cuda": False, "world_size": 1, "zero3": False}
+    _, found = plan(shapes, arena=4 * GIB, dtype="fp32", **facts)
+    assert found.rows == 4 * GIB // (17_408 * 56 * 1024) == 4
+    assert found.cache_bytes <= 4 * GIB
+    assert plan(shapes, **facts)[1].rows == RunArgs().rollout_rows
 
 
 def test_arena_without_room_for_one_response(shapes):
@@ -195,25 +252,58 @@ def test_arena_without_room_for_one_response(shapes):
         plan(shapes, memory=None, arena=GIB // 4)
 
 
-@pytest.mark.parametrize(
-    ("changes", "mend"),
-    [
-        ({"world_size": 1, "zero3": False, "memory": 24 * GIB}, r"more GPUs .*smaller model"),
-        ({"tokens_per_micro_batch": 400_000}, r"--tokens_per_micro_batch from 400,000 to \d"),
-        ({"gradient_checkpointing": False, "memory": 40 * GIB}, r"--gradient_checkpointing true"),
-        ({"max_new_tokens": 120_000, "memory": 40 * GIB}, r"Lower --max_new_tokens to about \d"),
-    ],
-)
-def test_what_does_not_fit_says_what_to_lower(shapes, changes, mend):
-    with pytest.raises(UserError, match=mend):
+MENDS = [
+    ({"world_size": 1, "zero3": False, "memory": 24 * GIB}, r"take \d+ GPUs .*, which share the optimiser"),
+    ({"tokens_per_micro_batch": 400_000}, r"Lower --tokens_per_micro_batch from 400,000 to \d"),
+    ({"gradient_checkpointing": False, "memory": 40 * GIB}, r"et --gradient_checkpointing true"),
+    ({"max_new_tokens": 120_000, "memory": 40 * GIB}, r"ower --max_new_tokens from 120,000 to \d"),
+    ({"world_size": 4, "memory": 24 * GIB, "max_new_tokens": 4096}, r"."),
+    ({"world_size": 1, "zero3": False, "memory": 32 * GIB, "max_new_tokens": 2048, "rollout_rows": 2048}, r"."),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), MENDS)
+def test_what_does_not_fit_names_a_mend_that_fits(shapes, changes, words):
+    """Every mend that is proposed is applied, and then the plan is made without an error."""
+    with pytest.raises(UserError, match=words) as error:
         plan(shapes, **changes)
+    names = set(Where.__dataclass_fields__)
+    args = RunArgs(**{k: v for k, v in changes.items() if k not in names})
+    facts = {"world_size": 8, "zero3": True, "longest_prompt": 1024, "memory": 80 * GIB}
+    where = Where(**facts | {k: v for k, v in changes.items() if k in names})
+    found = mends(args, shapes, where)
+    assert found
+    for mend in found:
+        changed, place = mend.apply(args, where)
+        assert plan_memory(changed, shapes, place).rows >= 1
+        text = mend.text(args, where)
+        assert text[1:] in str(error.value)
+        for name, value in mend.options.items():
+            assert isinstance(value, bool) or f"{name} from {getattr(args, name):,} to {value:,}" in text
 
 
-def test_the_proposed_micro_batch_fits(shapes):
-    with pytest.raises(UserError) as error:
-        plan(shapes, tokens_per_micro_batch=400_000)
-    proposal = int(str(error.value).split(" to ")[-1].split(" or ")[0].replace(",", ""))
-    assert plan(shapes, tokens_per_micro_batch=proposal)[1] >= 1
+def test_proposed_micro_batch_is_the_largest_that_fits(shapes):
+    args, where = RunArgs(tokens_per_micro_batch=400_000), Where(8, True, memory=80 * GIB)
+    (mend,) = mends(args, shapes, where)
+    tokens = mend.options["tokens_per_micro_batch"]
+    assert not fits(RunArgs(tokens_per_micro_batch=tokens + 1), shapes, where)
+    assert needed(RunArgs(tokens_per_micro_batch=tokens), shapes, where) <= USABLE * 80 * GIB
+
+
+def test_where_no_mend_does_it_the_message_says_so(shapes):
+    with pytest.raises(UserError, match="smaller model .* GPUs with more memory"):
+        plan(shapes, memory=GIB)
+    assert mends(RunArgs(), shapes, Where(8, True, memory=GIB)) == []
+
+
+def test_a_mend_reads_as_it_is_typed():
+    where, args = Where(1), RunArgs()
+    mend = Mend({"tokens_per_micro_batch": 18_000, "gradient_checkpointing": True, "offload_optimizer": True})
+    assert mend.text(args, where) == (
+        "Lower --tokens_per_micro_batch from 32,768 to 18,000 or less, set --gradient_checkpointing true, "
+        "set --offload_optimizer true"
+    )
+    assert "zero3_8gpu_offload.yaml" in Mend({"offload_optimizer": True}, 16).text(args, where)
 
 
 @pytest.mark.parametrize(
@@ -247,11 +337,12 @@ def test_table(config):
         "40,000, 3 more left out for length",
         "1,024 prompt + 16,384 response tokens = 17,408 of the model's 131,072 positions",
         "32 checkpoints x 23.17 GiB",
-        "1.78 B x 18 bytes / 8 processes",
+        "1.78 B x 8 / 8 processes",
         f"{found.rows} rows x 17,408 tokens x 28 KiB; 256 were asked for",
+        "in the phase 'head'; of 80.00 GiB, of which 73.60 are planned with",
     ):
         assert text in found.table
-    assert found.cache_bytes == found.rows * 17_408 * 28 * 1024
+    assert found.rows == found.cache_bytes // (17_408 * 28 * 1024)
     assert "WARNING" not in found.table and found.table.isascii()
 
 

@@ -77,6 +77,11 @@ def arrive() -> None:
     arrivals += 1
 
 
+def offloads_optimizer(accelerator: Accelerator) -> bool:
+    """Whether the launch file keeps ZeRO-3's optimiser in CPU memory."""
+    return is_zero3(accelerator) and accelerator.state.deepspeed_plugin.offload_optimizer_device not in (None, "none")
+
+
 def all_reduce(accelerator: Accelerator, values, op: str) -> torch.Tensor:
     """Return the elementwise "sum", "max" or "min" over all ranks of `values`: numbers or a tensor, fp64, on the CPU.
 
