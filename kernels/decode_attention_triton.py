@@ -134,7 +134,7 @@ def decode_attention(
     block, warps, stages = TILES[q.element_size()]
     if table is not None:
         assert C >= 16 and C & (C - 1) == 0 and table.stride(1) == 1, "pages of 16, 32, 64 ... columns"
-        block, stages = min(block, C), stages + 1  # the look into the table takes a stage of the pipeline
+        block = min(block, C)
     block_d = max(16, triton.next_power_of_2(D))
     parts = number_of_parts(B * k, C if table is None else C * table.shape[1], block, q.device)
     partial = torch.empty(B, h, parts, D + 2, dtype=torch.float32, device=q.device) if parts > 1 else out

@@ -11,8 +11,8 @@ def decode_part(state):
     """A layer's attention and the sampling, on static buffers: what a decode step launches."""
     normed = triton_version("rms_norm")(state["x"], state["norm"], 1e-6)
     qkv = (normed @ state["qkv"]).view(len(normed), -1, 64)
-    q = triton_version("rope_and_store")(qkv, state["angles"], state["position"], state["cache"])
-    out = triton_version("decode_attention")(q, state["cache"], state["position"] + 1)
+    q = triton_version("rope_and_store")(qkv, state["angles"], state["position"], state["cache"], state["table"])
+    out = triton_version("decode_attention")(q, state["cache"], state["position"] + 1, state["table"])
     token, logprob = triton_version("sample")((out @ state["head"]).float(), state["uniform"], 0.6)
     return out, token, logprob
 
@@ -26,7 +26,8 @@ def make_state(B=5, h=6, k=2, D=64, T=300, V=5003):
     angles = torch.polar(torch.ones(T, D // 2), torch.rand(T, D // 2)).cuda()
     return {
         "x": new(B, 96), "norm": new(96), "qkv": new(96, (h + 2 * k) * D), "angles": angles,
-        "cache": new(B, 2 * k, T, D), "head": new(h * D, V), "uniform": torch.rand(B, device="cuda"),
+        "cache": new(B * 5, 2 * k, 64, D), "table": torch.randperm(B * 5).view(B, 5).int().cuda(),
+        "head": new(h * D, V), "uniform": torch.rand(B, device="cuda"),
         "position": torch.tensor([0, 17, 64, 200, 298], device="cuda"),
     }  # fmt: skip
 
