@@ -53,6 +53,11 @@ class Learner:
         self.args = args
         self.accelerator = accelerator
         self.zero3 = is_zero3(accelerator)
+        if self.zero3 and args.offload_optimizer:
+            raise UserError(
+                "--offload_optimizer is for a process without ZeRO-3. With it the launch file decides: set "
+                "offload_optimizer_device: cpu there."
+            )
         self.model = model
         self.steps = 0  # optimiser steps taken
         self.optimizer = None
@@ -103,11 +108,6 @@ class Learner:
         }
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         if self.zero3:
-            if args.offload_optimizer:
-                raise UserError(
-                    "--offload_optimizer is for one process without ZeRO-3. With ZeRO-3 set offload_optimizer_device: "
-                    "cpu in the launch file."
-                )
             optimizer = torch.optim.AdamW(parameters, **options)
             engine = self._zero3_engine(optimizer)
             self.optimizer = engine.optimizer
