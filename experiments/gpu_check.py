@@ -29,8 +29,8 @@ FOR_PYTEST = ("pytest", "math_verify")  # what the test files of the first two p
 # Part: (limit in seconds, command after python; {smoke} is --smoke or nothing). What one wants to know first stands
 # first: parts that the time does not suffice for are left out from the end.
 PARTS = {
-    "tests": (150, None),  # decided by `test_command`
-    "tests marked gpu": (90, None),
+    "tests": (180, None),  # decided by `test_command`
+    "tests marked gpu": (120, None),
     "decode": (120, [f"{BENCH}/gpu_rollout.py", "decode", "--short", "{smoke}"]),
     "token_logprobs": (90, [f"{BENCH}/gpu_kernels.py", "token_logprobs", "{smoke}"]),
     "step": (100, [f"{BENCH}/gpu_step.py", "--short", "{smoke}"]),
@@ -71,7 +71,7 @@ def run_checks(smoke: bool) -> int:
     from kernel_checks import CHECKS, Kernels
 
     number, failed = 0, []
-    for implementation in ("torch", "triton"):
+    for implementation in ("triton", "torch"):
         for name, check in CHECKS.items():
             if smoke and not name.startswith(("rms_norm", "token_logprobs_in_several")):
                 continue
