@@ -11,7 +11,6 @@ files import) is missing, the checks of the kernels and the tests for a GPU are 
 """
 
 import argparse
-import inspect
 import json
 import os
 import subprocess
@@ -19,11 +18,9 @@ import sys
 import threading
 import time
 from datetime import date
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = "experiments/bench"
@@ -32,8 +29,8 @@ FOR_PYTEST = ("pytest", "math_verify")  # what the test files of the first two p
 # Part: (limit in seconds, command after python; {smoke} is --smoke or nothing). What one wants to know first stands
 # first: parts that the time does not suffice for are left out from the end.
 PARTS = {
-    "tests": (150, None),  # decided by `test_command`
-    "tests marked gpu": (90, None),
+    "tests": (180, None),  # decided by `test_command`
+    "tests marked gpu": (120, None),
     "decode": (120, [f"{BENCH}/gpu_rollout.py", "decode", "--short", "{smoke}"]),
     "token_logprobs": (90, [f"{BENCH}/gpu_kernels.py", "token_logprobs", "{smoke}"]),
     "step": (100, [f"{BENCH}/gpu_step.py", "--short", "{smoke}"]),
@@ -59,47 +56,13 @@ def gpu_test_files() -> list[Path]:
     return sorted((ROOT / "tests").glob("test_*_gpu.py"))
 
 
-class Marks(ModuleType):
-    """Stands for pytest where it is missing: marks, with arguments or without, that do nothing."""
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *args, **kwargs: args[0] if args and callable(args[0]) else lambda function: function
-
-
 def run_gpu_tests(smoke: bool) -> int:
-    """Call the test functions of tests/test_*_gpu.py without pytest; those that need its fixtures are named."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / BENCH)]
+    """Run tests/test_*_gpu.py without pytest; with --smoke they are only loaded."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / BENCH), str(ROOT / "experiments")]
     import gpu_harness  # noqa: F401  stands in for what the algorithm files import and no GPU test calls
+    from without_pytest import run_files
 
-    if find_spec("pytest") is None:
-        sys.modules["pytest"] = Marks("pytest")
-        sys.modules["pytest"].mark = Marks("pytest.mark")
-    passed, failed, left_out = 0, 0, []
-    for path in gpu_test_files():
-        try:
-            module = import_module(path.stem)
-        except Exception as error:  # the report is worth more than the first failure
-            failed += 1
-            print(f"FAILED {path.name}: {type(error).__name__}: {str(error)[:500]}", flush=True)
-            continue
-        for name, test in vars(module).items():
-            if not (name.startswith("test_") and callable(test)):
-                continue
-            if smoke or inspect.signature(test).parameters:
-                left_out.append(name)
-                continue
-            try:
-                test()
-                passed += 1
-            except Exception as error:
-                failed += 1
-                print(f"FAILED {path.name} {name}: {type(error).__name__}: {str(error)[:500]}", flush=True)
-    why = "without a GPU" if smoke else "they need pytest"
-    print(f"left out, {why}: {', '.join(left_out)}" if left_out else "none was left out")
-    print(f"{passed} tests without pytest passed, {failed} failed, {len(left_out)} left out")
-    return 1 if failed else 0
+    return 1 if run_files(gpu_test_files(), call=not smoke) else 0
 
 
 def run_checks(smoke: bool) -> int:
@@ -108,7 +71,7 @@ def run_checks(smoke: bool) -> int:
     from kernel_checks import CHECKS, Kernels
 
     number, failed = 0, []
-    for implementation in ("torch", "triton"):
+    for implementation in ("triton", "torch"):
         for name, check in CHECKS.items():
             if smoke and not name.startswith(("rms_norm", "token_logprobs_in_several")):
                 continue

@@ -105,26 +105,48 @@ importlib.util.find_spec = lambda name, *a: None if name.split(".")[0] in HIDDEN
 """
 
 
-def test_the_tests_for_a_gpu_run_without_pytest(gpu_check, monkeypatch, tmp_path, capsys):
-    """Marks do nothing, a test that fails is named and counted, one that needs a fixture is left out by name."""
-    (tmp_path / "test_some_gpu.py").write_text(
-        "import pytest\npytestmark = [pytest.mark.gpu, pytest.mark.skipif(True, reason='')]\nran = []\n"
-        "@pytest.mark.slow\ndef test_good():\n    ran.append(1)\n"
-        "def test_bad():\n    assert len(ran) == 2, f'ran {len(ran)} times'\n"
-        "def test_with(fixture):\n    pass\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(gpu_check, "gpu_test_files", lambda: [tmp_path / "test_some_gpu.py"])
-    real = gpu_check.find_spec
-    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if name == "pytest" else real(name))
-    monkeypatch.setitem(sys.modules, "pytest", pytest)  # put back afterwards
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    assert gpu_check.run_gpu_tests(smoke=False) == 1
-    said = capsys.readouterr().out
-    assert "FAILED test_some_gpu.py test_bad: AssertionError: ran 1 times" in said
-    assert "left out, they need pytest: test_with" in said
-    assert "1 tests without pytest passed, 1 failed, 1 left out" in said
+SOME_TESTS = """
+import pytest
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(True, reason='')]
+ran = []
+
+@pytest.fixture
+def number():
+    return 7
+
+@pytest.fixture(autouse=True)
+def around():
+    ran.append("before")
+    yield
+    ran.append("after")
+
+@pytest.mark.slow
+def test_good(): ran.append("good")
+
+@pytest.mark.parametrize("a, b", [(1, 2), (3, 4)])
+@pytest.mark.parametrize("c", [5, 6])
+def test_cases(a, b, c, number): ran.append((a, b, c, number))
+
+def test_bad(): assert ran[:3] == ["before", "good", "nothing"], f"ran {ran[:3]}, {len(ran)}"
+def test_with(tmp_path): pass
+"""
+
+
+def test_the_tests_for_a_gpu_run_without_pytest(gpu_check, tmp_path):
+    """Marks do nothing; parameters and fixtures work; a test that fails is named; one that needs more is left out."""
+    (tmp_path / "test_some_gpu.py").write_text(SOME_TESTS)
+    (tmp_path / "conftest.py").write_text("")
+    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    run = f"from pathlib import Path; from without_pytest import run_files; run_files([Path({str(tmp_path)!r}) / "
+    done = subprocess.run(
+        [sys.executable, "-c", run + "'test_some_gpu.py'])"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT / 'experiments'}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "test_bad: AssertionError: ran ['before', 'good', 'after'], 16" in done.stdout
+    assert "left out: test_some_gpu.py test_with" in done.stdout
+    assert "5 tests without pytest passed, 1 failed, 1 left out" in done.stdout
+    assert [path.name for path in gpu_check.gpu_test_files()][-1].endswith("_gpu.py")
 
 
 @pytest.mark.parametrize("part", ["tests", "tests marked gpu"])

@@ -68,6 +68,11 @@ class Learner:
         self.args = args
         self.accelerator = accelerator
         self.zero3 = is_zero3(accelerator)
+        if self.zero3 and args.offload_optimizer:
+            raise UserError(
+                "--offload_optimizer is for a process without ZeRO-3. With it the launch file decides: set "
+                "offload_optimizer_device: cpu there."
+            )
         self.model = model
         self.steps = 0  # optimiser steps taken
         self.optimizer = None
@@ -118,11 +123,6 @@ class Learner:
         }
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         if self.zero3:
-            if args.offload_optimizer:
-                raise UserError(
-                    "--offload_optimizer is for one process without ZeRO-3. With ZeRO-3 set offload_optimizer_device: "
-                    "cpu in the launch file."
-                )
             offload = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
             if offload not in ("none", "cpu"):
                 raise UserError(f"offload_optimizer_device {offload}: checkpoints know none and cpu. Take one of them.")
