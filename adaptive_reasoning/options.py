@@ -193,7 +193,7 @@ def read_yaml(path: Path, cls: type) -> dict:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}. Save the file as UTF-8.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of options, found {type(values).__name__}.")

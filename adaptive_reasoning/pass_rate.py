@@ -92,7 +92,7 @@ def read_authors_table(path: str, questions: dict[int, Question]) -> dict[int, f
         }
         if wrong := [v for v in table.values() if not isinstance(v, (int, float)) or not 0 <= v <= 1]:
             raise TypeError(f"an accuracy of {wrong[0]!r}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--ref_results {path}: cannot be read as JSON: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(

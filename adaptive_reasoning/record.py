@@ -48,7 +48,7 @@ def read_config(path: Path) -> dict:
     """Return the options in the config.yaml of a run."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged, it is not valid YAML: {error}. {DAMAGED}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} is damaged, it holds no options but {type(config).__name__}. {DAMAGED}")

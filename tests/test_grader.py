@@ -4,6 +4,7 @@ The workers import this file to find the checks, so it imports pytest only insid
 """
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -62,6 +63,19 @@ def note_call(answer, gold):
     with open(gold, "a") as file:
         file.write(answer + "\n")
     return True
+
+
+def chance(answer, gold):
+    """Right or wrong by what sympy's orders and random points hang on."""
+    return (random.random() < 0.5) ^ (hash(answer) % 2 == 0)
+
+
+def child(queue):
+    """What a process started by the run, or a run started by another program, does with a pool."""
+    with GraderPool(workers=2, timeout=30.0, check=check) as pool:
+        for n in range(20):
+            pool.submit(f"{n}", f"{n + n % 2}", n)
+        queue.put([grade.correct for grade in pool.drain().values()])
 
 
 def ghost(answer, gold):
@@ -180,6 +194,56 @@ def test_verdicts_do_not_depend_on_the_order():
                 pool.submit(*job)
             seen.append({key: (g.correct, g.status, g.detail) for key, g in pool.drain().items()})
     assert seen[0] == seen[1]
+
+
+def test_a_verdict_is_a_function_of_the_pair_alone(monkeypatch):
+    """Workers had hash seeds of their own and went on with random numbers, which order sympy's sets and choose its
+    trial points: another rank, or another order of the answers, could have come to another verdict."""
+    jobs, seen = [(f"{n}", "1", n) for n in range(40)], []
+    for rank in range(2):
+        monkeypatch.setenv("PYTHONHASHSEED", str(rank + 1))
+        with GraderPool(workers=1 + rank, timeout=30.0, check=chance) as pool:
+            for job in jobs[:: 1 - 2 * rank]:
+                pool.submit(*job)
+            seen.append({key: grade.correct for key, grade in pool.drain().items()})
+    assert seen[0] == seen[1] and len(set(seen[0].values())) == 2
+
+
+def test_ten_thousand_at_once_from_eight_threads():
+    def submit(start):
+        for n in range(start, 10_000, 8):
+            pool.submit(f"{n}", f"{n + n % 2}", n)
+
+    with GraderPool(workers=2, timeout=30.0, check=check) as pool:
+        threads = [threading.Thread(target=submit, args=(start,)) for start in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        grades = pool.drain()
+    assert len(grades) == 10_000 == pool.graded
+    assert all(grades[n].correct == (n % 2 == 0) and grades[n].status == "ok" for n in range(10_000))
+
+
+def test_pools_of_processes_that_were_forked_or_spawned():
+    """A slot is a fresh interpreter, so neither the locks of a forked caller nor its threads are in it."""
+    for method in ("fork", "spawn"):
+        context = multiprocessing.get_context(method)
+        queue = context.Queue()
+        process = context.Process(target=child, args=(queue,))
+        process.start()
+        assert queue.get(timeout=120) == [n % 2 == 0 for n in range(20)], method
+        process.join(60)
+        assert process.exitcode == 0, method
+
+
+def test_a_hundred_kilobytes_of_braces_are_wrong_at_once():
+    with GraderPool(workers=1, timeout=5.0) as pool:
+        for key, answer in enumerate(
+            ["{" * 100_000, "{" * 50_000 + "1" + "}" * 50_000, "\\frac{" * 15_000, "(" * 100_000]
+        ):
+            pool.submit(answer, "1", key)
+        assert {(grade.correct, grade.status) for grade in pool.drain().values()} == {(False, "ok")}
 
 
 def test_identical_pairs_share_one_check(tmp_path):

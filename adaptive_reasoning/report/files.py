@@ -139,7 +139,7 @@ def _lines(path: Path) -> list[tuple[bytes, dict]]:
 def _parse(raw: bytes) -> dict | None:
     try:
         obj = json.loads(raw.decode("utf-8"), parse_constant=lambda _: None)  # NaN from another writer
-    except ValueError:  # both kinds: not UTF-8, not JSON
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, a number without end, brackets without end
         return None
     return obj if isinstance(obj, dict) else None
 
@@ -166,5 +166,5 @@ def load_json(path: Path):
     """Return the content of a JSON file; UserError with file and place where it is broken."""
     try:
         return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}. Restore it, or start anew elsewhere.") from error

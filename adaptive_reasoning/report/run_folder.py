@@ -122,7 +122,7 @@ def _options(path: Path) -> dict:
         return {}
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(options, dict):
         raise UserError(f"{path}: expected a mapping of options, found {type(options).__name__}.")
@@ -134,7 +134,7 @@ def _summary(path: Path) -> dict | None:
         return None
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}. Run the same command again to write it anew.") from error
     if not isinstance(summary, dict):
         raise UserError(f"{path}: expected a mapping, found {type(summary).__name__}.")

@@ -162,7 +162,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
                     yield where, json.loads(text)
             except UnicodeDecodeError as error:
                 raise UserError(f"{where} is not UTF-8: {error}. Save the file as UTF-8.") from error
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where} is not JSON: {error}. The file needs one JSON object a line.") from error
 
 

@@ -75,13 +75,19 @@ def steps_done(folder: Path) -> int:
     return last + len(rows(folder / "finished.jsonl"))
 
 
-def kill_once(args, folder: Path, after: float) -> bool:
-    """Start the run and kill all its processes after so many seconds. Returns False if it had ended before."""
+def kill_once(args, folder: Path, step: int, after: float) -> bool:
+    """Start the run and kill all its processes so many seconds after it has written a step (0: after its start).
+
+    By the step and not by the clock alone: how fast the machine is changes while the drill goes on. Returns False if
+    the run had ended before.
+    """
     command, environment = command_of(args, folder)
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
+        while process.poll() is None and steps_done(folder) < step:
+            time.sleep(0.05)
         code = process.wait(after)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
@@ -153,18 +159,21 @@ def main() -> int:
     rng, kills, broken = random.Random(args.seed), 0, []
     started = time.monotonic()
     while kills < args.kills:
-        # Every fourth kill hits a process that still loads; the others are spread over the steps that are left.
+        # Every fourth kill, and each that finds no step left, hits a process that loads; the others are spread over the
+        # steps that are left, and over a step.
         done = max((int(p.name[5:]) for p in (killed / "checkpoints").glob("step_??????")), default=0)
         done = done or len(rows(killed / "finished.jsonl"))
-        share = 2 * (args.steps - done) / args.steps / (args.kills - kills)
-        loads = kills % 4 == 3
-        after = rng.uniform(0.3, 1.0) * loading if loads else loading + rng.uniform(0, 1) * share * training
-        if not kill_once(args, killed, after):
+        left, a_step = args.steps - done, training / args.steps
+        loads = kills % 4 == 3 or left < 2
+        step = 0 if loads else done + rng.randint(1, min(left - 1, max(1, 2 * left // (args.kills - kills))))
+        after = rng.uniform(0.1, 0.7) * loading if loads else rng.uniform(0, 1) * a_step
+        if not kill_once(args, killed, step, after):
             print("the run ended before it could be killed again", flush=True)
             break
         kills += 1
         broken += half_written(killed)
-        print(f"kill {kills:2d} after {after:5.1f} s, it had come to step {done} when it was started", flush=True)
+        when = f"step {step}" if step else "its start"
+        print(f"kill {kills:2d} {after:5.2f} s after {when}; it was started at step {done}", flush=True)
     finish(args, killed)
     a, b = state_of(whole, args.steps), state_of(killed, args.steps)
     differ = sorted(k for k in {**a, **b} if a.get(k) != b.get(k))
