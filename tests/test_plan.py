@@ -1,4 +1,4 @@
-"""The plan of a run: hours against numbers worked out by hand, what grows with what, the command, the page of tables."""
+"""The plan of a run: hours against numbers worked out by hand, what grows with what, the command, the page."""
 
 import json
 import subprocess
@@ -75,7 +75,7 @@ def test_models_of_all_experiments_need_no_network():
 def test_unknown_model_names_those_that_need_no_network(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
-        UserError, match=r"nobody/nothing.*needs no network for: deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+        UserError, match=r"(?s)nobody/nothing.*needs no network for: deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
     ):
         find_config("nobody/nothing")
     with pytest.raises(UserError, match="--model is empty"):
@@ -157,7 +157,8 @@ def test_exchange_by_hand():
     a = Assumptions(link_share=0.5, network_gbs=50)
     assert gather_seconds(1e9, Machine(H100), a) == 0
     assert gather_seconds(8e9, Machine(H100, 8), a) == pytest.approx(8e9 * 7 / 8 / 450e9 / 0.5)
-    assert gather_seconds(8e9, Machine(H100, 8, 4), a) == pytest.approx(8e9 * 3 / 4 / 400e9 / 0.5)
+    slow = Assumptions(link_share=0.5, network_gbs=25)  # 200 GB/s a machine: what sets the time is the network
+    assert gather_seconds(8e9, Machine(H100, 8, 4), slow) == pytest.approx(8e9 * 3 / 4 / 200e9 / 0.5)
 
 
 def test_update_by_hand():
@@ -238,7 +239,7 @@ def odd_options(draw):
 
 
 @given(odd_models(), odd_options(), st.integers(1, 6), st.integers(1, 3000), st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_memory_of_odd_models(shapes, args, doublings, prompt, cuda):
     """More GPUs never need more memory each, a longer context never less; the peak is a phase's."""
     where = Where(1, False, cuda, prompt)
@@ -255,7 +256,7 @@ def test_memory_of_odd_models(shapes, args, doublings, prompt, cuda):
 
 
 @given(odd_models(), odd_options(), st.floats(0.5, 2.0))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_every_mend_of_odd_models_fits(shapes, args, share):
     """Whatever does not fit, a mend that is proposed does; without one, nothing that could be lowered is left."""
     where = Where(1, longest_prompt=100)
@@ -274,7 +275,7 @@ def test_every_mend_of_odd_models_fits(shapes, args, share):
 
 
 @given(st.integers(0, 5), st.integers(1, 5))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_more_gpus_never_take_longer_a_step(doublings, more):
     args, shapes, a = adaptthink.Args(), shapes_of(built_in("Qwen/Qwen2.5-1.5B")), Assumptions()
     few, many = (
@@ -298,7 +299,7 @@ def test_command_prints_the_plan_and_ends(tmp_path, capsys):
     assert end.value.code == 0
     text = capsys.readouterr().out
     for part in ("4 x A100 SXM 80GB, ZeRO-3", "1.777 B parameters", "1.78 B x 8 / 4 processes", "in the phase 'head'",
-                 "one epoch", "before step 1: 16 x 40,192 responses", "--decode_share           0.3"):  # fmt: skip
+                 "one epoch", "before step 1: 16 x 40,192 responses", "--decode_share          0.3"):  # fmt: skip
         assert part in text
     assert all(f"--{name} " in text for name in vars(Assumptions()))
     assert not (tmp_path / "run").exists()
@@ -335,20 +336,20 @@ def test_only_training_runs_are_planned():
         parse_plan(evaluate.Args, [])
 
 
-def test_command_line_loads_no_weight_and_needs_no_network(tmp_path):
-    """As a user types it, for every kind of run; the end code of what does not fit is 2."""
-    line = [
-        sys.executable,
-        "-m",
-        "adaptive_reasoning.thinker",
-        "--config",
-        "experiments/thinker_r7b.yaml",
-        "--preflight",
-    ]
-    done = subprocess.run([*line, "--num_gpus", "8", "--num_nodes", "2"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "dialogues" in done.stdout and "critic: Adam" in done.stdout, done.stderr
-    refused = subprocess.run([*line, "--num_gpus", "1"], cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "take 4 GPUs" in refused.stderr.lower()
+@pytest.mark.slow
+def test_command_line_as_a_user_types_it():
+    """What does not fit ends with code 2 and one line."""
+    line = ["-m", "adaptive_reasoning.thinker", "--config", "experiments/thinker_r7b.yaml", "--preflight", "--num_gpus"]
+    refused = subprocess.run([sys.executable, *line, "1"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "the run needs at least" in refused.stderr and " GPUs (NUM_GPUS=" in refused.stderr
+
+
+def test_command_for_a_dialogue_with_a_critic(capsys):
+    argv = ["--config", str(EXPERIMENTS / "thinker_r7b.yaml"), "--num_gpus", "8", "--num_nodes", "2"]
+    print_plan(thinker.Args, argv)
+    text = capsys.readouterr().out
+    assert "critic: Adam" in text and "256 dialogues x 16,048 tokens at most, between turns" in text
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
@@ -368,3 +369,14 @@ def test_committed_measurements_are_within_ten_percent():
     assert len(sizes) == 3
     for name, result in sizes.items():
         assert abs(result["measured_over_predicted"] - 1) <= 0.10, name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+def test_smallest_measured_run_is_within_ten_percent(monkeypatch):
+    """Real AdaptThink steps of the 10M model, in a process of its own, against the plan made from its config."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS / "bench"))
+    import bench_plan
+
+    result = bench_plan.compare(bench_plan.SIZES["10M"], threads=1)
+    assert abs(result["measured_over_predicted"] - 1) <= bench_plan.ALLOWED, result

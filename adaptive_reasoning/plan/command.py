@@ -18,7 +18,7 @@ from adaptive_reasoning.options import documented, field_docs, parse_args
 from adaptive_reasoning.plan.fit import plan_memory
 from adaptive_reasoning.plan.hours import Assumptions, Hours, plan_hours
 from adaptive_reasoning.plan.machine import Machine, find_machine
-from adaptive_reasoning.plan.memory import MemoryPlan, Where
+from adaptive_reasoning.plan.memory import LIBRARIES, MemoryPlan, Where
 from adaptive_reasoning.plan.shapes import Shapes, find_config, shapes_of
 from adaptive_reasoning.plan.table import assumption_lines, hours_lines, memory_lines
 
@@ -68,6 +68,7 @@ def plan_run(args, machine: Machine, a: Assumptions, offload: bool = False, conf
         longest_prompt=args.max_prompt_tokens,
         memory=machine.memory,
         arena=None if machine.gpu else CPU_ARENA,
+        libraries=0 if machine.gpu else LIBRARIES,
     )
     memory = plan_memory(args, shapes, where)
     return Plan(machine, where, shapes, memory, plan_hours(args, shapes, machine, a, memory.cache_bytes))
