@@ -2,7 +2,8 @@
 
     accelerate launch ... tests/algorithms_worker.py FOLDER NAME
 
-Runs go to FOLDER/NAME/<algorithm>; models are FOLDER/model-<format>.
+Runs go to FOLDER/NAME/<algorithm>; models are FOLDER/model-<format>. The learning rate is low: Adam's first updates have
+the size of the rate whatever the gradient's, and at 1e-3 the rounding of a sum over processes once became another token.
 """
 
 import importlib
@@ -12,13 +13,13 @@ from pathlib import Path
 from adaptive_reasoning import run
 
 COMMON = (
-    "--chain_questions 20 --chain_eval_questions 8 --prompts_per_step 5 --num_generations 4 --rollout_rows 64 "
-    "--max_steps 2 --eval_every 0 --save_every 1 --keep_checkpoints 1 --learning_rate 1e-3 "
+    "--chain_questions 20 --chain_mix 1 --chain_eval_questions 8 --prompts_per_step 5 --num_generations 4 "
+    "--rollout_rows 64 --max_steps 2 --eval_every 0 --save_every 1 --keep_checkpoints 1 --learning_rate 2e-4 "
     "--tokens_per_micro_batch 256 --minibatches_per_step 2"
 )
 RUNS = {  # algorithm: (format of its model, options)
-    "grpo": ("arm", "--max_new_tokens 24 --kl_coef 0.01 --entropy_coef 0.01"),
-    "ada_grpo": ("arm", "--max_new_tokens 24 --kl_coef 0.01 --entropy_coef 0.01"),
+    "grpo": ("arm", "--max_new_tokens 32 --kl_coef 0.01 --entropy_coef 0.01"),
+    "ada_grpo": ("arm", "--max_new_tokens 32 --kl_coef 0.01 --entropy_coef 0.01"),
     "degrpo": ("thinkless", "--max_new_tokens 24 --kl_coef 0.01 --entropy_coef 0.01"),
     "thinker": ("thinker", "--critic_minibatches 2 --max_new_tokens 64 --fast_budget 8 --verify_budget 12 "
                            "--slow_budget 12 --summary_budget 8"),

@@ -17,9 +17,9 @@ from adaptive_reasoning.tasks import chain
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = (
-    "--config experiments/adaptthink_1_5b.yaml --dtype fp32 --max_steps 3 --save_every 1 --prompts_per_step 5 --num_generations 4 "
-    "--ref_samples 2 --max_new_tokens 24 --nothinking_max_new_tokens 12 --eval_limit 5 --grader_workers 1 "
-    "--tokens_per_micro_batch 256 --learning_rate 1e-3 --eval_every 0"
+    "--config experiments/adaptthink_1_5b.yaml --dtype fp32 --max_steps 3 --save_every 1 --prompts_per_step 5 "
+    "--num_generations 4 --ref_samples 2 --max_new_tokens 24 --nothinking_max_new_tokens 12 --eval_limit 5 "
+    "--grader_workers 1 --tokens_per_micro_batch 256 --learning_rate 1e-3 --eval_every 0"
 )
 LAUNCHERS = {
     "one": [sys.executable],
@@ -73,8 +73,8 @@ def equal_weights(one: Path, two: Path) -> None:
 
 @pytest.mark.slow
 def test_zero3_on_two_processes_trains_like_one(tmp_path):
-    """AdaptThink: same samples, same losses to 1e-4, a checkpoint that opens. Then the last step once more, the run of two
-    processes in one and that of one on two: they are still the same run.
+    """AdaptThink: same samples, same losses to 1e-4, a checkpoint that opens. Then the last step once more, that of the
+    run of two processes in one and that of the run of one on two: they are still the same run.
 
     Five questions on two processes: one has three of them and the other two, and micro-batches differ in number.
     """
@@ -111,13 +111,14 @@ def test_the_other_algorithms_train_on_two_processes_as_on_one(tmp_path):
     With an entropy bonus a process whose micro-batch was empty left it out of the backward pass, and DeepSpeed stopped
     the run: the ranks disagreed on the modules that they had passed.
     """
-    for form in {form for form, _ in RUNS.values()} - {"arm"}:  # they have learned nothing
-        tokenizer = chain.tokenizer(form)
-        chain.tiny_model(tokenizer, hidden=32, layers=2).save_pretrained(tmp_path / f"model-{form}")
-        tokenizer.save_pretrained(tmp_path / f"model-{form}")
-    cold = "--config experiments/cold_start_arm.yaml --max_steps 120 --batch_size 32 --warmup_steps 5 --hidden_size 64"
-    go("one", "-m", "adaptive_reasoning.sft", *cold.split(), "--layers", 2, "--output_dir", tmp_path / "sft")
-    (tmp_path / "sft" / "model").rename(tmp_path / "model-arm")
+    tokenizer = chain.tokenizer("thinkless")  # has learned nothing: its entropy and distance from the start are enough
+    chain.tiny_model(tokenizer, hidden=32, layers=2).save_pretrained(tmp_path / "model-thinkless")
+    tokenizer.save_pretrained(tmp_path / "model-thinkless")
+    for form in ("arm", "thinker"):  # give a right answer now and then
+        cold = f"--config experiments/cold_start_{form}.yaml --batch_size 32 --warmup_steps 5 --chain_mix 1 --layers 2"
+        steps = ["--max_steps", 150, "--output_dir", tmp_path / f"sft-{form}"]
+        go("one", "-m", "adaptive_reasoning.sft", *cold.split(), *steps)
+        (tmp_path / f"sft-{form}" / "model").rename(tmp_path / f"model-{form}")
     for name in LAUNCHERS:
         go(name, "tests/algorithms_worker.py", tmp_path, name)
     for algorithm in RUNS:
@@ -126,6 +127,7 @@ def test_the_other_algorithms_train_on_two_processes_as_on_one(tmp_path):
         equal_rows(*rows)
         equal_samples(*folders)
         equal_weights(*(folder / "checkpoints/step_000002" for folder in folders))
-        assert all(row["loss/grad_norm"] > 0 for row in rows[0] if row["step"]), algorithm
-    rewards = [row["reward/mean"] for row in read_jsonl(tmp_path / "one/grpo/metrics.jsonl")]
-    assert all(0 < reward < 1 for reward in rewards), "rewards have to differ for the comparison to be one"
+        assert any(row["loss/grad_norm"] > 0 for row in rows[0] if row["step"]), algorithm
+        if algorithm != "degrpo":
+            rewards = [row["reward/mean"] for row in rows[0] if row["step"]]
+            assert any(reward != 0 for reward in rewards), "rewards have to differ for the comparison to be one"
