@@ -51,14 +51,13 @@ class Plan:
     hours: Hours
 
 
-def plan_run(args, machine: Machine, a: Assumptions, offload: bool = False, config=None) -> Plan:
-    """Return the plan of a run with these options on a machine.
+def plan_run(args, machine: Machine, a: Assumptions, offload: bool = False, shapes: Shapes | None = None) -> Plan:
+    """Return the plan of a run with these options on a machine; the shapes are those of args.model.
 
     Raises:
         UserError: an unknown model, or too little memory; the message has the mend.
     """
-    config = find_config(args.model) if config is None else config
-    shapes = shapes_of(config)
+    shapes = shapes or shapes_of(find_config(args.model))
     if offload:
         args.offload_optimizer = True
     where = Where(
@@ -101,7 +100,7 @@ def print_plan(cls: type, argv: list[str]) -> None:
     args, place, a = parse_plan(cls, argv)
     machine = find_machine(place.gpu, place.num_gpus, place.num_nodes)
     config = find_config(args.model)
-    plan = plan_run(args, machine, a, place.offload, config)
+    plan = plan_run(args, machine, a, place.offload, shapes_of(config))
     docs, s = field_docs(Assumptions), plan.shapes
     assert set(docs) == {f.name for f in dataclasses.fields(Assumptions)}
     lines = [f"plan of {args.model} on {machine.title}"]

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 from adaptive_reasoning import ada_grpo, adaptthink, grpo
@@ -17,6 +18,7 @@ from adaptive_reasoning.plan.command import Plan, plan_run
 from adaptive_reasoning.plan.hours import Assumptions, plan_step
 from adaptive_reasoning.plan.machine import GPUS, Machine
 from adaptive_reasoning.plan.memory import USABLE
+from adaptive_reasoning.plan.shapes import Shapes, find_config, shapes_of
 
 GIB = 2**30
 PAGE = Path("docs/scaling.md")
@@ -66,6 +68,11 @@ PAPERS = (
 )  # fmt: skip
 
 
+@lru_cache
+def shapes_named(model: str) -> Shapes:
+    return shapes_of(find_config(model))
+
+
 def options(module, yaml: str):
     return parse_args(module.Args, ["--config", f"experiments/{yaml}"])
 
@@ -84,9 +91,9 @@ def plans() -> dict[str, dict[str, Plan | str]]:
     for model, (module, yaml) in RUNS.items():
         found[model] = {}
         for stage, (gpus, nodes, offload) in STAGES.items():
-            args = options(module, yaml)
+            args, machine = options(module, yaml), Machine(GPUS["h100"], gpus, nodes)
             try:
-                found[model][stage] = plan_run(args, Machine(GPUS["h100"], gpus, nodes), Assumptions(), offload)
+                found[model][stage] = plan_run(args, machine, Assumptions(), offload, shapes_named(args.model))
             except UserError as error:
                 found[model][stage] = str(error)
     return found
@@ -156,11 +163,12 @@ def papers_table() -> str:
     rows = []
     for paper in PAPERS:
         args, a = options(paper.module, paper.yaml), Assumptions(mean_response_tokens=paper.mean)
-        offload = False
+        shapes, offload = shapes_named(args.model), False
         try:
-            plan = plan_run(args, paper.machine, a)
-        except UserError:
-            plan, offload = plan_run(args, paper.machine, a, offload=True), True
+            plan = plan_run(args, paper.machine, a, offload, shapes)
+        except UserError:  # needs the optimiser in CPU memory, and the row says so
+            offload = True
+            plan = plan_run(args, paper.machine, a, offload, shapes)
         step = plan.hours.step_seconds
 
         def seconds(a: Assumptions, args=args, plan=plan, paper=paper) -> float:
