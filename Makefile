@@ -255,6 +255,35 @@ eval-thinker-r7b: $(INSTALLED)  ## the same, R1-Distill-Qwen-7B
 report: $(INSTALLED)  ## write curves.png and report.html anew; RUN="runs/a runs/b" (all runs if not given)
 	@$(if $(strip $(RUN)),$(PY) -m adaptive_reasoning.report $(RUN) $(ARGS),echo "there is no run in runs/ yet")
 
+# --- plan a run before it starts
+
+# The options of train-NAME, on a machine that need not be there: GPU=h100, h200, a100, ...; GPU=cpu for this one.
+GPU ?= h100
+PLACE = $(if $(filter cpu,$(GPU)),--gpu cpu --dtype fp32,--gpu $(GPU) --num_gpus $(or $(filter-out 0,$(NUM_GPUS)),8) \
+  --num_nodes $(NUM_NODES))
+plan = @$(ON_CPU) $(PY) -m adaptive_reasoning.$(1) --config $(call YAML,$(patsubst plan-%,%,$@)) --preflight $(PLACE) \
+  $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+.PHONY: plan-adaptthink-1.5b
+plan-adaptthink-1.5b: $(INSTALLED)  ## memory and hours before a run; so for every train-NAME; GPU= NUM_GPUS= NUM_NODES=
+	$(call plan,adaptthink)
+plan-adaptthink-%: $(INSTALLED)
+	$(call plan,adaptthink)
+plan-ada-grpo-%: $(INSTALLED)
+	$(call plan,ada_grpo)
+plan-grpo-%: $(INSTALLED)
+	$(call plan,grpo)
+plan-degrpo-%: $(INSTALLED)
+	$(call plan,degrpo)
+plan-thinker-%: $(INSTALLED)
+	$(call plan,thinker)
+plan-sft-% plan-warmup-%: $(INSTALLED)
+	$(call plan,sft)
+
+.PHONY: scaling
+scaling: $(INSTALLED)  ## set the tables of docs/scaling.md anew
+	@$(ON_CPU) $(PY) -m adaptive_reasoning.plan.scaling --write
+
 # --- develop
 
 .PHONY: test
@@ -276,6 +305,10 @@ bench: $(BENCH_INSTALLED)  ## rollout against generate, training step against TR
 	@$(PY) experiments/bench/bench_rollout.py $(ARGS)
 	@$(PY) experiments/bench/bench_step.py $(ARGS)
 	@$(PY) experiments/bench/bench_memory.py $(ARGS)
+
+.PHONY: bench-plan
+bench-plan: $(INSTALLED)  ## the plan's memory and time against real steps on the CPU, at three sizes
+	@PYTHONPATH=. $(PY) experiments/bench/bench_plan.py $(ARGS)
 
 # From a plain checkout: no install, whatever Python is there.
 .PHONY: gpu-check

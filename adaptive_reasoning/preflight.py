@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.plan.fit import gib, plan_memory
 from adaptive_reasoning.plan.hours import checkpoint_bytes
-from adaptive_reasoning.plan.memory import Where
+from adaptive_reasoning.plan.memory import LIBRARIES, Where
 from adaptive_reasoning.plan.shapes import shapes_of
 from adaptive_reasoning.plan.table import memory_lines
 
@@ -48,7 +48,6 @@ def preflight(
     zero3: bool = False,
     device_memory: int | None = None,
     arena: int | None = None,
-    libraries: int = 0,
     offload: bool = False,
     questions: int,
     skipped: int = 0,
@@ -67,7 +66,6 @@ def preflight(
         world_size: processes; zero3: whether they share the learner's state.
         device_memory: bytes of one GPU, None where nothing is checked against it (CPU).
         arena: most bytes the KV arena may take, or None for as much as fits.
-        libraries: bytes of interpreter and libraries, where they count (on the CPU).
         offload: the launch file keeps the optimiser in CPU memory.
         questions: training questions left; skipped: those left out because their prompt is too long.
         longest_prompt: tokens of the longest prompt that is left.
@@ -110,7 +108,8 @@ def preflight(
     if offload:
         args = copy(args)
         args.offload_optimizer = True
-    where = Where(world_size, zero3, device_memory is not None, longest_prompt, device_memory, arena, libraries)
+    cuda = device_memory is not None
+    where = Where(world_size, zero3, cuda, longest_prompt, device_memory, arena, 0 if cuda else LIBRARIES)
     plan = plan_memory(args, shapes, where)
     table = ["preflight", *(f"  {name:<16}{text}" for name, text in lines), *memory_lines(plan, device_memory)]
     return Preflight("\n".join(table), plan.rows, plan.cache_bytes)

@@ -352,6 +352,25 @@ def test_table_without_a_gpu(config):
     assert found.rows == 4
 
 
+def test_launch_file_with_offload_is_seen(config):
+    """A run that fits because its launch file keeps the optimiser in CPU memory must not be refused."""
+    from types import SimpleNamespace
+
+    from accelerate.utils import DistributedType
+
+    from adaptive_reasoning.learner.runtime import offloads_optimizer
+
+    for device, expected in (("cpu", True), ("none", False), (None, False)):
+        plugin = SimpleNamespace(offload_optimizer_device=device)
+        state = SimpleNamespace(deepspeed_plugin=plugin)
+        accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, state=state)
+        assert offloads_optimizer(accelerator) is expected
+    assert not offloads_optimizer(SimpleNamespace(distributed_type=DistributedType.NO))
+    assert "fp32 master" in look(config).table.split("memory of the machine")[0]
+    away = look(config, offload=True).table.split("memory of the machine")
+    assert "fp32 master" not in away[0] and "fp32 master" in away[1]
+
+
 def test_long_responses_are_pointed_out(config):
     assert (
         "WARNING: the model's config has 131,072 positions"

@@ -18,7 +18,7 @@ from adaptive_reasoning.options import documented, field_docs, parse_args
 from adaptive_reasoning.plan.fit import plan_memory
 from adaptive_reasoning.plan.hours import Assumptions, Hours, plan_hours
 from adaptive_reasoning.plan.machine import Machine, find_machine
-from adaptive_reasoning.plan.memory import MemoryPlan, Where
+from adaptive_reasoning.plan.memory import LIBRARIES, MemoryPlan, Where
 from adaptive_reasoning.plan.shapes import Shapes, find_config, shapes_of
 from adaptive_reasoning.plan.table import assumption_lines, hours_lines, memory_lines
 
@@ -51,14 +51,13 @@ class Plan:
     hours: Hours
 
 
-def plan_run(args, machine: Machine, a: Assumptions, offload: bool = False, config=None) -> Plan:
-    """Return the plan of a run with these options on a machine.
+def plan_run(args, machine: Machine, a: Assumptions, offload: bool = False, shapes: Shapes | None = None) -> Plan:
+    """Return the plan of a run with these options on a machine; the shapes are those of args.model.
 
     Raises:
         UserError: an unknown model, or too little memory; the message has the mend.
     """
-    config = find_config(args.model) if config is None else config
-    shapes = shapes_of(config)
+    shapes = shapes or shapes_of(find_config(args.model))
     if offload:
         args.offload_optimizer = True
     where = Where(
@@ -68,6 +67,7 @@ def plan_run(args, machine: Machine, a: Assumptions, offload: bool = False, conf
         longest_prompt=args.max_prompt_tokens,
         memory=machine.memory,
         arena=None if machine.gpu else CPU_ARENA,
+        libraries=0 if machine.gpu else LIBRARIES,
     )
     memory = plan_memory(args, shapes, where)
     return Plan(machine, where, shapes, memory, plan_hours(args, shapes, machine, a, memory.cache_bytes))
@@ -100,7 +100,7 @@ def print_plan(cls: type, argv: list[str]) -> None:
     args, place, a = parse_plan(cls, argv)
     machine = find_machine(place.gpu, place.num_gpus, place.num_nodes)
     config = find_config(args.model)
-    plan = plan_run(args, machine, a, place.offload, config)
+    plan = plan_run(args, machine, a, place.offload, shapes_of(config))
     docs, s = field_docs(Assumptions), plan.shapes
     assert set(docs) == {f.name for f in dataclasses.fields(Assumptions)}
     lines = [f"plan of {args.model} on {machine.title}"]

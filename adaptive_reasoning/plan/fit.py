@@ -167,18 +167,19 @@ def mends(args, shapes: Shapes, where: Where) -> list[Mend]:
     together = [Mend(dict(list(free.items())[:count])) for count in range(2, len(free) + 1)]
     for mend in [*singles, *together]:
         if works(mend):
-            return [widest(mend, args, shapes, where)]
+            return [leanest(mend, args, shapes, where)]
     everything, found = dict(free), []
     shorter = largest(lambda n: works(Mend({**shortened(everything, args, where, n), "max_new_tokens": n})),
                       1, args.max_new_tokens - 1)  # fmt: skip
     if shorter:
-        found.append(Mend({**shortened(everything, args, where, shorter), "max_new_tokens": shorter}))
+        shortest = {"max_new_tokens": shorter, **shortened(everything, args, where, shorter)}
+        found.append(leanest(Mend(shortest), args, shapes, where, keep=("max_new_tokens",)))
     on_gpu = {name: value for name, value in everything.items() if name != "offload_optimizer"}
     processes = where.world_size
     while (processes := processes * 2) <= MOST_PROCESSES:
         for options in ({}, on_gpu, {**everything, "offload_optimizer": True}):
             if works(mend := Mend(options, processes)):
-                return [*found, widest(mend, args, shapes, where)]
+                return [*found, leanest(mend, args, shapes, where)]
     return found
 
 
@@ -206,18 +207,20 @@ def shortened(options: dict, args, where: Where, max_new_tokens: int) -> dict:
     return {**options, "tokens_per_micro_batch": tokens}
 
 
-def widest(mend: Mend, args, shapes: Shapes, where: Where) -> Mend:
-    """Return the mend with the largest micro-batch that still fits: small ones are slow."""
-    if "tokens_per_micro_batch" not in mend.options:
-        return mend
+def leanest(mend: Mend, args, shapes: Shapes, where: Where, keep: tuple[str, ...] = ()) -> Mend:
+    """Return the mend without what it does not need, with the largest micro-batch that fits: small ones are slow."""
 
-    def works(tokens: int) -> bool:
-        changed, place = Mend({**mend.options, "tokens_per_micro_batch": tokens}, mend.processes).apply(args, where)
+    def works(options: dict) -> bool:
+        changed, place = Mend(options, mend.processes).apply(args, where)
         return fits(changed, shapes, place)
 
-    least = mend.options["tokens_per_micro_batch"]
-    tokens = largest(works, least, args.tokens_per_micro_batch)
-    return Mend({**mend.options, "tokens_per_micro_batch": tokens}, mend.processes)
+    options, name = dict(mend.options), "tokens_per_micro_batch"
+    for other in reversed([key for key in mend.options if key not in keep]):
+        fewer = {key: value for key, value in options.items() if key != other}
+        options = fewer if works(fewer) else options
+    if name in options:
+        options[name] = largest(lambda n: works({**options, name: n}), options[name], args.tokens_per_micro_batch)
+    return Mend(options, mend.processes)
 
 
 def largest(works, low: int, high: int) -> int:

@@ -10,6 +10,7 @@ The prediction for this machine's CPU is compared with a run by experiments/benc
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -126,6 +127,7 @@ def lengths(number: int, mean: float, spread: float, cap: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(np.clip(np.exp(low + sigma * z), 1, cap))
 
 
+@lru_cache
 def normal_quantiles(number: int) -> np.ndarray:
     """Return the quantiles of a standard normal distribution at (i + 1/2) / number."""
     normal = NormalDist()
@@ -193,62 +195,83 @@ def checkpoint_bytes(shapes: Shapes, dtype: str, zero3: bool) -> int:
 # ----------------------------------------------------------------------------------------------------------------- all
 
 
+def reached(machine: Machine, a: Assumptions) -> tuple[float, float]:
+    """Return the nominal (bandwidth in bytes, FLOPs) per second of one GPU, or of the CPU."""
+    if machine.gpu is None:
+        return a.cpu_gbs * 1e9, a.cpu_gflops * 1e9
+    return machine.gpu.bandwidth, machine.gpu.flops
+
+
+def value_bytes(args, machine: Machine) -> int:
+    return 2 if args.dtype == "bf16" and machine.gpu else 4
+
+
+def rollout_seconds(
+    args, shapes: Shapes, machine: Machine, a: Assumptions, arena_bytes: int | None, number: int
+) -> tuple[float, float, int]:
+    """Return (seconds, mean number of live rows, most rows) of decoding `number` responses on one GPU."""
+    b, mean = value_bytes(args, machine), mean_response(args, a)
+    tokens = (arena_bytes or 1 << 62) / kv_bytes_per_token(shapes, b)
+    few = min(number, MOST_SIMULATED)
+    rows = min(args.rollout_rows, few, max(1, int(tokens / (a.prompt_tokens + mean))))
+    bandwidth, flops = reached(machine, a)
+    seconds, live = decode_seconds(
+        lengths(few, mean, a.length_spread, args.max_new_tokens), a.prompt_tokens, rows, shapes, b,
+        bandwidth * a.decode_share, flops * a.decode_flops_share, a.decode_overhead_ms / 1e3,
+    )  # fmt: skip
+    return seconds * number / max(few, 1), live, rows
+
+
+def plan_step(
+    args, shapes: Shapes, machine: Machine, a: Assumptions, arena_bytes: int | None
+) -> tuple[list[Line], float]:
+    """Return (parts of one training step, mean number of live rows)."""
+    n, mean = machine.processes, mean_response(args, a)
+    if not rolls_out(args):
+        own = max(1, -(-args.batch_size // n))
+        return update_lines(args, shapes, machine, a, lengths(own, mean, a.length_spread, args.max_new_tokens)), 0.0
+    own = max(1, -(-args.prompts_per_step * args.num_generations // n))
+    seconds, live, rows = rollout_seconds(args, shapes, machine, a, arena_bytes, own)
+    how = f"{own:,} responses of {mean:,.0f} tokens a GPU, {rows} rows at most, {live:.0f} on average"
+    asked = -(-args.prompts_per_step // n) * a.prompt_tokens
+    prefill = 2 * shapes.multiplied * asked / (reached(machine, a)[1] * a.prefill_share)
+    lines = [Line("decode", seconds, how), Line("prefill", prefill, f"{asked:,} tokens")]
+    return lines + update_lines(
+        args, shapes, machine, a, lengths(own, mean, a.length_spread, args.max_new_tokens)
+    ), live
+
+
 def plan_hours(args, shapes: Shapes, machine: Machine, a: Assumptions, arena_bytes: int | None) -> Hours:
     """Return the time of a step and of the run.
 
     Args:
         arena_bytes: memory for keys and values of one GPU, from the memory plan; bounds the rows side by side.
     """
-    b = 2 if args.dtype == "bf16" and machine.gpu else 4
-    flops = machine.gpu.flops if machine.gpu else a.cpu_gflops * 1e9
-    bandwidth = machine.gpu.bandwidth if machine.gpu else a.cpu_gbs * 1e9
-    n, mean = machine.processes, mean_response(args, a)
-    rolling = rolls_out(args)
-    wanted = args.prompts_per_step * args.num_generations if rolling else args.batch_size
-    own = max(1, -(-wanted // n))
-    responses = lengths(own, mean, a.length_spread, args.max_new_tokens)
-    rows = own
-    if rolling:
-        per_kv = kv_bytes_per_token(shapes, b)
-        rows = min(args.rollout_rows, own, max(1, int((arena_bytes or 1 << 62) / per_kv / (a.prompt_tokens + mean))))
-
-    def rollout(number: int) -> tuple[float, float]:
-        few = min(number, MOST_SIMULATED)
-        sample = lengths(few, mean, a.length_spread, args.max_new_tokens)
-        reached = bandwidth * a.decode_share, flops * a.decode_flops_share, a.decode_overhead_ms / 1e3
-        seconds, live = decode_seconds(sample, a.prompt_tokens, rows, shapes, b, *reached)
-        return seconds * number / max(few, 1), live
-
-    step, live = [], 0.0
-    if rolling:
-        seconds, live = rollout(own)
-        ceiling = f"{own:,} responses of {mean:,.0f} tokens a GPU, {rows} rows at most, {live:.0f} on average"
-        step.append(Line("decode", seconds, ceiling))
-        asked = -(-args.prompts_per_step // n) * a.prompt_tokens
-        step.append(Line("prefill", 2 * shapes.multiplied * asked / (flops * a.prefill_share), f"{asked:,} tokens"))
-    step += update_lines(args, shapes, machine, a, responses, flops, bandwidth, b)
-    steps = args.max_steps
+    n, steps, known = machine.processes, args.max_steps, questions_of(args, a)
+    step, live = plan_step(args, shapes, machine, a, arena_bytes)
     run = [Line("training", steps * sum(line.seconds for line in step), f"{steps:,} steps")]
     unknown: tuple[str, ...] = ()
-    if rolling:
+    if rolls_out(args):
         number, unknown = evaluation(args, a)
         times = 2 * a.eval_settings + (max(0, steps // args.eval_every - 1) if args.eval_every else 0)
-        run.append(Line("evaluation", times * rollout(-(-number // n))[0], f"{times} x {number:,} responses"))
-        met = min(questions_of(args, a) or 1 << 62, steps * args.prompts_per_step)
+        once = rollout_seconds(args, shapes, machine, a, arena_bytes, -(-number // n))[0]
+        run.append(Line("evaluation", times * once, f"{times} x {number:,} responses"))
         if getattr(args, "baseline", "") == "reference" and not args.ref_results:
-            how = f"before step 1: {args.ref_samples} x {met:,} responses"
-            run.append(Line("reference", rollout(-(-met * args.ref_samples // n))[0], how))
+            met = min(known or 1 << 62, steps * args.prompts_per_step)
+            own = -(-met * args.ref_samples // n)
+            before = rollout_seconds(args, shapes, machine, a, arena_bytes, own)[0]
+            run.append(Line("reference", before, f"before step 1: {args.ref_samples} x {met:,} responses"))
     size = checkpoint_bytes(shapes, args.dtype, n > 1) * (2 if hasattr(args, "critic_learning_rate") else 1)
     saves = steps // args.save_every + (steps % args.save_every != 0) if args.save_every else 1
     run.append(Line("checkpoints", saves * size / (a.disk_gbs * 1e9), f"{saves} x {size / 1e9:.1f} GB"))
-    known = questions_of(args, a)
-    each = args.prompts_per_step if rolling else args.batch_size
+    each = args.prompts_per_step if rolls_out(args) else args.batch_size
     return Hours(step, run, known and max(1, known // each), unknown, live)
 
 
-def update_lines(args, shapes, machine, a: Assumptions, responses, flops, bandwidth, b) -> list[Line]:
-    """Return the lines of the update of one step on one GPU."""
-    P, n = shapes.parameters, machine.processes
+def update_lines(args, shapes: Shapes, machine: Machine, a: Assumptions, responses: np.ndarray) -> list[Line]:
+    """Return the lines of the update of one step on one GPU, which learns from `responses` (their lengths)."""
+    P, n, b = shapes.parameters, machine.processes, value_bytes(args, machine)
+    bandwidth, flops = reached(machine, a)
     responses = responses * a.learned_share
     total = responses + a.prompt_tokens * a.learned_share
     layers, head = forward_flops(shapes, total, responses)

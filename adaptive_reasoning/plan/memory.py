@@ -24,6 +24,7 @@ SUB_GROUP = 10**9  # ... and parameters of one call of the optimiser
 HEAD_CHUNK = 64 * 2**20  # of logits at a time (kernels/token_logprobs.py)
 PREFILL_TOKENS = 8192  # of one prefill pass of the rollout
 COLUMN_STEP = 32  # the arena is read in multiples of this many columns
+LIBRARIES = 480 * 2**20  # of interpreter and libraries on the CPU, as experiments/bench/bench_plan.py has measured it
 ROW_BYTES = 21  # of a row's buffers for each response token (rollout/rows.py)
 
 PHASES = ("load", "rollout", "head", "embed", "step", "save")

@@ -8,7 +8,7 @@ from adaptive_reasoning.plan.memory import PHASES, USABLE, Item, MemoryPlan, pha
 def memory_lines(plan: MemoryPlan, memory: int | None) -> list[str]:
     """Return the table of the memory of one process: a line an item, a column a phase."""
     head = "one process" if memory is None else "each GPU"
-    lines = [f"  {'memory of ' + head + ', GiB':<24}" + "".join(f"{phase:>8}" for phase in PHASES)]
+    lines = [f"  memory plan of {head} (GiB), phase by phase", " " * 26 + "".join(f"{phase:>8}" for phase in PHASES)]
     lines += [item_line(item) for item in plan.items]
     totals = phase_bytes(plan.items)
     lines.append(f"    {'total':<22}" + "".join(f"{gib(totals[phase]):>8}" for phase in PHASES))

@@ -6,7 +6,7 @@ is the line "interpreter, libraries" (measured, not predicted). What comes on to
 The peaks are the kernel's (VmHWM), read and set back at the end of each phase.
 
     make bench-plan                            # prints the table
-    make bench-plan ARGS="--write"             # and replaces plan.json
+    make bench-plan ARGS="--write"             # and puts the result into plan.json
     MALLOC_MMAP_THRESHOLD_=65536 make bench-plan       # with an allocator that gives everything freed back at once
 
 Gradients and activations that are smaller than 32 MiB lie in glibc's heap, whose gaps count as memory of the process:
@@ -92,7 +92,7 @@ TINY = Size(vocab=300, hidden=64, layers=2, intermediate=128, tied=True, checkpo
 SIZES = {
     "10M": Size(32_000, 192, 8, 768, tied=True, checkpointing=False, micro_batch=2048),
     "60M": Size(32_000, 512, 9, 1536, tied=False, checkpointing=False),
-    "195M": Size(151_936, 768, 12, 2304, tied=True, checkpointing=True),
+    "195M": Size(151_936, 768, 12, 2304, True, True, prompts=2, prompt_tokens=32, max_new_tokens=48, micro_batch=320),
 }
 
 
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sizes", nargs="*", help=f"of {', '.join(SIZES)}; all if none is given")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--write", action="store_true", help="replace plan.json")
+    parser.add_argument("--write", action="store_true", help="put the result into plan.json")
     parser.add_argument("--size", help=argparse.SUPPRESS)  # of the processes that it starts
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--make", help=argparse.SUPPRESS)
@@ -289,7 +289,9 @@ def main(argv: list[str] | None = None) -> None:
     show(results)
     env["cores_of_others"].append(harness.cores_of_others())
     if args.write:
-        RESULT.write_text(json.dumps({**env, "sizes": results}, indent=1) + "\n")
+        kept = json.loads(RESULT.read_text())["sizes"] if RESULT.is_file() else {}
+        sizes = {name: (kept | results)[name] for name in SIZES if name in kept | results}
+        RESULT.write_text(json.dumps({**env, "sizes": sizes}, indent=1) + "\n")
     far = [name for name, r in results.items() if abs(r["measured_over_predicted"] - 1) > ALLOWED]
     print(json.dumps({"benchmark": "plan", **env, "sizes": results}))
     if far:
