@@ -2,8 +2,9 @@
 
     accelerate launch ... tests/algorithms_worker.py FOLDER NAME
 
-Runs go to FOLDER/NAME/<algorithm>; models are FOLDER/model-<format>. The learning rate is low: Adam's first updates have
-the size of the rate whatever the gradient's, and at 1e-3 the rounding of a sum over processes once became another token.
+Runs go to FOLDER/NAME/<algorithm>; models are FOLDER/model-<format>. The learning rate is low: the first updates of
+Adam have the size of the rate whatever the gradient's, and at 1e-3 the rounding of a sum over processes once turned
+into another token.
 """
 
 import importlib

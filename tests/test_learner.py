@@ -318,6 +318,19 @@ def test_model_that_cannot_be_used_is_an_error(models, tmp_path, monkeypatch):
         make_learner(models["tied"], make_args(tmp_path, temperature=0.0))
 
 
+def test_code_that_a_model_brings_along_is_not_run(models, tmp_path):
+    """Without an answer transformers asks at the terminal, and a run on a cluster has nobody to ask."""
+    folder = tmp_path / "foreign"
+    shutil.copytree(models["tied"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "foreign", "auto_map": {"AutoConfig": "foreign.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "foreign.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config:\n    pass\n")
+    with pytest.raises(UserError, match="it brings code of its own, which is never run. Use Qwen2"):
+        load_model(str(folder), make_args(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_deepspeed_switched_off_by_the_cpu_switch_is_an_error(monkeypatch, tmp_path):
     """accelerate 1.15 would run plain data parallelism without a word."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")

@@ -23,7 +23,7 @@ from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.model import Policy
 from adaptive_reasoning.learner.offload import OffloadedAdamW
 from adaptive_reasoning.learner.packing import Counts, MicroBatch, Minibatch, fill, group_chunks, pack
-from adaptive_reasoning.learner.runtime import all_gather, all_reduce, is_zero3
+from adaptive_reasoning.learner.runtime import all_gather, all_reduce, is_zero3, on_main
 from adaptive_reasoning.report.files import write_json_atomic
 
 ADAM_EPS = 1e-8
@@ -333,11 +333,13 @@ class Learner:
                 for i, (questions, samples) in enumerate(all_gather(self.accelerator, mine))
             ]
         path = Path(self.args.output_dir) / f"nonfinite_step_{self.steps + 1:04d}.json"
-        if self.accelerator.is_main_process:
+
+        def write():
             path.parent.mkdir(parents=True, exist_ok=True)
             report = {"optimiser_step": self.steps + 1, "grad_norm": str(grad_norm), "micro_batches": bad}
             write_json_atomic(path, report)
-        self.accelerator.wait_for_everyone()
+
+        on_main(self.accelerator, write)
         raise NonFiniteError(
             f"the {what} of optimiser step {self.steps + 1} is not finite; nothing was updated on any process. The "
             f"samples concerned, with their token ids, are in {path}: look for the one that is unlike the others. "

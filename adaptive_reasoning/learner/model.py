@@ -1,4 +1,7 @@
-"""Model: loading a policy, and log-probs out of it without ever holding the logits of a whole micro-batch."""
+"""Model: loading a policy, and log-probs out of it without ever holding the logits of a whole micro-batch.
+
+Code that a model brings along is never run: the three families are part of transformers, and anything else is refused.
+"""
 
 from pathlib import Path
 
@@ -34,8 +37,12 @@ def load_config(name_or_path: str):
             "Give a folder with a Hugging Face model, or a hub name such as deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B."
         )
     try:
-        config = AutoConfig.from_pretrained(str(path) if path.is_dir() else name_or_path)
+        config = AutoConfig.from_pretrained(str(path) if path.is_dir() else name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"--model {name_or_path}: it brings code of its own, which is never run. Use Qwen2, Qwen3 or Llama."
+            ) from error
         where = "its config.json cannot be read" if path.is_dir() else f"no folder {path.absolute()}, and as a hub name"
         raise UserError(f"--model {name_or_path}: {where}: {error}") from error
     if config.model_type not in FAMILIES:
@@ -72,6 +79,7 @@ def load_model(name_or_path: str, args, kind=AutoModelForCausalLM, **options):
             name,
             dtype=torch.float32,
             attn_implementation="flash_attention_2" if flash else "sdpa",
+            trust_remote_code=False,
             attention_dropout=0.0,  # with dropout the first update would already be off-policy
             **options,
         )
@@ -108,7 +116,7 @@ def load_tokenizer(name_or_path: str):
     except (OSError, ValueError):
         pass
     try:
-        return AutoTokenizer.from_pretrained(name_or_path)
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name_or_path}: cannot load the tokenizer: {error}") from error
 
