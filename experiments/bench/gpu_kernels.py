@@ -14,6 +14,7 @@ Times are medians; the L2 cache is overwritten before every run. One table and o
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 from gpu_harness import DEVICE, HIDDEN, SHAPES, SMOKE, V, copy_rate, main_of, normal, print_table, shown, sides
@@ -96,8 +97,19 @@ def bench_token_logprobs() -> dict:
     return results
 
 
+PAGE = 64  # columns, the engine's
+
+
+def scattered_pages(B: int, k: int, columns: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a pool of pages [P, 2k, C, D] and a table [B, W] int32 that gives each row pages from all over it."""
+    width = -(-columns // PAGE)
+    order = torch.randperm(B * width, device=DEVICE).to(torch.int32)
+    return normal(B * width, 2 * k, PAGE, D), order.view(B, width)
+
+
 def bench_decode_attention() -> dict:
-    """One layer, bf16, all rows of the same length; and a long-tailed batch, where the rows differ."""
+    """One layer, bf16, all rows of the same length, and a long-tailed batch where they differ: over scattered pages, as
+    the engine runs it, over contiguous rows, and torch over contiguous rows."""
     rate, rows, results = copy_rate(), [], {}
     results["copy_gb_per_s"] = round(rate / 1e9, 1)
     for size, (h, k, D) in SHAPES.items():
@@ -105,16 +117,20 @@ def bench_decode_attention() -> dict:
             for context in (70, "tail") if SMOKE else (1024, 2048, 8192, "tail"):
                 longest = (90 if SMOKE else 8192) if context == "tail" else context
                 try:
-                    cache = normal(B, 2 * k, longest, D)
+                    pool, table = scattered_pages(B, k, longest, D)
                     q, lengths = normal(B, h, D), torch.full((B,), longest, device=DEVICE)
                     if context == "tail":  # half of the rows short, a few long
                         torch.manual_seed(0)
                         lengths = torch.exp(6.5 + torch.randn(B)).clamp(1, longest).long().to(DEVICE)
                     nbytes = 2 * k * D * 2 * int(lengths.sum())
+                    found = sides({"triton": partial(triton_version("decode_attention"), q, pool, lengths, table)})
+                    del pool
+                    cache = normal(B, 2 * k, longest, D)
                     calls = both("decode_attention", q, cache, lengths)
+                    calls["contiguous"] = calls.pop("triton")
                     if B * longest > 2**19:  # SDPA with a mask is slow, one size is enough to know
                         calls.pop("torch")
-                    found = sides(calls)
+                    found |= sides(calls)
                     del cache
                 except torch.OutOfMemoryError:
                     found, nbytes = {"triton": {"error": "out of memory"}}, 0
@@ -124,8 +140,10 @@ def bench_decode_attention() -> dict:
                     triton_side["of_copy"] = round(triton_side["gb_per_s"] * 1e9 / rate, 3)
                 results[f"{size}/{B}x{context}"] = found
                 speeds = [triton_side.get("gb_per_s"), triton_side.get("of_copy")]
-                rows.append([f"{size}, {B} x {context}", shown(triton_side), *speeds, shown(found.get("torch", {}))])
-    print_table([f"decode_attention, copy {rate / 1e9:.0f} GB/s", "ms", "GB/s", "of copy", "torch ms"], rows)
+                others = [shown(found.get(name, {})) for name in ("contiguous", "torch")]
+                rows.append([f"{size}, {B} x {context}", shown(triton_side), *speeds, *others])
+    title = f"decode_attention, copy {rate / 1e9:.0f} GB/s"
+    print_table([title, "ms", "GB/s", "of copy", "contiguous ms", "torch ms"], rows)
     return results
 
 
