@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,11 +29,11 @@ import torch
 
 from adaptive_reasoning.episode import Episode
 from adaptive_reasoning.errors import UserError, run_cli
-from adaptive_reasoning.learner.checkpoint import load_checkpoint, newest_checkpoint, prune, save_checkpoint
+from adaptive_reasoning.learner.checkpoint import load_checkpoint, prune, save_checkpoint, whole_checkpoint
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.packing import Counts
-from adaptive_reasoning.learner.runtime import all_reduce, make_accelerator
+from adaptive_reasoning.learner.runtime import all_reduce, end, make_accelerator, on_main
 from adaptive_reasoning.options import RunArgs, parse_args
 from adaptive_reasoning.record import MAY_CHANGE, check_inputs, check_same, inputs_of, open_folder
 from adaptive_reasoning.report.console import say
@@ -248,20 +249,23 @@ def main() -> None:
         args.max_steps = -(-args.epochs * len(file_rows) // args.batch_size)
     if args.warmup_share:
         args.warmup_steps = round(args.warmup_share * args.max_steps)
-    if main_process:
+
+    def begin():
         open_folder(folder, "sft", dataclasses.replace(args, **options), may_change=CONTINUES)
         (folder / "checkpoints").mkdir(exist_ok=True)
-    accelerator.wait_for_everyone()
+
+    on_main(accelerator, begin)
     step = 0
-    checkpoint = newest_checkpoint(folder / "checkpoints")
+    checkpoint, damaged = whole_checkpoint(folder / "checkpoints", accelerator)
+    for line in damaged if main_process else ():
+        say(f"warning: {line}")
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, learner)
         check_inputs(folder, state.get("inputs", {}), inputs)
         step = state["step"]
         if main_process:
             say(f"continuing {folder} after step {step}")
-    if main_process and (folder / "metrics.jsonl").is_file():
-        truncate_jsonl(folder / "metrics.jsonl", step)
+    on_main(accelerator, partial(truncate_jsonl, folder / "metrics.jsonl", step))
     started, first = time.perf_counter(), step
 
     while step < args.max_steps:
@@ -281,19 +285,18 @@ def main() -> None:
             total += float(value.detach()) * mb.weight
         stats = learner.step()
         total = float(all_reduce(accelerator, [total], "sum"))
-        if main_process:
-            row = {"step": step, "loss/policy": total, "loss/grad_norm": stats["grad_norm"]}
-            append_jsonl(folder / "metrics.jsonl", {**row, "loss/learning_rate": stats["learning_rate"]})
-            if step % 50 == 0 or step == args.max_steps:
-                left = (time.perf_counter() - started) / (step - first) * (args.max_steps - step)
-                say(f"cold start step {step:>5}/{args.max_steps} | loss {total:.4f} | ETA {left:.0f}s")
+        row = {"step": step, "loss/policy": total, "loss/grad_norm": stats["grad_norm"]}
+        row["loss/learning_rate"] = stats["learning_rate"]
+        on_main(accelerator, partial(append_jsonl, folder / "metrics.jsonl", row))
+        if main_process and (step % 50 == 0 or step == args.max_steps):
+            left = (time.perf_counter() - started) / (step - first) * (args.max_steps - step)
+            say(f"cold start step {step:>5}/{args.max_steps} | loss {total:.4f} | ETA {left:.0f}s")
         if args.save_every and step % args.save_every == 0 and step < args.max_steps:
             state = {"step": step, "inputs": inputs}
             save_checkpoint(folder / "checkpoints" / f"step_{step:06d}", learner, tokenizer, state)
-            if main_process:
-                prune(folder / "checkpoints", args.keep_checkpoints)
+            on_main(accelerator, partial(prune, folder / "checkpoints", args.keep_checkpoints))
     save_final(folder, learner, tokenizer, options)
-    accelerator.wait_for_everyone()
+    end(accelerator, [learner.engine] if learner.zero3 else [])
 
 
 def save_final(folder: Path, learner: Learner, tokenizer, options: dict) -> None:
@@ -302,7 +305,8 @@ def save_final(folder: Path, learner: Learner, tokenizer, options: dict) -> None
     weights = (
         merged(learner.named_weights(), options["lora_alpha"] / options["lora_rank"]) if options["lora_rank"] else None
     )
-    if learner.accelerator.is_main_process:
+
+    def place():
         if weights is not None:
             for file in (folder / "final" / "model").glob("*.safetensors*"):
                 file.unlink()
@@ -316,6 +320,8 @@ def save_final(folder: Path, learner: Learner, tokenizer, options: dict) -> None
         shutil.rmtree(folder / "final")
         write_json_atomic(folder / "done.json", {"options": options})
         say(f"wrote {folder / 'model'}")
+
+    on_main(learner.accelerator, place)
 
 
 if __name__ == "__main__":
