@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,8 +23,9 @@ import torch
 
 from adaptive_reasoning import router
 from adaptive_reasoning.errors import UserError, run_cli
-from adaptive_reasoning.learner.model import load_model
-from adaptive_reasoning.learner.runtime import all_gather, make_accelerator
+from adaptive_reasoning.learner.model import load_model, whole_weights
+from adaptive_reasoning.learner.runtime import all_gather, end, make_accelerator, on_main
+from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.options import RunArgs, parse_args
 from adaptive_reasoning.pass_rate import fingerprint
 from adaptive_reasoning.record import MAY_CHANGE, check_inputs, data_of, inputs_of, open_folder
@@ -350,8 +352,16 @@ def finished(folder: Path, args, inputs: dict[str, str]) -> dict[tuple[str, str]
 def main() -> None:
     args = parse_args(Args)
     check_args(args)
-    algorithm = importlib.import_module(f"adaptive_reasoning.{args.algorithm}")
     accelerator = make_accelerator(args)
+    with Watch(accelerator, args.patience) as watch:
+        measure(args, accelerator, watch)
+    end(accelerator)
+
+
+def measure(args, accelerator, watch: Watch) -> None:
+    """Measure every benchmark in every setting; keep each as it is finished, and write evaluation.json."""
+    watch.phase("load")
+    algorithm = importlib.import_module(f"adaptive_reasoning.{args.algorithm}")
     model, tokenizer = load_model(args.model, args)
     protocol = algorithm.control_tokens(tokenizer, args).protocol()
     wanted = wanted_settings(args.settings, protocol)
@@ -367,19 +377,17 @@ def main() -> None:
     device = accelerator.device
 
     def make_engine(model) -> Engine:
-        return Engine(
-            Decoder.from_model(model, device, dtype),
-            args.rollout_rows,
-            cache_bytes=4 << 30 if device.type == "cpu" else None,  # on a GPU what is left after a warm-up
-            sync_every=1 if device.type == "cpu" else 8,
-        )
+        decoder = Decoder(model.config, device, dtype)
+        decoder.load(whole_weights(model))
+        return Engine(decoder, args.rollout_rows, batch_invariant=args.batch_invariant)
 
-    folder, kept = Path(args.output_dir), {}
-    data = data_of(task)
-    if accelerator.is_main_process:
+    folder, data = Path(args.output_dir), data_of(task)
+
+    def begin():
         inputs = inputs_of(data, tokenizer) | {f"the model {args.model}": fingerprint(args.model)}
-        kept = finished(folder, args, inputs)
-    kept = all_gather(accelerator, kept)[0]
+        return inputs, finished(folder, args, inputs)
+
+    inputs, kept = all_gather(accelerator, on_main(accelerator, begin))[0]
     if kept and accelerator.is_main_process:
         say(f"continuing {folder}: {', '.join(f'{b} {s}' for b, s in kept)} measured before")
     judged, due = {}, [b for b in task.benchmarks if (b.name, "router_judge") not in kept]
@@ -401,6 +409,7 @@ def main() -> None:
                     rows.append(line["row"])
                     continue
                 samples, more = [], {}
+                watch.phase(f"evaluate {benchmark.name} {setting}")
                 if setting == "consensus":
                     graded[setting] = consensus(graded, protocol.consensus)
                     more = {"fallback_share": sum(r["fallback"] for r in graded[setting]) / len(graded[setting])}
@@ -419,17 +428,15 @@ def main() -> None:
                 if args.maj_k:
                     result["maj_accuracy"] = majority(graded[setting], args.maj_k, grader)
                 rows.append({"step": 0, "setting": setting, "benchmark": benchmark.name, "result": result})
-                if accelerator.is_main_process:
-                    samples = [{"step": 0, "split": "eval", **sample} for sample in samples]
-                    line = {"benchmark": benchmark.name, "setting": setting, "row": rows[-1]}
-                    mine = {k: v for k, v in inputs.items() if k not in data or k.endswith(f" {benchmark.name}")}
-                    append_jsonl(
-                        folder / "finished.jsonl",
-                        {**line, "inputs": mine, "rows": graded[setting], "samples": samples},
-                    )
-                    for sample in samples:
-                        append_jsonl(folder / "samples.jsonl", sample)
-    if accelerator.is_main_process:
+                samples = [{"step": 0, "split": "eval", **sample} for sample in samples]
+                mine = {k: v for k, v in inputs.items() if k not in data or k.endswith(f" {benchmark.name}")}
+                line = {"benchmark": benchmark.name, "setting": setting, "row": rows[-1], "inputs": mine}
+                line |= {"rows": graded[setting], "samples": samples}
+                on_main(accelerator, partial(append_jsonl, folder / "finished.jsonl", line))
+                for sample in samples if accelerator.is_main_process else ():  # made again of the lines if torn
+                    append_jsonl(folder / "samples.jsonl", sample)
+
+    def report():
         write_json_atomic(folder / "evaluation.json", rows)
         say(evaluation_table(rows))
         for row in rows:
@@ -439,6 +446,8 @@ def main() -> None:
         if args.paper:
             say(PAPERS[args.algorithm][1](rows, args.paper))
         say(f"wrote {folder / 'evaluation.json'}")
+
+    on_main(accelerator, report)
 
 
 if __name__ == "__main__":

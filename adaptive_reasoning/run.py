@@ -58,12 +58,10 @@ from adaptive_reasoning.report.files import (
 from adaptive_reasoning.report.page import write_page, write_report
 from adaptive_reasoning.rollout import Completion, Decoder, Engine, Request, Sampling
 from adaptive_reasoning.rollout.dialogue import Dialogue, converse
+from adaptive_reasoning.rollout.engine import CPU_CACHE_BYTES
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.question import Question
 from adaptive_reasoning.tasks.task import load_task
-
-CPU_CACHE_BYTES = 4 << 30  # on a GPU the preflight finds what is left
-GPU_SYNC_EVERY = 8
 
 
 class Run:
@@ -177,7 +175,6 @@ class Run:
             Decoder(self.config, device, dtype),
             args.rollout_rows,
             cache_bytes=self.cache_bytes,
-            sync_every=1 if device.type == "cpu" else GPU_SYNC_EVERY,
             batch_invariant=args.batch_invariant,
         )
         self.engine.refresh(self.learner.named_weights())
@@ -191,9 +188,9 @@ class Run:
 
     def __exit__(self, kind, error, trace) -> None:
         self.grader.__exit__(kind, error, trace)
-        if self.args.report_to:
-            self.accelerator.end_training()
         self.watch.stop(error)
+        for tracker in self.accelerator.trackers:  # not end_training: it would take the process group away first
+            tracker.finish()
         if error is None:
             parts = [part for part in (self.learner, self.reference, self.critic) if part is not None and part.zero3]
             end(self.accelerator, [part.engine for part in parts])
@@ -205,6 +202,7 @@ class Run:
         while self.step < self.args.max_steps:
             self.step += 1
             self.clock |= {"step": time.perf_counter()}
+            self.grader.count_anew()
             self.gap, self.ratio, self.sampled_at = [0.0, 0, 0.0], [0.0, 0, 0.0], self.learner.steps
             yield self.step
 

@@ -4,8 +4,7 @@
 
 The loss is the mean negative log-prob over the response tokens of the batch, EOS included; prompts carry no loss. It
 runs on the same learner as reinforcement: same packing, same log-probs, same checkpoints, and the same command
-continues a run that was killed, to the same weights. LoRA through peft on request,
-merged into full weights at the end.
+continues a run that was killed, to the same weights. LoRA through peft on request, merged into full weights at the end.
 
 Training rows come from a file (JSONL or Parquet with `problem` and `response`), or, for the laboratory, from arithmetic
 chains made by code. A row's mode token is supervised like any other, except where the recipe of its method says
@@ -34,7 +33,9 @@ from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.learner.runtime import all_reduce, end, make_accelerator, on_main
+from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.options import RunArgs, parse_args
+from adaptive_reasoning.pass_rate import fingerprint
 from adaptive_reasoning.record import MAY_CHANGE, check_inputs, check_same, inputs_of, open_folder
 from adaptive_reasoning.report.console import say
 from adaptive_reasoning.report.files import append_jsonl, load_json, truncate_jsonl, write_json_atomic
@@ -198,6 +199,7 @@ def start_model(args, accelerator):
     config = LoraConfig(
         r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
+    torch.manual_seed(args.seed)  # A is drawn at random
     get_peft_model(model, config)  # puts the adapters into the model itself
     return model, tokenizer
 
@@ -223,7 +225,6 @@ def merged(weights: Iterable[tuple[str, torch.Tensor]], scale: float) -> dict[st
 def main() -> None:
     args = parse_args(Args)
     folder, options = Path(args.output_dir), json.loads(json.dumps(vars(args)))
-    base_rate = args.learning_rate
     done = folder / "done.json"
     if done.is_file():
         check_same(folder, load_json(done)["options"], "sft", options, CONTINUES)
@@ -240,10 +241,21 @@ def main() -> None:
         if args.pairs:
             check_pairs(file_rows, args.batch_size)
     accelerator = make_accelerator(args)
+    with Watch(accelerator, args.patience) as watch:
+        watch.phase("train")
+        learner = train(args, folder, options, file_rows, accelerator)
+    end(accelerator, [learner.engine] if learner.zero3 else [])
+
+
+def train(args, folder: Path, options: dict, file_rows: list[Row] | None, accelerator) -> Learner:
+    """Train from the newest checkpoint, or from the start, and write the model."""
+    base_rate = args.learning_rate
     rank, ranks, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     model, tokenizer = start_model(args, accelerator)
     inputs = {f"the training data {args.data}": [f"{r.question.problem}\0{r.response}" for r in file_rows or []]}
     inputs = inputs_of(inputs, tokenizer)
+    if args.model and args.lora_rank:  # whose frozen weights are read again
+        inputs[f"the model {args.model}"] = fingerprint(args.model)
     learner = Learner(args, model, accelerator, trainable="marked" if args.lora_rank else "all")
     if args.epochs and file_rows:
         args.max_steps = -(-args.epochs * len(file_rows) // args.batch_size)
@@ -296,15 +308,18 @@ def main() -> None:
             save_checkpoint(folder / "checkpoints" / f"step_{step:06d}", learner, tokenizer, state)
             on_main(accelerator, partial(prune, folder / "checkpoints", args.keep_checkpoints))
     save_final(folder, learner, tokenizer, options)
-    end(accelerator, [learner.engine] if learner.zero3 else [])
+    return learner
 
 
 def save_final(folder: Path, learner: Learner, tokenizer, options: dict) -> None:
     """Write <folder>/model whole or not at all, LoRA merged into full weights, and mark the cold start as complete."""
     save_checkpoint(folder / "final", learner, tokenizer, {})
-    weights = (
-        merged(learner.named_weights(), options["lora_alpha"] / options["lora_rank"]) if options["lora_rank"] else None
-    )
+    weights = None
+    if options["lora_rank"]:
+        scale, named = options["lora_alpha"] / options["lora_rank"], learner.named_weights()
+        weights = merged(named if learner.accelerator.is_main_process else (), scale)
+        for _ in named:  # the others gather along
+            pass
 
     def place():
         if weights is not None:

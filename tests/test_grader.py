@@ -133,7 +133,12 @@ def test_healthy_answers_among_hanging_crashing_and_memory_eating_ones():
         assert (pool.graded, pool.timeouts, pool.errors) == (108, 2, 6)
         assert rates["grader/timeout_rate"] == 2 / 108 and rates["grader/error_rate"] == 6 / 108
         assert rates["grader/seconds_mean"] == sum(grade.seconds for grade in grades.values()) / 108 > 2 * 2.0 / 108
-        assert pool.drain() == {} and set(pool.rates().values()) == {None}
+        assert pool.drain() == {} and pool.rates() == rates
+        pool.submit("1", "1", "another drain")
+        pool.drain()
+        assert pool.rates()["grader/graded"] == 109
+        pool.count_anew()
+        assert set(pool.rates().values()) == {0, None}
 
 
 def test_the_101st_answer_after_100_hanging_ones():

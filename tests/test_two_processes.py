@@ -12,7 +12,7 @@ from algorithms_worker import RUNS
 from small_model import make_folder
 from transformers import AutoModelForCausalLM
 
-from adaptive_reasoning.report.files import read_jsonl
+from adaptive_reasoning.report.files import load_json, read_jsonl
 from adaptive_reasoning.tasks import chain
 
 ROOT = Path(__file__).parent.parent
@@ -131,3 +131,19 @@ def test_the_other_algorithms_train_on_two_processes_as_on_one(tmp_path):
         if algorithm != "degrpo":
             rewards = [row["reward/mean"] for row in rows[0] if row["step"]]
             assert any(reward != 0 for reward in rewards), "rewards have to differ for the comparison to be one"
+
+
+@pytest.mark.slow
+def test_evaluation_on_two_processes_is_that_on_one(tmp_path):
+    """`make eval-...` on several GPUs is a launch under ZeRO-3, which splits the weights while they are loaded: the
+    rollout once took the empty shells for weights of the wrong shape."""
+    model = tmp_path / "model"
+    data = make_folder(model)
+    options = "--config experiments/eval_adaptthink_1_5b.yaml --dtype fp32 --eval_limit 5 --max_new_tokens 24"
+    options += " --grader_workers 1 --settings adaptive,never_think"
+    found = []
+    for launcher in LAUNCHERS:
+        more = ["--model", model, "--eval_data", data, "--output_dir", tmp_path / launcher]
+        assert "evaluation.json" in go(launcher, "-m", "adaptive_reasoning.evaluate", *options.split(), *more)
+        found.append(load_json(tmp_path / launcher / "evaluation.json"))
+    assert found[0] == found[1] and len(found[0]) == 2

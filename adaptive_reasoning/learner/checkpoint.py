@@ -17,12 +17,13 @@ import os
 import re
 import shutil
 import traceback
+from functools import partial as partial_of
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.learner.runtime import all_gather, on_main
+from adaptive_reasoning.learner.runtime import all_gather, on_main, together
 from adaptive_reasoning.learner.shards import restore, write_optimizer
 from adaptive_reasoning.learner.tensors import digest_of, write_tensors
 
@@ -54,11 +55,12 @@ def save_checkpoint(folder, learner, tokenizer, state: dict, critic=None) -> Non
             (place / "optimizer").mkdir(parents=True)
             (place / "model").mkdir()
 
+    def weights(place, part):
+        path = place / "model" / "model.safetensors"
+        if about := write_weights(path, part):
+            note(path, about)
+
     def write():
-        for place, part in parts:
-            path = place / "model" / "model.safetensors"
-            if about := write_weights(path, part):
-                note(path, about)
         for place, part in parts:
             if main or part.zero3:
                 path = place / "optimizer" / f"rank_{accelerator.process_index}.safetensors"
@@ -86,7 +88,9 @@ def save_checkpoint(folder, learner, tokenizer, state: dict, critic=None) -> Non
             shutil.rmtree(old)
 
     everything: dict[str, dict] = {}
-    for action, everybody in ((prepare, False), (write, True), (finish, False)):
+    # A part at a time, and told after each: a rank whose disk is full must not leave the others in the next gathering.
+    gather = [(partial_of(weights, place, part), True) for place, part in parts]
+    for action, everybody in ((prepare, False), *gather, (write, True), (finish, False)):
         error = attempt(action) if everybody or main else None
         answers = all_gather(accelerator, (error, written))
         failed = [message for message, _ in answers if message]
@@ -181,8 +185,12 @@ def damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
                 return f"{file} has changed since it was written (its SHA-256 differs)"
     except FileNotFoundError:
         return f"{path} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{path} or a file in it cannot be read: {error}"
+    except OSError as error:  # of the file system, perhaps for a moment: nothing is known about the checkpoint
+        raise UserError(
+            f"{folder} cannot be read: {error}. Mend the file system and start the same command."
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{path} is not what was written: {error}"
     return None
 
 
@@ -197,7 +205,8 @@ def whole_checkpoint(root, accelerator) -> tuple[Path | None, list[str]]:
     """
     told: list[str] = []
     while folder := all_gather(accelerator, newest_checkpoint(root))[0]:
-        found = all_gather(accelerator, damage(folder, accelerator.process_index, accelerator.num_processes))
+        look = partial_of(damage, folder, accelerator.process_index, accelerator.num_processes)
+        found = all_gather(accelerator, together(accelerator, look))
         if not any(found):
             return folder, told
         aside = folder.with_name(folder.name + DAMAGED)

@@ -3,6 +3,7 @@
 Code that a model brings along is never run: the three families are part of transformers, and anything else is refused.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -88,6 +89,19 @@ def load_model(name_or_path: str, args, kind=AutoModelForCausalLM, **options):
     tokenizer = load_tokenizer(name)
     check_vocabulary(model.config, tokenizer)
     return model, tokenizer
+
+
+def whole_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, whole tensor) of a model just loaded. ZeRO-3 splits it over the processes while it loads: each
+    tensor is gathered for as long as it is looked at, and every process must run through all of them."""
+    for name, parameter in model.named_parameters():
+        if not hasattr(parameter, "ds_id"):
+            yield name, parameter
+            continue
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield name, parameter
 
 
 def check_vocabulary(config, tokenizer) -> None:

@@ -52,6 +52,12 @@ class Watch:
             self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self.thread.start()
 
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.stop(error)
+
     def phase(self, name: str, step: int = 0) -> None:
         """Note that this process enters a phase. All processes have to enter the same ones in the same order."""
         self.entered, self.now, self.since = self.entered + 1, (name, step), time.monotonic()

@@ -24,6 +24,8 @@ from adaptive_reasoning.rollout.request import Completion, Request
 from adaptive_reasoning.rollout.rows import Rows, decode_step
 from adaptive_reasoning.rollout.sampler import Sampling
 
+CPU_CACHE_BYTES = 4 << 30
+CUDA_SYNC_EVERY = 8
 PAGE = 64  # columns of a page on CUDA: as many as a block of the attention kernel
 FIXED_WIDTH = (
     64  # pages; a page table this wide gives the attention kernel its largest number of parts, whatever is run
@@ -37,9 +39,9 @@ class Engine:
         decoder: the weights to sample from; `refresh` replaces them after every optimiser step.
         max_rows: most rows that decode side by side.
         cache_bytes: memory the cache of keys and values may take; rows wait or are preempted before it is exceeded.
-            None (CUDA): what a warm-up leaves free, less a tenth.
+            None: 4 GiB on the CPU; on CUDA what a warm-up leaves free, less a tenth.
         prefill_tokens: most prompt tokens (padding included) of one prefill pass.
-        sync_every: look for finished rows every so many steps. 1 on the CPU; more where a look stalls a device.
+        sync_every: look for finished rows every so many steps. None: 1 on the CPU; 8 on CUDA, which a look stalls.
         page: columns of a page, 0 for contiguous rows. None: pages of 64 on CUDA, contiguous rows elsewhere.
         graphs: None: CUDA graphs where there is CUDA and pages. True or False, or a `Graphs`, to say so.
         batch_invariant: for debugging: every step runs `max_rows` rows and every prompt is run alone, so the sums of a
@@ -51,15 +53,18 @@ class Engine:
         self,
         decoder: Decoder,
         max_rows: int = 256,
-        cache_bytes: int | None = 4 << 30,
+        cache_bytes: int | None = None,
         prefill_tokens: int = 8192,
-        sync_every: int = 1,
+        sync_every: int | None = None,
         page: int | None = None,
         graphs: bool | Graphs | None = None,
         batch_invariant: bool = False,
     ):
         cuda = decoder.device.type == "cuda"
-        assert cuda or cache_bytes is not None, "free memory is measured on CUDA alone"
+        if cache_bytes is None and not cuda:
+            cache_bytes = CPU_CACHE_BYTES
+        if sync_every is None:
+            sync_every = CUDA_SYNC_EVERY if cuda else 1
         if page is None:
             page = PAGE if cuda or batch_invariant else 0
         if graphs is None:

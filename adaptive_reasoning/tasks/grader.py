@@ -99,7 +99,7 @@ class GraderPool:
         self._cache: dict[tuple, Grade] = {}
         self._grades: dict[Hashable, Grade] = {}
         self._submitted: dict[Hashable, None] = {}  # keys since the last drain, in order
-        self._drained: list[Grade] = []
+        self._counted: list[Grade] = []  # what `rates` is about
         self._failure: BaseException | None = None
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -154,19 +154,27 @@ class GraderPool:
             self._raise_failure()
             grades = {key: self._grades[key] for key in self._submitted}
             self._grades, self._submitted = {}, {}
-        self._drained = list(grades.values())
+        self._counted += grades.values()
         self.graded += len(grades)
-        self.timeouts += sum(grade.status == "timeout" for grade in self._drained)
-        self.errors += sum(grade.status == "error" for grade in self._drained)
+        self.timeouts += sum(grade.status == "timeout" for grade in grades.values())
+        self.errors += sum(grade.status == "error" for grade in grades.values())
         return grades
 
+    def count_anew(self) -> None:
+        """Let `rates` be about what is drained from here on: a step of a dialogue drains once a stage."""
+        self._counted = []
+
     def rates(self) -> dict[str, float | None]:
-        """Return timeout rate, error rate and mean seconds of a check over the last drain() (None if it was empty)."""
-        n = len(self._drained)
+        """Return the number of answers graded since `count_anew`, their rates of timeouts and errors, and mean seconds.
+
+        Rates are None where nothing was graded.
+        """
+        n = len(self._counted)
         return {
-            "grader/timeout_rate": sum(g.status == "timeout" for g in self._drained) / n if n else None,
-            "grader/error_rate": sum(g.status == "error" for g in self._drained) / n if n else None,
-            "grader/seconds_mean": sum(g.seconds for g in self._drained) / n if n else None,
+            "grader/graded": n,
+            "grader/timeout_rate": sum(g.status == "timeout" for g in self._counted) / n if n else None,
+            "grader/error_rate": sum(g.status == "error" for g in self._counted) / n if n else None,
+            "grader/seconds_mean": sum(g.seconds for g in self._counted) / n if n else None,
         }
 
     def _raise_failure(self) -> None:

@@ -118,7 +118,7 @@ def steps_of(size: Size, steps: int, peaks: dict[str, int], seconds: dict[str, f
     from adaptive_reasoning.learner.model import load_config, load_model
     from adaptive_reasoning.learner.runtime import make_accelerator
     from adaptive_reasoning.rollout import Decoder, Engine, Sampling
-    from adaptive_reasoning.run import CPU_CACHE_BYTES
+    from adaptive_reasoning.rollout.engine import CPU_CACHE_BYTES
     from adaptive_reasoning.tasks.question import Question
 
     def ended(phase: str) -> None:
@@ -202,7 +202,7 @@ def predict(size: Size, baseline: int, flops: float, bandwidth: float):
     from adaptive_reasoning.plan.machine import Machine
     from adaptive_reasoning.plan.memory import Where
     from adaptive_reasoning.plan.shapes import shapes_of
-    from adaptive_reasoning.run import CPU_CACHE_BYTES
+    from adaptive_reasoning.rollout.engine import CPU_CACHE_BYTES
 
     shapes, args = shapes_of(size.config()), size.options("-")
     where = Where(cuda=False, longest_prompt=size.prompt_tokens, arena=CPU_CACHE_BYTES, libraries=baseline)
