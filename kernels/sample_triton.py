@@ -85,6 +85,8 @@ def pick_kernel(
         total = tl.max(cumulative, 0)
         target = tl.minimum(tl.load(uniform + row) * total, just_below(total))
         chunk = tl.min(tl.where((cumulative > target) & (mass > 0.0), i, CHUNKS), 0)
+        # The scan adds in a tree: behind the last chunk with mass a sum may come out a bit larger than its own.
+        chunk = tl.minimum(chunk, tl.max(tl.where(mass > 0.0, i, 0), 0))
         before = tl.sum(tl.where(i < chunk, mass, 0.0), 0)
         columns = chunk * CHUNK + tl.arange(0, CHUNK)
         x = load_logits(logits, allowed, row, columns, V, row_stride, allowed_stride, temperature, ALLOWED)

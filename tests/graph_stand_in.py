@@ -38,12 +38,15 @@ class Recording(TorchDispatchMode):
 
 
 class StandIn:
-    """`capture` of `Graphs`: counts captures and replays."""
+    """`capture` of `Graphs`: counts captures, replays and how often all graphs were given up."""
 
     def __init__(self):
-        self.captures, self.replays = 0, []
+        self.captures, self.replays, self.forgotten = 0, [], 0
 
-    def __call__(self, step, pool):
+    def forget(self) -> None:
+        self.forgotten += 1
+
+    def __call__(self, step):
         with Recording() as recording:
             step()
         self.captures += 1

@@ -102,7 +102,7 @@ DAMAGES = [
     (truncated, "state.json", r"state\.json has \d+ bytes"),
     (flipped, "manifest.json", r"manifest\.json|has changed|were written|is missing"),
     (os.remove, "manifest.json", r"manifest\.json is missing"),
-    (lambda path: path.write_text("[]"), "manifest.json", r"manifest\.json or a file in it cannot be read"),
+    (lambda path: path.write_text("[]"), "manifest.json", r"manifest\.json is not what was written"),
 ]
 
 

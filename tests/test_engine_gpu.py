@@ -55,6 +55,16 @@ def test_graphs_give_what_eager_steps_give(model):
         assert all(all_free(engine) for engine in engines)
 
 
+def test_larger_buffers_mean_new_graphs_in_new_memory(model):
+    """torch refuses to capture into a pool all of whose graphs are gone: a real run comes to it with its second step,
+    whose longest prompt is longer than those of the first."""
+    graphs, eager = on_gpu(model, max_rows=4), on_gpu(model, max_rows=4, graphs=False)
+    for request in (Request([1, 2], 8, NEVER, 0), Request([1, 2], 200, NEVER, 0), Request([3] * 400, 8, NEVER, 0)):
+        requests = [request, *mixed(3)]
+        for a, b in zip(graphs.run(requests, Sampling(1.0)), eager.run(requests, Sampling(1.0)), strict=True):
+            assert a.response_ids.tolist() == b.response_ids.tolist()
+
+
 def test_preempted_rows_go_on_where_they_were(model):
     requests = [Request([i % 4] * 50, 100 + i, NEVER, i) for i in range(12)]
     want = on_gpu(model).run(requests, Sampling(1.0))

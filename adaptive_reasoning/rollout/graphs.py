@@ -23,32 +23,44 @@ def buckets(rows: int) -> list[int]:
     return [size for size in sizes if size < rows] + [rows]
 
 
-def capture_on_cuda(step: Callable[[], None], pool) -> Callable[[], None]:
-    """Run a step a few times on a stream of its own, capture it, and return what replays it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
+class Capture:
+    """Captures steps on CUDA: makes the replay of a step. The graphs share memory: only one of them runs at a time.
+
+    Warm-up and capture share a stream, so that the matrix library's work space for it is taken before the capture and
+    does not become part of the graphs' memory.
+    """
+
+    def __init__(self):
+        self.stream = torch.cuda.Stream()
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin with fresh memory: torch refuses a pool all of whose graphs are gone."""
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Run a step a few times, capture it, and return what replays it."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(WARM_UPS):
+                step()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: another thread (NCCL's watchdog) may call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: another thread (NCCL's watchdog) may call CUDA meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        step()
-    return graph.replay
+        return graph.replay
 
 
 class Graphs:
     """Graphs of one engine.
 
     Args:
-        capture: makes the replay of a step; `capture_on_cuda`, or what stands in for it in a test.
-        pool: the memory the graphs share: only one of them runs at a time.
+        capture: makes the replay of a step; None: a `Capture`. A test has something that stands in for it.
     """
 
-    def __init__(self, capture: Callable = capture_on_cuda, pool=None):
-        self.capture = capture
-        self.pool = torch.cuda.graph_pool_handle() if pool is None and capture is capture_on_cuda else pool
+    def __init__(self, capture=None):
+        self.capture = capture or Capture()
         self.replays: dict[tuple[Sampling, int], Callable[[], None]] = {}
         self.held: list[object] = []  # the buffers that the graphs read
 
@@ -62,11 +74,13 @@ class Graphs:
             step: runs a decode step of so many rows.
         """
         if [id(x) for x in buffers] != [id(x) for x in self.held]:
-            self.replays.clear()
+            if self.replays:
+                self.replays.clear()
+                self.capture.forget()
             self.held = list(buffers)
         for size in sorted(sizes, reverse=True):
             if (sampling, size) not in self.replays:
-                self.replays[sampling, size] = self.capture(lambda size=size: step(size), self.pool)
+                self.replays[sampling, size] = self.capture(lambda size=size: step(size))
 
     def replay(self, sampling: Sampling, size: int) -> None:
         self.replays[sampling, size]()
