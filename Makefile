@@ -30,7 +30,7 @@ endif
 NUM_NODES ?= 1
 NODE_RANK ?= 0
 MASTER_ADDR ?= 127.0.0.1
-MASTER_PORT ?= 29500
+MASTER_PORT ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -43,16 +43,18 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 # Installed scripts such as ninja are found by the programs that call them.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-# GPUs: those CUDA_VISIBLE_DEVICES names, else all that nvidia-smi lists.
+# GPUs: those CUDA_VISIBLE_DEVICES names, else all that nvidia-smi lists. -1 and NoDevFiles are ways to name none.
 comma := ,
 FOUND_GPUS := $(if $(filter undefined,$(origin CUDA_VISIBLE_DEVICES)),\
-  $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU '),$(words $(subst $(comma), ,$(CUDA_VISIBLE_DEVICES))))
+  $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU '),\
+  $(words $(filter-out -1 NoDevFiles,$(subst $(comma), ,$(CUDA_VISIBLE_DEVICES)))))
 FOUND_GPUS := $(strip $(FOUND_GPUS))
 NUM_GPUS ?= $(FOUND_GPUS)
 
 # OFFLOAD=1 needs ZeRO-3, on a single GPU too.
 OFFLOADED := $(if $(filter-out 0,$(OFFLOAD)),zero3_8gpu_offload)
 
+# Two runs on one machine need a MASTER_PORT each: the launcher's own is 29500.
 # Without a GPU, and for the tiny models of the chain task, everything runs in one process on the CPU.
 # Waiting OpenMP threads spin for milliseconds by default: on a busy machine two threads are then slower than one.
 ON_CPU := CUDA_VISIBLE_DEVICES= ACCELERATE_USE_CPU=true GOMP_SPINCOUNT=10000
@@ -62,12 +64,12 @@ ifeq ($(NUM_GPUS),0)
 else ifneq ($(NUM_NODES),1)
   LAUNCH = $(VENV)/bin/accelerate launch --config_file experiments/launch/$(or $(OFFLOADED),zero3_2nodes).yaml \
     --num_machines $(NUM_NODES) --num_processes $$(($(NUM_NODES) * $(NUM_GPUS))) --machine_rank $(NODE_RANK) \
-    --main_process_ip $(MASTER_ADDR) --main_process_port $(MASTER_PORT) -m
+    --main_process_ip $(MASTER_ADDR) --main_process_port $(or $(MASTER_PORT),29500) -m
 else ifeq ($(NUM_GPUS)$(OFFLOADED),1)
   LAUNCH = $(PY) -m
 else
   LAUNCH = $(VENV)/bin/accelerate launch --config_file experiments/launch/$(or $(OFFLOADED),zero3_8gpu).yaml \
-    --num_processes $(NUM_GPUS) -m
+    --num_processes $(NUM_GPUS) $(if $(MASTER_PORT),--main_process_port $(MASTER_PORT)) -m
 endif
 PRECISION ?=
 
@@ -96,6 +98,7 @@ help:  ## list the targets
 	@echo
 	@echo '  Options: MODEL= DATA= NUM_GPUS= (now $(NUM_GPUS)) OUT= SEED= ARGS="--max_steps 2 ..."'
 	@echo '  Optimiser in host memory: OFFLOAD=1   Interpreter of .venv: PYTHON='
+	@echo '  Two runs on one machine, each with its own CUDA_VISIBLE_DEVICES= and MASTER_PORT='
 	@echo '  Several machines: HOSTFILE=, or NUM_NODES= NODE_RANK= MASTER_ADDR= MASTER_PORT=; Slurm: experiments/launch/slurm.sh'
 
 # --- install
@@ -275,12 +278,13 @@ report: $(INSTALLED)  ## write curves.png and report.html anew; RUN="runs/a runs
 
 # --- plan a run before it starts
 
-# The options of train-NAME, on a machine that need not be there: GPU=h100, h200, a100, ...; GPU=cpu for this one.
+# The options of train-NAME, OFFLOAD=1 too, on a machine that need not be there: GPU=h100, h200, a100, ...; GPU=cpu for
+# this one.
 GPU ?= h100
 PLACE = $(if $(filter cpu,$(GPU)),--gpu cpu --dtype fp32,--gpu $(GPU) --num_gpus $(or $(filter-out 0,$(NUM_GPUS)),8) \
   --num_nodes $(NUM_NODES))
 plan = @$(ON_CPU) $(PY) -m adaptive_reasoning.$(1) --config $(call YAML,$(patsubst plan-%,%,$@)) --preflight $(PLACE) \
-  $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+  $(if $(OFFLOADED),--offload true) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 .PHONY: plan-adaptthink-1.5b
 plan-adaptthink-1.5b: $(INSTALLED)  ## memory and hours before a run; so for every train-NAME; GPU= NUM_GPUS= NUM_NODES=

@@ -95,7 +95,7 @@ def preflight(
     saves = checkpoints_ahead(
         args.max_steps, args.save_every, args.keep_checkpoints, done=steps_done, there=checkpoints_there
     )
-    size = checkpoint_bytes(shapes, args.dtype, zero3) * (2 if hasattr(args, "critic_learning_rate") else 1)
+    size = checkpoint_bytes(args, shapes, zero3)
     if disk_free is not None:
         if saves * size > disk_free:
             raise UserError(

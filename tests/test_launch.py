@@ -37,11 +37,11 @@ def clean(**more) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith((*given, "HOSTFILE", "OFFLOAD", "SLURM_"))} | more
 
 
-def make(*arguments: str, fails: bool = False) -> str:
+def make(*arguments: str, fails: bool = False, **environment: str) -> str:
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     command = ["make", "-n", "--no-print-directory", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=clean(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=clean(**environment), capture_output=True, text=True)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stderr if fails else " ".join(done.stdout.replace("\\\n", " ").split())
 
@@ -61,6 +61,34 @@ def test_offload_is_zero3_on_any_number_of_gpus_and_machines():
     assert "zero3_8gpu_offload.yaml --num_machines 2" in make("train-adaptthink-7b", *nodes)
     assert "offload" not in make("train-adaptthink-7b", "NUM_GPUS=8", "OFFLOAD=0")
     assert "launch" not in make("train-adaptthink-7b", "NUM_GPUS=1")
+
+
+def test_offload_is_planned_too():
+    """`make plan-... OFFLOAD=1` had planned the run with the optimiser on the GPUs."""
+    assert "--preflight --gpu h100 --num_gpus 8 --num_nodes 1 --offload true" in make(
+        "plan-adaptthink-7b", "NUM_GPUS=8", "OFFLOAD=1"
+    )
+    for word in ((), ("OFFLOAD=0",)):
+        assert "offload" not in make("plan-adaptthink-7b", "NUM_GPUS=8", *word)
+
+
+@pytest.mark.parametrize("value", ["", "-1", "NoDevFiles"])
+def test_no_visible_gpu_is_none(value):
+    """-1 and NoDevFiles had counted as one GPU each, on which the run then failed."""
+    command = make("train-adaptthink-7b", CUDA_VISIBLE_DEVICES=value)
+    assert "ACCELERATE_USE_CPU=true" in command and "launch" not in command
+    assert "--num_processes 2 " in make("train-adaptthink-7b", CUDA_VISIBLE_DEVICES="0,3")
+
+
+def test_two_runs_on_one_machine_have_a_port_each():
+    """MASTER_PORT was dropped on one machine: the second of two runs, on other GPUs, met the first on port 29500."""
+    for words in (("NUM_GPUS=4",), ("NUM_GPUS=1", "OFFLOAD=1")):
+        command = make("train-adaptthink-7b", *words, "MASTER_PORT=1234")
+        assert "--main_process_port 1234 -m adaptive_reasoning.adaptthink" in command
+        assert command == make("train-adaptthink-7b", *words, MASTER_PORT="1234"), "the environment is as good"
+        assert "main_process_port" not in make("train-adaptthink-7b", *words)
+    many = make("train-adaptthink-7b", "NUM_GPUS=8", "NUM_NODES=2", "NODE_RANK=1", "MASTER_ADDR=a")
+    assert "--main_process_port 29500 -m" in many
 
 
 def test_a_host_file_tells_each_machine_its_place(tmp_path):
@@ -120,8 +148,8 @@ def slurm(tmp_path):
     return tmp_path
 
 
-def submit(folder: Path, *arguments: str) -> subprocess.Popen:
-    job = {"SLURM_JOB_ID": "20042", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[7-8]"}
+def submit(folder: Path, *arguments: str, **more: str) -> subprocess.Popen:
+    job = {"SLURM_JOB_ID": "20042", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[7-8]"} | more
     environment = clean(PATH=f"{folder / 'bin'}:{os.environ['PATH']}", SLURM_SUBMIT_DIR=str(folder), **job)
     command = ["bash", str(LAUNCH / "slurm.sh"), *arguments]
     pipe = subprocess.PIPE
@@ -143,6 +171,15 @@ def test_a_job_starts_the_target_once_on_every_machine(slurm):
             f"[MASTER_PORT=20042] [NODE_RANK={node}]"
         )
     assert "requeue" not in (slurm / "asked").read_text()
+
+
+def test_a_task_has_the_cpus_of_the_job(slurm):
+    """Since Slurm 22.05 srun does not read SLURM_CPUS_PER_TASK: each task had one CPU of the 64 that were reserved."""
+    job = submit(slurm, "train-adaptthink-7b", SLURM_CPUS_PER_TASK="64")
+    _, err = job.communicate(timeout=30)
+    assert job.returncode == 0, err
+    assert "--kill-on-bad-exit=1 --cpus-per-task=64 bash -c" in (slurm / "asked").read_text()
+    assert "[train-adaptthink-7b]" in (slurm / "asked.1").read_text()
 
 
 def test_what_a_job_asks_for_becomes_the_launch_command():

@@ -183,6 +183,10 @@ def test_the_run_is_the_sum_of_its_parts():
     assert parts["checkpoints"] == pytest.approx(32 * 1_777_088_000 * 14 / 1e9)
     assert plan.hours.run_seconds == pytest.approx(sum(parts.values()))
     assert plan.hours.epoch == 40_315 // 128
+    evaluations = {line.name: line.how for line in plan.hours.run}["evaluation"]
+    assert evaluations.startswith("37 x "), "3 settings before and after, the adaptive one after steps 10, 20, .. 310"
+    twenty = plan_of(adaptthink, "adaptthink_1_5b.yaml", Machine(H100, 8), "--max_steps", "20")
+    assert {line.name: line.how for line in twenty.hours.run}["evaluation"].startswith("7 x "), "step 20 is the last"
     read = plan_of(adaptthink, "adaptthink_1_5b.yaml", Machine(H100, 8), "--ref_results", "table.json")
     assert "reference" in parts and "reference" not in {line.name for line in read.hours.run}
 
@@ -206,6 +210,8 @@ def test_supervised_runs_have_no_rollout():
     assert r and trained_parameters(args, plan.shapes) == r * 28 * per_layer
     items = {item.name: item.bytes for item in plan.memory.items}
     assert items["Adam"] == trained_parameters(args, plan.shapes) * 8 // 8
+    merged = {item.name: item.bytes for item in plan.memory.host}["merged LoRA"]  # of every process, in bf16
+    assert merged == (2 * plan.shapes.parameters - 2 * 152_064 * H) * 2
 
 
 # ------------------------------------------------------------------------------------------------ what grows with what

@@ -5,6 +5,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.learner.offload import OffloadedAdamW
 from adaptive_reasoning.options import RunArgs
 from adaptive_reasoning.plan.fit import Mend, fits, mends, needed, plan_memory
 from adaptive_reasoning.plan.hours import checkpoint_bytes
@@ -17,8 +18,10 @@ from adaptive_reasoning.plan.memory import (
     dialogue_bytes,
     fixed_items,
     kv_bytes_per_token,
+    offload_copies,
     phase_bytes,
     state_bytes_per_parameter,
+    trained_parameters,
 )
 from adaptive_reasoning.plan.shapes import shapes_of
 from adaptive_reasoning.preflight import checkpoints_ahead, preflight
@@ -145,7 +148,10 @@ def test_data_parallel_splits_nothing(shapes):
 
 
 def test_optimiser_in_cpu_memory(shapes):
-    """One process sends Adam's moments away; ZeRO-3 the fp32 masters and the gradients as well."""
+    """One process sends Adam's moments away; ZeRO-3 the fp32 masters and the gradients as well.
+
+    Either holds 16 bytes a parameter there: the plan of one process had missed the copies that AdamW works on.
+    """
     from types import SimpleNamespace
 
     args = SimpleNamespace(**vars(RunArgs()))
@@ -155,6 +161,27 @@ def test_optimiser_in_cpu_memory(shapes):
         assert not parts.keys() & {item.name for item in items}
         away = {item.name: item.bytes for item in host}
         assert all(away[part] == PARAMETERS * size // where.world_size for part, size in parts.items())
+        assert sum(away.values()) - away["checkpoint"] == PARAMETERS * 16 // where.world_size
+
+
+def test_offloaded_adamw_holds_what_the_plan_says():
+    """The bytes of its copies and moments between steps, counted on a real one; the gradients come during the step."""
+    held = sum(size for size, phases in offload_copies(False).values() if "rollout" in phases) + 8  # the moments
+    weight = torch.nn.Parameter(torch.randn(30, 40))
+    weight.grad, optimizer = torch.randn(30, 40), OffloadedAdamW([weight])
+    optimizer.step()
+    (copy,) = optimizer.param_groups[0]["params"]
+    tensors = [copy, *(x for x in optimizer.state[copy].values() if x.numel() > 1)]
+    assert sum(x.nbytes for x in tensors) == held * weight.numel()
+    assert copy.data_ptr() != weight.data_ptr()
+
+
+def test_a_checkpoint_passes_tensor_by_tensor(shapes):
+    """The plan had the whole model on the first process; only the largest tensor, an embedding, is ever there."""
+    one, eight = (dict((i.name, i) for i in fixed_items(RunArgs(), shapes, where)[1]) for where in (ONE, EIGHT))
+    assert one["checkpoint"].bytes == 151_936 * 1536 * 4 and eight["checkpoint"].bytes == 151_936 * 1536 * 2
+    items, host = fixed_items(RunArgs(dtype="fp32"), shapes, CPU)
+    assert "checkpoint" not in {item.name for item in items + host}, "on the CPU nothing is copied"
 
 
 def test_dialogues_are_kept_between_turns(shapes):
@@ -324,8 +351,18 @@ def test_checkpoints_ahead(options, expected):
 
 
 def test_checkpoint_size(shapes):
-    assert checkpoint_bytes(shapes, "bf16", zero3=True) == PARAMETERS * (2 + 4 + 8)
-    assert checkpoint_bytes(shapes, "fp32", zero3=False) == PARAMETERS * (4 + 8)
+    """With LoRA the moments and masters are those of the adapters: they were counted for all parameters."""
+    from types import SimpleNamespace
+
+    args = RunArgs()
+    assert checkpoint_bytes(args, shapes, zero3=True) == PARAMETERS * (2 + 4 + 8)
+    assert checkpoint_bytes(RunArgs(dtype="fp32"), shapes, zero3=False) == PARAMETERS * (4 + 8)
+    lora = SimpleNamespace(**vars(args), lora_rank=8)
+    critic = SimpleNamespace(**vars(args), critic_learning_rate=1e-6)
+    trained = trained_parameters(lora, shapes)
+    assert 0 < trained < PARAMETERS / 100
+    assert checkpoint_bytes(lora, shapes, zero3=True) == PARAMETERS * 2 + trained * (4 + 8)
+    assert checkpoint_bytes(critic, shapes, zero3=True) == 2 * PARAMETERS * (2 + 4 + 8)
 
 
 def test_table(config):

@@ -16,7 +16,13 @@ from statistics import NormalDist
 import numpy as np
 
 from adaptive_reasoning.plan.machine import Machine
-from adaptive_reasoning.plan.memory import kv_bytes_per_token, rolls_out, state_bytes_per_parameter, trained_parameters
+from adaptive_reasoning.plan.memory import (
+    has_critic,
+    kv_bytes_per_token,
+    rolls_out,
+    state_bytes_per_parameter,
+    trained_parameters,
+)
 from adaptive_reasoning.plan.shapes import Shapes
 from adaptive_reasoning.tasks.math import BENCHMARKS
 
@@ -186,10 +192,14 @@ def gather_seconds(nbytes: float, machine: Machine, a: Assumptions) -> float:
     return max(inside, between) / a.link_share
 
 
-def checkpoint_bytes(shapes: Shapes, dtype: str, zero3: bool) -> int:
-    """Return the size of one checkpoint: weights, Adam moments and, under ZeRO-3, fp32 masters beside the weights."""
-    kept = state_bytes_per_parameter(dtype, zero3)
-    return shapes.parameters * sum(v for k, v in kept.items() if k not in ("gradient", "bf16 copy"))
+def checkpoint_bytes(args, shapes: Shapes, zero3: bool) -> int:
+    """Return the size of one checkpoint: weights, Adam moments and, under ZeRO-3, fp32 masters beside the weights.
+
+    Moments and masters are those of the trained parameters; a critic has all of it once more.
+    """
+    kept, trained = state_bytes_per_parameter(args.dtype, zero3), trained_parameters(args, shapes)
+    weights = shapes.parameters * kept["weight" if zero3 else "fp32 weight"]
+    return (weights + trained * (kept["Adam"] + kept.get("fp32 master", 0))) * (1 + has_critic(args))
 
 
 # ----------------------------------------------------------------------------------------------------------------- all
@@ -253,7 +263,8 @@ def plan_hours(args, shapes: Shapes, machine: Machine, a: Assumptions, arena_byt
     unknown: tuple[str, ...] = ()
     if rolls_out(args):
         number, unknown = evaluation(args, a)
-        times = 2 * a.eval_settings + (max(0, steps // args.eval_every - 1) if args.eval_every else 0)
+        between = (steps - 1) // args.eval_every if args.eval_every else 0  # the one after the last step is whole
+        times = 2 * a.eval_settings + between
         once = rollout_seconds(args, shapes, machine, a, arena_bytes, -(-number // n))[0]
         run.append(Line("evaluation", times * once, f"{times} x {number:,} responses"))
         if getattr(args, "baseline", "") == "reference" and not args.ref_results:
@@ -261,7 +272,7 @@ def plan_hours(args, shapes: Shapes, machine: Machine, a: Assumptions, arena_byt
             own = -(-met * args.ref_samples // n)
             before = rollout_seconds(args, shapes, machine, a, arena_bytes, own)[0]
             run.append(Line("reference", before, f"before step 1: {args.ref_samples} x {met:,} responses"))
-    size = checkpoint_bytes(shapes, args.dtype, n > 1) * (2 if hasattr(args, "critic_learning_rate") else 1)
+    size = checkpoint_bytes(args, shapes, n > 1)
     saves = steps // args.save_every + (steps % args.save_every != 0) if args.save_every else 1
     run.append(Line("checkpoints", saves * size / (a.disk_gbs * 1e9), f"{saves} x {size / 1e9:.1f} GB"))
     each = args.prompts_per_step if rolls_out(args) else args.batch_size
@@ -284,7 +295,7 @@ def update_lines(args, shapes: Shapes, machine: Machine, a: Assumptions, respons
     if getattr(args, "kl_coef", 0):
         forwards, parts = forwards + 1, [*parts, "reference"]
     work += forwards * (layers + head)
-    critic = bool(getattr(args, "critic_learning_rate", 0))
+    critic = has_critic(args)
     if critic:
         work, parts = work + (4 + again) * layers, [*parts, "critic and its values"]
     seconds = work / (flops * a.update_share)

@@ -109,6 +109,11 @@ def rolls_out(args) -> bool:
     return not hasattr(args, "batch_size")
 
 
+def has_critic(args) -> bool:
+    """Whether the run learns a critic: one whose options have its learning rate (run.py)."""
+    return hasattr(args, "critic_learning_rate")
+
+
 def state_phases(part: str, zero3: bool) -> tuple[str, ...]:
     """Return when a part exists. ZeRO-3 has a buffer for the gradients; without, they go after every step."""
     if part == "gradient":
@@ -121,6 +126,14 @@ def state_phases(part: str, zero3: bool) -> tuple[str, ...]:
 def offloaded(zero3: bool) -> tuple[str, ...]:
     """Return the parts that an optimiser in CPU memory takes off the GPU."""
     return ("fp32 master", "gradient", "Adam") if zero3 else ("Adam",)
+
+
+def offload_copies(zero3: bool) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """Return {what an optimiser in CPU memory holds beside those parts: (bytes a parameter, phases)}.
+
+    `OffloadedAdamW` (learner/offload.py) takes its step on copies of the weights, which it keeps, and of the gradients.
+    """
+    return {} if zero3 else {"copy of weights": (4, ALL), "copy of gradients": (4, ("step",))}
 
 
 def activation_bytes_per_token(shapes: Shapes, value_bytes: int, checkpointing: bool) -> int:
@@ -169,15 +182,17 @@ def model_items(args, shapes: Shapes, where: Where) -> tuple[list[Item], list[It
     n = where.world_size if where.zero3 else 1
     split = f" / {n} processes" if n > 1 else ""
     parts = state_bytes_per_parameter(args.dtype, where.zero3)
-    away = offloaded(where.zero3) if getattr(args, "offload_optimizer", False) else ()
+    offload = getattr(args, "offload_optimizer", False)
+    away, copies = (offloaded(where.zero3), offload_copies(where.zero3)) if offload else ((), {})
     items, host = [], []
-    models = [""] + ["critic: "] * bool(getattr(args, "critic_learning_rate", 0))
-    for model in models:
+    for model in ["", "critic: "] if has_critic(args) else [""]:
         for part, size in parts.items():
             number = trained if part in ("gradient", "Adam", "fp32 master") else P
             how = f"{number / 1e9:.3g} B x {size}{split}"
             item = Item(f"{model}{part}", number * size // n, state_phases(part, where.zero3), how)
             (host if part in away else items).append(item)
+        for part, (size, phases) in copies.items():
+            host.append(Item(f"{model}{part}", trained * size, phases, f"{trained / 1e9:.3g} B x {size}"))
     if getattr(args, "kl_coef", 0):
         frozen = 2 if where.zero3 and b == 2 else 4
         items.append(Item("reference policy", P * frozen // n, ALL, f"{P / 1e9:.2f} B x {frozen}{split}, frozen"))
@@ -248,6 +263,23 @@ def dialogue_bytes(args, shapes: Shapes, longest_prompt: int) -> int:
     return args.rollout_rows * (longest_prompt + args.max_new_tokens) * kv_bytes_per_token(shapes, b)
 
 
+def save_items(args, shapes: Shapes, where: Where) -> list[Item]:
+    """Return the lines of what waits in the memory of the machine while a checkpoint is written.
+
+    Tensors leave the device one at a time (learner/tensors.py). LoRA alone is merged as a whole, after the last step
+    (sft.py): on every process all weights, and the merged ones of all layers beside them.
+    """
+    items, size = [], 2 if args.dtype == "bf16" and where.zero3 else 4
+    if where.cuda:  # on the CPU what is written is the tensor itself
+        how = f"the largest tensor, {shapes.largest / 1e9:.2g} B x {size}, on the first process"
+        items.append(Item("checkpoint", shapes.largest * size, ("save",), how))
+    if getattr(args, "lora_rank", 0):
+        P, layers = shapes.parameters, shapes.parameters - shapes.embedding * (1 if shapes.tied else 2)
+        how = f"({P / 1e9:.2f} B + {layers / 1e9:.2f} B of the layers) x {size}, after the last step"
+        items.append(Item("merged LoRA", (P + layers) * size, ("save",), how))
+    return items
+
+
 def fixed_items(args, shapes: Shapes, where: Where) -> tuple[list[Item], list[Item]]:
     """Return all lines but those of the arena, (on the device, on the host)."""
     items = [Item("interpreter, libraries", where.libraries, ALL, "measured")] if where.libraries else []
@@ -262,7 +294,5 @@ def fixed_items(args, shapes: Shapes, where: Where) -> tuple[list[Item], list[It
         else:
             items.append(Item("dialogues", kept, ("rollout",), how + ", between turns"))
             items.append(Item("dialogues going on", kept, ("rollout",), "their copies while the next turn is run"))
-    if where.zero3 or where.cuda:
-        P = shapes.parameters
-        host.append(Item("checkpoint", P * 4, ("save",), f"{P / 1e9:.2f} B x 4, whole on the first process"))
+    (host if where.cuda else items).extend(save_items(args, shapes, where))
     return [item for item in items if item.bytes], host

@@ -47,9 +47,11 @@ requeue() { # two minutes before the time limit, by --signal: everything up to t
 }
 trap requeue USR1
 
+# Since Slurm 22.05 srun does not take over the job's CPUs a task: it would have one for the 8 processes.
 # Every task is told which machine it is; the target and its options are handed through word by word.
 # shellcheck disable=SC2016  # SLURM_NODEID is the task's, not this script's
 srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+  ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
   bash -c 'exec make "$@" NODE_RANK="$SLURM_NODEID"' make "$@" \
   NUM_NODES="$nodes" MASTER_ADDR="$first" MASTER_PORT="$port" &
 step=$!
