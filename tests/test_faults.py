@@ -130,6 +130,29 @@ def test_presampling_continues_with_the_same_rounds(go, model, tmp_path, monkeyp
     assert kept.read_bytes() == whole and comparable(tmp_path / "run" / "metrics.jsonl") == first
 
 
+LAUNCHER = """
+import subprocess, sys
+rank = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(3600)"
+subprocess.Popen([sys.executable, "-c", rank, sys.argv[1]], start_new_session=True).wait()
+"""
+
+
+def test_the_kill_drill_kills_ranks_in_sessions_of_their_own(tmp_path):
+    """It used to kill the group of the launcher alone, and the ranks wrote on beside the run that was started again."""
+    from test_grader import alive, wait_until
+
+    from experiments.drills.kill import kill_tree
+
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path / "pid")])
+    try:
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        rank = int((tmp_path / "pid").read_text())
+        assert alive(rank) and os.getsid(rank) == rank
+    finally:
+        kill_tree(launcher)
+    assert launcher.returncode == -signal.SIGKILL and not alive(rank)
+
+
 # --- a full disk
 
 
