@@ -130,6 +130,23 @@ def test_presampling_continues_with_the_same_rounds(go, model, tmp_path, monkeyp
     assert kept.read_bytes() == whole and comparable(tmp_path / "run" / "metrics.jsonl") == first
 
 
+def test_a_run_shortened_to_its_checkpoint_is_evaluated_as_a_whole_one(go, model, tmp_path):
+    """It used to end without its last evaluation, and its summary had no "after"."""
+    run = tmp_path / "run"
+    assert go("adaptthink", *training(model, tmp_path)) == (0, "")
+    shutil.rmtree(run / "checkpoints" / "step_000002")
+    again = [*training(model, tmp_path), "--max_steps", "1", "--eval_every", "1", "--ref_cache", tmp_path / "other"]
+    assert go("adaptthink", *again) == (0, "")
+    rows = read_jsonl(run / "evaluations.jsonl")
+    settings = ("adaptive", "always_think", "never_think")
+    assert [(row["step"], row["setting"]) for row in rows] == [(s, k) for s in (0, 1) for k in settings]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 1 and summary["after"] == rows[3]["result"]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))  # adaptive alone
+    assert go("adaptthink", *again) == (0, "")
+    assert read_jsonl(run / "evaluations.jsonl") == rows
+
+
 LAUNCHER = """
 import subprocess, sys
 rank = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(3600)"
