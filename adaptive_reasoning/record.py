@@ -221,7 +221,7 @@ def over_processes(parts: list[dict], updates: int) -> dict[str, float | None]:
     Args:
         parts: of each process: numbers of "tokens", "episodes", "cut" and "correct" episodes, the sum of "reward",
             "gap" and "ratio" as (sum, number, maximum) of |learner - sampler log-prob| and of the tokens' ratios,
-            "grader" rates and "losses" (`sums_of`).
+            "grader" rates with the number of answers that they are over, "grader/graded", and "losses" (`sums_of`).
         updates: optimiser steps the losses are a mean over.
     """
 
@@ -243,7 +243,8 @@ def over_processes(parts: list[dict], updates: int) -> dict[str, float | None]:
         if compared := sum(number for _, number, _ in sums):
             row[f"{name}_mean"] = sum(total for total, _, _ in sums) / compared
             row[f"{name}_max"] = max(largest for _, _, largest in sums)
-    for key in parts[0]["grader"]:
-        values = [part["grader"][key] for part in parts if part["grader"][key] is not None]
-        row[key] = sum(values) / len(values) if values else None
+    rates = [part["grader"] for part in parts if part["grader"].get("grader/graded")]
+    graded = sum(part["grader/graded"] for part in rates)
+    for key in (key for key in parts[0]["grader"] if key != "grader/graded"):  # some processes grade more than others
+        row[key] = sum(part[key] * part["grader/graded"] for part in rates) / graded if graded else None
     return row

@@ -62,3 +62,18 @@ def test_other_weights_of_the_model_are_found_however_large_the_file(tmp_path):
         record.check_inputs(tmp_path, old, inputs(2))
     assert record.weights_of("some/name") != record.weights_of("some/other")
     assert set(record.inputs_of({}, tokenizer)) == {"the tokenizer", "the chat template"}
+
+
+def test_grader_rates_count_answers_and_not_processes():
+    """A process with one answer, and that a timeout, once weighed as much as one with ninety-nine good ones."""
+
+    def part(graded, slow, seconds):
+        rates = {"grader/timeout_rate": slow, "grader/seconds_mean": seconds, "grader/graded": graded}
+        same = {"tokens": 8, "episodes": 2, "cut": 0, "correct": 1, "reward": 1.0, "losses": {}}
+        return same | {"gap": [0.0, 0, 0.0], "ratio": [0.0, 0, 0.0], "grader": rates}
+
+    row = record.over_processes([part(99, 0.0, 1.0), part(1, 1.0, 3.0), part(0, None, None)], 1)
+    assert (row["grader/timeout_rate"], row["grader/seconds_mean"]) == (0.01, 1.02)
+    assert "grader/graded" not in row
+    row = record.over_processes([part(0, None, None)] * 2, 1)
+    assert row["grader/timeout_rate"] is None and row["grader/seconds_mean"] is None
