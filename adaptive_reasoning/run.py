@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from adaptive_reasoning import record
 from adaptive_reasoning.deal import deal, expected_tokens
 from adaptive_reasoning.episode import Episode, sample_row
 from adaptive_reasoning.errors import UserError
@@ -45,16 +46,9 @@ from adaptive_reasoning.learner.runtime import (
 )
 from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.preflight import preflight
-from adaptive_reasoning.record import check_inputs, data_of, inputs_of, open_folder, over_processes, picked, sums_of
 from adaptive_reasoning.report import glossary
 from adaptive_reasoning.report.console import Console, say
-from adaptive_reasoning.report.files import (
-    append_jsonl,
-    load_json,
-    read_jsonl,
-    truncate_jsonl,
-    write_json_atomic,
-)
+from adaptive_reasoning.report.files import append_jsonl, load_json, read_jsonl, truncate_jsonl, write_json_atomic
 from adaptive_reasoning.report.page import write_page, write_report
 from adaptive_reasoning.rollout import Completion, Decoder, Engine, Request, Sampling
 from adaptive_reasoning.rollout.dialogue import Dialogue, converse
@@ -89,7 +83,8 @@ class Run:
         self.stop_ids = prompts.stop_tokens(self.tokenizer, generation_config(args.model))
         self.task = load_task(args, self.tokenizer)
         self.task.batch(1, args.prompts_per_step, args.seed)  # says at once if there are too few questions
-        self.inputs = inputs_of(data_of(self.task), self.tokenizer)
+        read_again = args.model if getattr(args, "kl_coef", 0) else None  # the reference policy, by a continued run
+        self.inputs = record.inputs_of(record.data_of(self.task), self.tokenizer, read_again)
         self.grader = self.task.grader(args.grader_workers, args.grader_timeout, check)
         self.step = self.continued = 0  # step reached, and the step at which this process continued
         self.spent = 0.0  # seconds of earlier parts of a resumed run
@@ -143,10 +138,12 @@ class Run:
     def _open(self) -> "Run":
         args = self.args
         self.watch.phase("load")
-        on_main(self.accelerator, lambda: open_folder(self.folder, self.algorithm, args))
+        on_main(self.accelerator, lambda: record.open_folder(self.folder, self.algorithm, args))
         checkpoint, damaged = whole_checkpoint(self.folder / "checkpoints", self.accelerator)
         for line in damaged:
             self.say(f"warning: {line}")
+        if checkpoint is not None:
+            record.check_reached(checkpoint, args.max_steps)
         self.learner = Learner(args, load_model(args.model, args)[0], self.accelerator)
         self.reference = None  # the frozen starting model, where the loss holds the policy near it
         if getattr(args, "kl_coef", 0):
@@ -158,7 +155,7 @@ class Run:
             state = load_checkpoint(checkpoint, self.learner, self.critic)
             self.step, self.spent, self.memory = state["step"], state["wall_s"], state.get("memory", {})
             self.lengths = dict(state.get("lengths", []))
-            check_inputs(self.folder, state.get("inputs", {}), self.inputs)
+            record.check_inputs(self.folder, state.get("inputs", {}), self.inputs)
             self.continued = self.step
             self.say(f"continuing {self.folder} after step {self.step}")
 
@@ -348,14 +345,14 @@ class Run:
             "gap": self.gap,
             "ratio": self.ratio,
             "grader": self.grader.rates(),
-            "losses": sums_of(losses),
+            "losses": record.sums_of(losses),
             "groups": [e.group for e in episodes],
         }
         parts = all_gather(self.accelerator, mine | {"lengths": lengths})
         self.lengths |= {i: sum(tokens) / len(tokens) for part in parts for i, tokens in part["lengths"].items()}
         row = {
             "step": self.step,
-            **over_processes(parts, len(minibatches)),
+            **record.over_processes(parts, len(minibatches)),
             "loss/grad_norm": max(u["grad_norm"] for u in updates),
             "loss/learning_rate": updates[-1]["learning_rate"],
             "learner/zero_advantage_share": sum(m.zero_advantage for m in minibatches) / len(minibatches),
@@ -375,7 +372,7 @@ class Run:
         if "eval" in self.clock:
             row["time/eval_s"] = self.clock.pop("eval")
         batch = self.task.batch(self.step, self.args.prompts_per_step, self.args.seed)
-        chosen = picked([part["groups"] for part in parts], batch, self.args.samples_per_step, self.step)
+        chosen = record.picked([part["groups"] for part in parts], batch, self.args.samples_per_step, self.step)
         kept = {j: sample_row(episodes[j], self.step, "train") for rank, j in chosen if rank == self.rank}
         kept = all_gather(self.accelerator, kept)
         self._write_metrics(row, [kept[rank][j] for rank, j in chosen])
@@ -411,19 +408,20 @@ class Run:
         """Evaluate before the first step, every `eval_every` steps and after the last one.
 
         Before and after training all settings of the protocol are measured, in between the adaptive one alone. A step
-        is evaluated before its checkpoint is written, so a run that continues there has been.
+        is evaluated before its checkpoint is written, so a run that continues there lacks only what another
+        `max_steps` or `eval_every` asks for.
         """
-        if self.step and self.step == self.continued:
-            return
         first, last = self.step == 0, self.step == self.args.max_steps
         due = first or last or (self.args.eval_every and self.step % self.args.eval_every == 0)
         if not due or not self.task.benchmarks:
             return
         start = time.perf_counter()
         settings = list(protocol.settings) if first or last else list(protocol.settings)[:1]
+        there = self.evaluations(self.step) if self.step == self.continued else []
+        known = {(row["benchmark"], row["setting"]) for row in there}
         rows, samples_of_all = [], []
         for benchmark in self.task.benchmarks:
-            for setting in settings:
+            for setting in (s for s in settings if (benchmark.name, s) not in known):
                 self.watch.phase(f"evaluate {benchmark.name} {setting}", self.step)
                 result, samples = evaluate(
                     self.engine, self.grader, self.tokenizer, self.stop_ids, benchmark, protocol, setting, self.args,
@@ -431,7 +429,9 @@ class Run:
                 )  # fmt: skip
                 rows.append({"step": self.step, "setting": setting, "benchmark": benchmark.name, "result": result})
                 samples_of_all += samples
-        self.latest = rows[0]["result"]
+        if not rows:
+            return
+        self.latest = (there or rows)[0]["result"]
 
         def write():
             for sample in samples_of_all:

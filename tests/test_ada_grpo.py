@@ -323,6 +323,8 @@ def test_two_steps_and_a_resume(laboratory, tmp_path):
     assert yaml.safe_load((run / "config.yaml").read_text())["total_steps"] == 3
     settings = [(r["step"], r["setting"]) for r in read_jsonl(run / "evaluations.jsonl")]
     assert settings == [(s, k) for s in (0, 2) for k in ("adaptive", "direct", "cot", "code", "long_cot")]
+    state = json.loads((run / "checkpoints/step_000001/state.json").read_text())["state"]
+    assert f"the model {laboratory}" in state["inputs"], "the reference policy is read again by a continued run"
     interrupted(run, 1)
     assert "continuing" in run_module("ada_grpo", *options)
     assert comparable(run) == whole
@@ -389,6 +391,8 @@ def test_two_steps_on_the_real_questions(module, arm_model, tmp_path):
     whole = comparable(run)
     assert [row["step"] for row in whole] == [1, 2] and whole[0]["loss/ref_kl"] < 0.01
     assert {r["benchmark"] for r in read_jsonl(run / "evaluations.jsonl")} == {"csqa", "gsm8k", "math500"}
+    state = json.loads((run / "checkpoints/step_000001/state.json").read_text())["state"]
+    assert f"the model {laboratory}" in state["inputs"], "the reference policy is read again by a continued run"
     interrupted(run, 1)
     assert "continuing" in run_module(module, *options)
     assert comparable(run) == whole

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from adaptive_reasoning.report import glossary
-from adaptive_reasoning.report.alarms import Watch
+from adaptive_reasoning.report.alarms import Alarms
 
 HEALTHY = {  # what a run that is well may log for as long as it likes
     "loss/policy": [-0.02, 0.01], "loss/grad_norm": [0.3, 0.5], "loss/entropy": [0.9, 0.4, 0.3],
@@ -25,7 +25,7 @@ def test_a_healthy_run_raises_no_alarm():
     watched = {key for key, metric in glossary.METRICS.items() if metric.alarms}
     assert watched == set(HEALTHY), "every metric with an alarm has a healthy curve here"
     rows = [{"step": i + 1} | {key: curve[i % len(curve)] for key, curve in HEALTHY.items()} for i in range(200)]
-    assert [alarm.text for alarm in Watch(rows).raised] == []
+    assert [alarm.text for alarm in Alarms(rows).raised] == []
 
 
 ALARMS = [(key, rule) for key in HEALTHY for rule in glossary.METRICS[key].alarms]
@@ -43,7 +43,7 @@ def test_every_alarm_fires_on_its_curve_and_says_what_to_do(key, rule):
     for value in broken_values(key, rule):
         curve = [HEALTHY[key][0]] + [value] * rule.steps
         rows = [{"step": i + 1, key: x} for i, x in enumerate(curve)]
-        assert rule in [alarm.rule for alarm in Watch(rows).raised]
-        assert rule not in [alarm.rule for alarm in Watch(rows[:-1]).raised], "a step too early"
+        assert rule in [alarm.rule for alarm in Alarms(rows).raised]
+        assert rule not in [alarm.rule for alarm in Alarms(rows[:-1]).raised], "a step too early"
     assert broken_values(key, rule)
     assert re.search(r"look|lower|raise|take|start|check|compare|too easy", rule.advice), rule.advice

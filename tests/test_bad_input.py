@@ -52,6 +52,9 @@ FILES = {  # name -> content of a broken file
 }
 
 
+OPENED = {"config.yaml", ".lock"}  # what opening the folder of a run writes
+
+
 def change_json(path: Path, **values) -> None:
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | values))
@@ -119,6 +122,8 @@ BEGUN = {  # name -> what is broken in a copy of the folder of a run
     "no_step": lambda f: (f / "metrics.jsonl").write_text('{"stepp": 0}\n'),
     "no_table": lambda f: (f / "reference.json").unlink(),
     "broken_table": lambda f: (f / "reference.json").write_text("{"),
+    "no_checkpoint": lambda f: shutil.rmtree(f / "checkpoints"),
+    "ten_steps": lambda f: (f / "checkpoints" / "step_000001").rename(f / "checkpoints" / "step_000010"),
 }
 
 CASES = yaml.safe_load((Path(__file__).parent / "bad_input.yaml").read_text())
@@ -170,8 +175,8 @@ def swap(place, name: str):
 
 
 def contents(folder: Path | None) -> dict[Path, bytes]:
-    """Return {path: content} of a run's files; its config.yaml may have been written again."""
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "config.yaml"] if folder else []
+    """Return {path: content} of a run's files, apart from what opening it writes again."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name not in OPENED] if folder else []
     return {p: p.read_bytes() for p in files}
 
 
@@ -220,5 +225,5 @@ def test_what_is_wrong_and_how_to_mend_it(place, name, monkeypatch, capsys, requ
         error = error.replace(words[word], "{" + word + "}") if words[word] else error
     found = error[error.rindex("error: ") + 7 :].strip()
     assert found == message if not message.endswith("...") else found.startswith(message[:-3])
-    assert {p.name for p in place.run.rglob("*")} <= {"config.yaml"}, "nothing is written before all was checked"
+    assert {p.name for p in place.run.rglob("*")} <= OPENED, "nothing is written before all was checked"
     assert contents(kept) == before

@@ -232,7 +232,7 @@ def test_a_run_whose_answers_cannot_be_graded_stops(laboratory, tmp_path):
         "from adaptive_reasoning import adaptthink\n"
         "from adaptive_reasoning.errors import run_cli\n"
         "from adaptive_reasoning.tasks.task import ExactGrader\n"
-        "ExactGrader.rates = lambda self: {'grader/timeout_rate': 0.3, 'grader/error_rate': 0.1}\n"
+        "ExactGrader.rates = lambda self: {'grader/timeout_rate': 0.3, 'grader/error_rate': 0.1, 'grader/graded': 10}\n"
         "run_cli(adaptthink.main)\n"
     )
     command = [sys.executable, "-c", script, "--config", "experiments/toy_adaptthink.yaml", *CHAIN.split()]

@@ -130,6 +130,46 @@ def test_presampling_continues_with_the_same_rounds(go, model, tmp_path, monkeyp
     assert kept.read_bytes() == whole and comparable(tmp_path / "run" / "metrics.jsonl") == first
 
 
+def test_a_run_shortened_to_its_checkpoint_is_evaluated_as_a_whole_one(go, model, tmp_path):
+    """It used to end without its last evaluation, and its summary had no "after"."""
+    run = tmp_path / "run"
+    assert go("adaptthink", *training(model, tmp_path)) == (0, "")
+    shutil.rmtree(run / "checkpoints" / "step_000002")
+    again = [*training(model, tmp_path), "--max_steps", "1", "--eval_every", "1", "--ref_cache", tmp_path / "other"]
+    assert go("adaptthink", *again) == (0, "")
+    rows = read_jsonl(run / "evaluations.jsonl")
+    settings = ("adaptive", "always_think", "never_think")
+    assert [(row["step"], row["setting"]) for row in rows] == [(s, k) for s in (0, 1) for k in settings]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 1 and summary["after"] == rows[3]["result"]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))  # adaptive alone
+    assert go("adaptthink", *again) == (0, "")
+    assert read_jsonl(run / "evaluations.jsonl") == rows
+
+
+LAUNCHER = """
+import subprocess, sys
+rank = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(3600)"
+subprocess.Popen([sys.executable, "-c", rank, sys.argv[1]], start_new_session=True).wait()
+"""
+
+
+def test_the_kill_drill_kills_ranks_in_sessions_of_their_own(tmp_path):
+    """It used to kill the group of the launcher alone, and the ranks wrote on beside the run that was started again."""
+    from test_grader import alive, wait_until
+
+    from experiments.drills.kill import kill_tree
+
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path / "pid")])
+    try:
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        rank = int((tmp_path / "pid").read_text())
+        assert alive(rank) and os.getsid(rank) == rank
+    finally:
+        kill_tree(launcher)
+    assert launcher.returncode == -signal.SIGKILL and not alive(rank)
+
+
 # --- a full disk
 
 

@@ -15,7 +15,7 @@ import yaml
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.report import console, files, glossary, seeds, svg
 from adaptive_reasoning.report.__main__ import main
-from adaptive_reasoning.report.alarms import Watch
+from adaptive_reasoning.report.alarms import Alarms
 from adaptive_reasoning.report.page import render, write_report
 from adaptive_reasoning.report.panels import Line, Panel, thin
 from adaptive_reasoning.report.run_folder import difficulty_order, load_run
@@ -250,14 +250,14 @@ def test_an_alarm_is_raised_once_after_enough_steps_in_a_row():
     def rows(values):
         return [{"step": i + 1, "reward/accuracy": v} for i, v in enumerate(values)]
 
-    assert Watch(rows([0.0] * 4 + [0.5] + [0.0] * 4)).raised == []
-    (alarm,) = Watch(rows([0.5] + [0.0] * 8)).raised
+    assert Alarms(rows([0.0] * 4 + [0.5] + [0.0] * 4)).raised == []
+    (alarm,) = Alarms(rows([0.5] + [0.0] * 8)).raised
     assert (alarm.first_step, alarm.last_step) == (2, 9) and "steps 2 to 9" in alarm.text
-    watch = Watch(rows([0.0] * 4))
-    assert len(watch.see({"step": 5, "reward/accuracy": 0.0})) == 1
-    assert watch.see({"step": 6, "reward/accuracy": 0.0}) == []
-    assert Watch([{"step": 1, "reward/accuracy": None, "reward/mean": None}]).raised == []
-    assert len(Watch([{"step": 1, "loss/policy": None}]).raised) == 1
+    alarms = Alarms(rows([0.0] * 4))
+    assert len(alarms.see({"step": 5, "reward/accuracy": 0.0})) == 1
+    assert alarms.see({"step": 6, "reward/accuracy": 0.0}) == []
+    assert Alarms([{"step": 1, "reward/accuracy": None, "reward/mean": None}]).raised == []
+    assert len(Alarms([{"step": 1, "loss/policy": None}]).raised) == 1
 
 
 # ------------------------------------------------------------------------------------------------ console
@@ -278,7 +278,7 @@ def test_a_step_is_one_plain_line_with_its_alarms_below(capsys):
 
 
 def test_alarms_are_coloured_on_a_terminal_only(monkeypatch):
-    (alarm,) = Watch([{"step": 1, "loss/policy": None}]).raised
+    (alarm,) = Alarms([{"step": 1, "loss/policy": None}]).raised
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert console.alarm_line(alarm).startswith("\033[")

@@ -1,6 +1,6 @@
 """Alarms: metrics that crossed the bounds written beside their meaning in the glossary.
 
-The console raises them while the run goes on, the page lists them afterwards; both look through `Watch`.
+The console raises them while the run goes on, the page lists them afterwards; both look through `Alarms`.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Raised:
         return f"{self.key} = {shown} ({when}): {self.rule.advice}"
 
 
-class Watch:
+class Alarms:
     """Looks at the metric rows in order of their steps and remembers every alarm raised."""
 
     def __init__(self, rows: list[dict] = ()):

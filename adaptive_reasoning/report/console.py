@@ -13,7 +13,7 @@ from collections import deque
 from tqdm import tqdm
 
 from adaptive_reasoning.report import glossary
-from adaptive_reasoning.report.alarms import Raised, Watch
+from adaptive_reasoning.report.alarms import Alarms, Raised
 from adaptive_reasoning.report.run_folder import difficulty_order
 
 FIRST = ("reward/accuracy", "rollout/response_tokens_mean")
@@ -25,7 +25,7 @@ class Console:
 
     def __init__(self, max_steps: int, rows: list[dict] = ()):
         self.max_steps = max_steps
-        self.watch = Watch(rows)
+        self.alarms = Alarms(rows)
         self.seconds = deque(maxlen=20)  # of the newest steps, evaluation included: what the ETA is made from
 
     def step(self, row: dict) -> None:
@@ -36,7 +36,7 @@ class Console:
         self.seconds.append(spent)
         left = max(self.max_steps - row["step"], 0) * sum(self.seconds) / len(self.seconds)
         say(step_line(row, self.max_steps, left))
-        for alarm in self.watch.see(row):
+        for alarm in self.alarms.see(row):
             say(alarm_line(alarm))
 
     def evaluation(self, rows: list[dict]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from adaptive_reasoning.report import glossary
-from adaptive_reasoning.report.alarms import Watch
+from adaptive_reasoning.report.alarms import Alarms
 from adaptive_reasoning.report.console import duration
 from adaptive_reasoning.report.curves import write_curves
 from adaptive_reasoning.report.files import write_text_atomic
@@ -81,7 +81,7 @@ def render(run: Run, samples: dict) -> str:
         evaluation_charts=figures(evaluation_panels(run)),
         training_charts=figures(training_panels(run)),
         smoothing=smoothing_width(run),
-        alarms=Watch(run.metrics).raised,
+        alarms=Alarms(run.metrics).raised,
         samples=samples,
         mode_colours=mode_colours(run.modes),
         metrics=glossary_rows(run),

@@ -13,6 +13,7 @@ Ends with 1 if anything differs; the last line is JSON.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -82,22 +83,64 @@ def kill_once(args, folder: Path, step: int, after: float) -> bool:
     the run had ended before.
     """
     command, environment = command_of(args, folder)
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while process.poll() is None and steps_done(folder) < step:
             time.sleep(0.05)
         code = process.wait(after)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_tree(process)
         return True
     if code:
         raise SystemExit(
             f"{folder.name}: ended by itself with {code} when it was continued; start it by hand to see why"
         )
     return False
+
+
+def kill_tree(root: subprocess.Popen) -> None:
+    """Send SIGKILL to a process and all that it has started, and wait until none of them runs.
+
+    Not by its process group: torch's launcher starts every rank in a session of its own, so that killing the group of
+    the launcher would leave the ranks writing for seconds. All are stopped first, so that none starts another unseen.
+    """
+    found: set[int] = set()
+    while new := ({root.pid} | below(root.pid)) - found:
+        found |= new
+        for pid in new:
+            send(pid, signal.SIGSTOP)
+    for pid in found:
+        send(pid, signal.SIGKILL)
+    root.wait()
+    while any(runs(pid) for pid in found):
+        time.sleep(0.02)
+
+
+def send(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it ended in this moment
+        os.kill(pid, number)
+
+
+def stat_of(pid: int) -> tuple[str, int]:
+    """Return (state, parent) of a process as Linux tells them; ("", 0) if there is none."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return "", 0
+    return state, int(parent)
+
+
+def runs(pid: int) -> bool:
+    return stat_of(pid)[0] not in ("", "Z", "X")
+
+
+def below(root: int) -> set[int]:
+    """Return the pids of all descendants of a process."""
+    parents = {int(p.name): stat_of(int(p.name))[1] for p in Path("/proc").iterdir() if p.name.isdigit()}
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {root}
 
 
 def half_written(folder: Path) -> list[str]:
