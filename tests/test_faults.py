@@ -198,7 +198,7 @@ def test_a_full_disk_while_the_reference_table_is_written(go, model, tmp_path, m
     monkeypatch.setattr(os, "fsync", full)
     code, error = go("adaptthink", *training(model, tmp_path))
     assert code == 2 and f"cannot write {tmp_path / 'run' / 'reference.json'}: No space left on device" in error
-    assert not list((tmp_path / "run").glob("*reference*")) and not list((tmp_path / "run").glob(".*"))
+    assert not list((tmp_path / "run").glob("*reference*")) and not list((tmp_path / "run").glob(".*.tmp"))
     monkeypatch.setattr(os, "fsync", write)
     assert go("adaptthink", *training(model, tmp_path)) == (0, "")
 
