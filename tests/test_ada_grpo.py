@@ -311,6 +311,7 @@ def interrupted(folder: Path, step: int) -> None:
     (folder / "summary.json").unlink()
 
 
+@pytest.mark.slow
 def test_two_steps_and_a_resume(laboratory, tmp_path):
     options = ["--config", "experiments/toy_ada_grpo.yaml", "--model", str(laboratory), *LAB.split()]
     options += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2"]

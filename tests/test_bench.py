@@ -27,6 +27,7 @@ def last_line(capsys) -> dict:
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_rollout_runs(capsys):
     import bench_rollout
 
@@ -68,6 +69,7 @@ def test_workload_is_the_long_tailed_mix(n):
     assert long[0] > 32 and 150 < long[-1] <= 316 and (n < 64 or long[-1] == 316)
 
 
+@pytest.mark.slow
 def test_step_without_trl_measures_ours_alone(monkeypatch, capsys):
     import bench_step
 

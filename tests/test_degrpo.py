@@ -879,6 +879,7 @@ def comparable(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith("time/") and "per_s" not in k} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(laboratory, tmp_path):
     """Two steps at once, and one after a kill: metrics, weights and the schedule of gamma are the same."""
     config = ["--config", "experiments/toy_degrpo.yaml", "--model", laboratory, *CHAIN.split()]

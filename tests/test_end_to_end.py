@@ -73,6 +73,7 @@ def comparable(folder: Path) -> list[dict]:
              and k != "grader/seconds_mean"} for row in rows]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_paper_run_on_real_questions(small, tmp_path):
     """make train-adaptthink-1.5b: presampling, rollouts, grading, two updates, checkpoint, evaluation, page."""
     model, data = small
@@ -144,6 +145,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(laboratory, tmp_path):
     assert not list((tmp_path / "resumed" / "checkpoints").glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_the_authors_reference_table_is_read_instead_of_sampling(small, tmp_path):
     model, data = small
     rows = read_jsonl(data)
@@ -165,6 +167,7 @@ def test_the_authors_reference_table_is_read_instead_of_sampling(small, tmp_path
     assert done.returncode == 2 and "are not in it, the first is questions/" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     "--ratio sequence_product --forcing coin --baseline online --delta_on correct",
     "--ratio token --token_average seq_mean_token_mean --forcing off --minibatches_per_step 2",

@@ -32,7 +32,7 @@ ENVIRONMENTS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(ENVIRONMENTS))
+@pytest.fixture(scope="module", params=["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
 def two_ranks(request, tmp_path_factory):
     """Return (kind, folder, what rank 0 found) of one launch of the worker."""
     kind = request.param

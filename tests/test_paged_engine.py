@@ -288,6 +288,7 @@ def test_packed_prefill_where_flash_attn_is(model, monkeypatch):
     assert sum(calls) == 8
 
 
+@pytest.mark.slow
 def test_the_whole_engine_on_triton_kernels(model, monkeypatch):
     """rms_norm, rope_and_store, decode_attention and sample in the interpreter, by the one switch."""
     pytest.importorskip("triton")

@@ -619,6 +619,7 @@ def run(folder, model, steps, *options, config="toy_thinker"):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(laboratory, tmp_path):
     """P6: weights of policy and critic, both optimisers and the trailing accuracy come back from a checkpoint."""
     run(tmp_path / "whole", laboratory, 2, *SMALL.split())
@@ -637,6 +638,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(laboratory, tmp_path):
     assert set(summary["after"]["modes"]) == {"fast", "slow", "qa"} and summary["algorithm"] == "thinker"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     "--environment qa",
     "--verdict_transition true --adv_norm per_stage --minibatches_per_step 2 --propagate true --lam 0.95 --dual_clip 3 "
