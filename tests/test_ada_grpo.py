@@ -393,7 +393,7 @@ def test_two_steps_on_the_real_questions(module, arm_model, tmp_path):
     assert [row["step"] for row in whole] == [1, 2] and whole[0]["loss/ref_kl"] < 0.01
     assert {r["benchmark"] for r in read_jsonl(run / "evaluations.jsonl")} == {"csqa", "gsm8k", "math500"}
     state = json.loads((run / "checkpoints/step_000001/state.json").read_text())["state"]
-    assert f"the model {laboratory}" in state["inputs"], "the reference policy is read again by a continued run"
+    assert f"the model {arm_model}" in state["inputs"], "the reference policy is read again by a continued run"
     interrupted(run, 1)
     assert "continuing" in run_module(module, *options)
     assert comparable(run) == whole
