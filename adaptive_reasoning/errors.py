@@ -1,5 +1,6 @@
 """UserError: a mistake the user can mend, shown as one message instead of a traceback."""
 
+import atexit
 import os
 import signal
 import sys
@@ -34,6 +35,8 @@ def run_cli(main) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         before = signal.getsignal(signal.SIGINT)  # stays: another one would cut through the end of the interpreter
+        # Which gives handlers back to the system before it is through, but not "ignore".
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         print("interrupted; the same command continues from what was saved", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
     finally:
