@@ -77,15 +77,16 @@ class Run:
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self.watch = Watch(self.accelerator, args.patience)
-        self.config = load_config(args.model)
-        self.tokenizer = load_tokenizer(args.model)
-        check_vocabulary(self.config, self.tokenizer)
-        self.stop_ids = prompts.stop_tokens(self.tokenizer, generation_config(args.model))
-        self.task = load_task(args, self.tokenizer)
-        self.task.batch(1, args.prompts_per_step, args.seed)  # says at once if there are too few questions
-        read_again = args.model if getattr(args, "kl_coef", 0) else None  # the reference policy, by a continued run
-        self.inputs = record.inputs_of(record.data_of(self.task), self.tokenizer, read_again)
-        self.grader = self.task.grader(args.grader_workers, args.grader_timeout, check)
+        with self.watch.telling():
+            self.config = load_config(args.model)
+            self.tokenizer = load_tokenizer(args.model)
+            check_vocabulary(self.config, self.tokenizer)
+            self.stop_ids = prompts.stop_tokens(self.tokenizer, generation_config(args.model))
+            self.task = load_task(args, self.tokenizer)
+            self.task.batch(1, args.prompts_per_step, args.seed)  # says at once if there are too few questions
+            read_again = args.model if getattr(args, "kl_coef", 0) else None  # the reference policy, by a continued run
+            self.inputs = record.inputs_of(record.data_of(self.task), self.tokenizer, read_again)
+            self.grader = self.task.grader(args.grader_workers, args.grader_timeout, check)
         self.step = self.continued = 0  # step reached, and the step at which this process continued
         self.spent = 0.0  # seconds of earlier parts of a resumed run
         self.clock: dict[str, float] = {}
@@ -100,40 +101,38 @@ class Run:
         Args:
             control: the algorithm's control tokens in words, e.g. {"</think>": "token 151649"}.
         """
-        device = self.accelerator.device
-        cuda = device.type == "cuda"
-        root = self.folder / "checkpoints"
-        newest = newest_checkpoint(root)
-        plan = preflight(
-            self.args,
-            model_config=self.config,
-            device=torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
-            world_size=self.ranks,
-            zero3=is_zero3(self.accelerator),
-            device_memory=torch.cuda.get_device_properties(device).total_memory if cuda else None,
-            arena=None if cuda else CPU_CACHE_BYTES,
-            offload=offloads_optimizer(self.accelerator),
-            questions=len(self.task.questions),
-            skipped=self.task.skipped,
-            longest_prompt=max(map(len, self.task.prompts)),
-            findings={
-                **control,
-                "evaluation": ", ".join(f"{b.name} ({len(b.questions)})" for b in self.task.benchmarks),
-            },
-            disk_free=shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free,
-            steps_done=int(newest.name.split("_")[1]) if newest else 0,
-            checkpoints_there=len(checkpoints(root)),
-        )
-        self.say(plan.table)
-        self.cache_bytes = plan.cache_bytes
+        with self.watch.telling():
+            device = self.accelerator.device
+            cuda = device.type == "cuda"
+            root = self.folder / "checkpoints"
+            newest = newest_checkpoint(root)
+            plan = preflight(
+                self.args,
+                model_config=self.config,
+                device=torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+                world_size=self.ranks,
+                zero3=is_zero3(self.accelerator),
+                device_memory=torch.cuda.get_device_properties(device).total_memory if cuda else None,
+                arena=None if cuda else CPU_CACHE_BYTES,
+                offload=offloads_optimizer(self.accelerator),
+                questions=len(self.task.questions),
+                skipped=self.task.skipped,
+                longest_prompt=max(map(len, self.task.prompts)),
+                findings={
+                    **control,
+                    "evaluation": ", ".join(f"{b.name} ({len(b.questions)})" for b in self.task.benchmarks),
+                },
+                disk_free=shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free,
+                steps_done=int(newest.name.split("_")[1]) if newest else 0,
+                checkpoints_there=len(checkpoints(root)),
+            )
+            self.say(plan.table)
+            self.cache_bytes = plan.cache_bytes
 
     def __enter__(self) -> "Run":
         """Distribute the model, continue from the newest checkpoint if there is one, and open the folder."""
-        try:
+        with self.watch.telling():
             return self._open()
-        except BaseException as error:
-            self.watch.stop(error)
-            raise
 
     def _open(self) -> "Run":
         args = self.args

@@ -105,6 +105,16 @@ def test_collective_operations_count_as_places(three, monkeypatch):
     assert "process 1" not in found
 
 
+def test_an_error_before_the_first_phase_is_told(three):
+    """A run whose second process could not read its model: the first had waited for five minutes of silence."""
+    made, go = three
+    made[1].thread = SimpleNamespace(join=lambda seconds: None)
+    with pytest.raises(OSError), made[1].telling():
+        raise OSError("no such folder")
+    assert go(30, alive=(0, 2)) is None
+    assert "process 1 ended in phase start: OSError: no such folder" in go(20, alive=(0, 2))
+
+
 def test_silence_and_errors_are_told_and_a_process_that_is_done_is_not_missed(three):
     made, go = three
     for w in made:

@@ -19,6 +19,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -57,6 +59,15 @@ class Watch:
 
     def __exit__(self, kind, error, trace) -> None:
         self.stop(error)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Where this process ends by an error, tell the others, which would wait for it."""
+        try:
+            yield
+        except BaseException as error:
+            self.stop(error)
+            raise
 
     def phase(self, name: str, step: int = 0) -> None:
         """Note that this process enters a phase. All processes have to enter the same ones in the same order."""
