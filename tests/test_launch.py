@@ -68,6 +68,7 @@ def test_offload_is_planned_too():
     assert "--preflight --gpu h100 --num_gpus 8 --num_nodes 1 --offload true" in make(
         "plan-adaptthink-7b", "NUM_GPUS=8", "OFFLOAD=1"
     )
+    assert "--num_gpus 1 --num_nodes 1 --offload true" in make("plan-adaptthink-1.5b", "NUM_GPUS=1", "OFFLOAD=1")
     for word in ((), ("OFFLOAD=0",)):
         assert "offload" not in make("plan-adaptthink-7b", "NUM_GPUS=8", *word)
 

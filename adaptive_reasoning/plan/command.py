@@ -37,7 +37,7 @@ class Place:
     num_nodes: int = 1
     """Machines."""
     offload: bool = False
-    """The optimiser is kept in CPU memory (--offload_optimizer, with ZeRO-3 launch/zero3_8gpu_offload.yaml)."""
+    """Launched with zero3_8gpu_offload.yaml, as by OFFLOAD=1, on one GPU too: ZeRO-3, its optimiser in CPU memory."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def plan_run(args, machine: Machine, a: Assumptions, offload: bool = False, shap
         args.offload_optimizer = True
     where = Where(
         world_size=machine.processes,
-        zero3=machine.processes > 1,
+        zero3=machine.processes > 1 or (offload and machine.gpu is not None),
         cuda=machine.gpu is not None,
         longest_prompt=args.max_prompt_tokens,
         memory=machine.memory,

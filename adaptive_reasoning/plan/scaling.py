@@ -93,7 +93,9 @@ def plans() -> dict[str, dict[str, Plan | str]]:
         for stage, (gpus, nodes, offload) in STAGES.items():
             args, machine = options(module, yaml), Machine(GPUS["h100"], gpus, nodes)
             try:
-                found[model][stage] = plan_run(args, machine, Assumptions(), offload, shapes_named(args.model))
+                args.offload_optimizer = offload  # on one GPU the option alone, without ZeRO-3
+                zero3_offload = offload and gpus * nodes > 1
+                found[model][stage] = plan_run(args, machine, Assumptions(), zero3_offload, shapes_named(args.model))
             except UserError as error:
                 found[model][stage] = str(error)
     return found
