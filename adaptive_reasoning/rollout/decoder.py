@@ -278,11 +278,12 @@ class Decoder:
         B, n = tokens.shape
         k = self.kv_heads
         angles = self.angles[:n].repeat(B, 1).unsqueeze(1)
-        new = []
+        # Written layer by layer: views of all layers' qkv, stacked at the end, would keep the queries and take twice.
+        new = torch.empty(self.num_layers, B, 2 * k, n, self.head_dim, device=tokens.device, dtype=self.dtype)
+        layers = iter(new)
 
         def attend(q, kv):
-            kv = kv.reshape(B, n, 2 * k, self.head_dim).transpose(1, 2)
-            new.append(kv)
+            kv = next(layers).copy_(kv.reshape(B, n, 2 * k, self.head_dim).transpose(1, 2))
             q, key, value = q.reshape(B, n, self.heads, -1).transpose(1, 2), kv[:, :k], kv[:, k:]
             a = F.scaled_dot_product_attention(q, key, value, is_causal=True, enable_gqa=self.heads != k)
             return a.transpose(1, 2).reshape(B * n, -1)
@@ -291,7 +292,7 @@ class Decoder:
         for layer in self.layers:
             x = self._layer(layer, x, angles, attend)
         last = x.view(B, n, -1)[torch.arange(B, device=x.device), lengths - 1]
-        return self.logits(last), torch.stack(new)
+        return self.logits(last), new
 
     def prefill_packed(self, tokens: torch.Tensor, lengths: list[int], attention) -> tuple[torch.Tensor, list]:
         """Run fresh prompts one behind the other [R], without padding.
@@ -307,18 +308,18 @@ class Decoder:
         ends = torch.tensor(lengths).cumsum(0)
         edges = F.pad(ends, (1, 0)).to(tokens.device, torch.int32)  # [B + 1]
         angles = self.angles[position].unsqueeze(1)
-        new = []
+        new = torch.empty(self.num_layers, 2 * k, len(tokens), self.head_dim, device=tokens.device, dtype=self.dtype)
+        layers = iter(new)
 
         def attend(q, kv):
-            new.append(kv.contiguous())  # not a view: it would keep the queries alive
+            next(layers).copy_(kv.transpose(0, 1))
             a = attention(q, kv[:, :k], kv[:, k:], edges, edges, longest, longest, causal=True)
             return a.reshape(len(tokens), -1)
 
         x = F.embedding(tokens, self.embed)
         for layer in self.layers:
             x = self._layer(layer, x, angles, attend)
-        entries = torch.stack(new).transpose(1, 2).split(lengths, dim=2)  # [L, 2k, n, D] each
-        return self.logits(x[ends.to(x.device) - 1]), list(entries)
+        return self.logits(x[ends.to(x.device) - 1]), list(new.split(lengths, dim=2))
 
     def extend(self, tokens, lengths, start, past) -> tuple[torch.Tensor, torch.Tensor]:
         """Run more tokens [B, n] (right-padded) after `start` [B] cached ones.
