@@ -85,17 +85,27 @@ def evaluate(
         the result (layout of design 6: accuracy, mean_tokens, modes, by_difficulty) and some rows for samples.jsonl.
     """
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    jobs = [(i, q, k) for i, q in enumerate(benchmark.questions) for k in range(benchmark.samples)][rank::ranks]
+    everything = [(i, q, k) for i, q in enumerate(benchmark.questions) for k in range(benchmark.samples)]
+    jobs = everything[rank::ranks]
+    every = max(1, len(everything) // KEPT_SAMPLES)  # the same responses are kept whatever the number of processes
+    kept = [j for j in range(len(jobs)) if (rank + j * ranks) % every == 0]
+
+    def of_all(rows: list) -> list:
+        return [row for part in (all_gather(accelerator, rows) if accelerator else [rows]) for row in part]
+
+    def in_order(samples: list[dict]) -> list[dict]:
+        pairs = of_all([(rank + j * ranks, sample) for j, sample in zip(kept, samples)])
+        return [sample for _, sample in sorted(pairs, key=lambda pair: pair[0])]
+
     if protocol.script is not None:
         rows, samples = hold_dialogues(
-            engine, grader, benchmark.name, jobs, protocol, setting, args, progress if rank == 0 else ""
+            engine, grader, benchmark.name, jobs, protocol, setting, args, progress if rank == 0 else "", kept
         )
-        if accelerator:
-            rows = [row for part in all_gather(accelerator, rows) for row in part]
+        rows = of_all(rows)
         result = summarise(rows, protocol.modes) | stage_table(rows)
         for level, part in result["by_difficulty"].items():
             part |= stage_table([row for row in rows if row["difficulty"] == level])
-        return result, samples
+        return result, in_order(samples)
     requests = [
         Request(
             prompts.render(tokenizer, asked(q.problem, args)),
@@ -162,19 +172,18 @@ def evaluate(
             "tokens": rows[j]["tokens"],
             "finish_reason": completions[j].finish_reason,
         }
-        for j in range(0, len(jobs), max(1, len(jobs) // KEPT_SAMPLES))
+        for j in kept
     ]
-    if accelerator:
-        rows = [row for part in all_gather(accelerator, rows) for row in part]
+    rows = of_all(rows)
     if keep is not None:
         keep += rows
-    return summarise(rows, protocol.modes), samples
+    return summarise(rows, protocol.modes), in_order(samples)
 
 
 def hold_dialogues(
-    engine, grader, benchmark: str, jobs: list, protocol: Protocol, setting: str, args, progress: str
+    engine, grader, benchmark: str, jobs: list, protocol: Protocol, setting: str, args, progress: str, kept: list[int]
 ) -> tuple[list[dict], list[dict]]:
-    """Hold a dialogue for every job instead of sampling one response; return what `evaluate` makes of responses."""
+    """Hold a dialogue for every job instead of sampling one response; return the rows, and samples of those `kept`."""
     dialogues = [Dialogue(q, i, request_seed(args.seed, EVAL_STREAM, i, k)) for i, q, k in jobs]
     converse(engine, grader, dialogues, protocol.script, Sampling(args.temperature, args.eval_top_p), setting, progress)
     rows = stage_rows(dialogues)
@@ -183,7 +192,7 @@ def hold_dialogues(
         row |= {"question": d.group, "mode": mode, "difficulty": d.question.difficulty, "tokens": d.num_tokens}
         row["correct"] = d.turns[mode].correct
     samples = []
-    for row, d in list(zip(rows, dialogues))[:: max(1, len(jobs) // KEPT_SAMPLES)]:
+    for row, d in ((rows[j], dialogues[j]) for j in kept):
         samples.append({"setting": setting, "benchmark": benchmark, "mode": row["mode"]})
         samples[-1] |= {"difficulty": row["difficulty"], "problem": d.question.problem, "answer": d.question.answer}
         samples[-1] |= {"response": d.text, "reward": float(row["correct"]), "tokens": row["tokens"]}
