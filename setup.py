@@ -52,11 +52,13 @@ setup(
             "peft>=0.18,<1",
             "psutil>=6,<8",
             "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
             "ruff>=0.14,<1",
             "setuptools>=77",
             "tensorboard>=2.18,<3",
             "triton>=3.4,<4; sys_platform == 'linux'",  # its interpreter runs the kernels without a GPU
         ],
         "bench": ["liger-kernel>=0.6,<1", "trl>=1,<2"],
+        "fuzz": ["atheris>=3,<4"],
     },
 )

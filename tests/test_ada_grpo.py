@@ -377,16 +377,15 @@ REAL = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["ada_grpo", "grpo"])
-def test_two_steps_on_the_real_questions(module, arm_model, tmp_path):
-    """The command of the 3B run on CommonsenseQA, GSM8K and MATH together, and a resume."""
+def test_two_steps_on_the_real_questions(arm_model, tmp_path):
+    """The command of the 3B run on CommonsenseQA, GSM8K and MATH together, and a resume (GRPO: test_targets.py)."""
     folder = os.environ.get("ADAPTIVE_REASONING_DATA")
     if not folder:
         pytest.skip("ADAPTIVE_REASONING_DATA is not set: no real questions here")
     data = ",".join(str(Path(folder) / f"{name}_train.jsonl") for name in ("csqa", "gsm8k", "math"))
-    options = ["--config", f"experiments/{module}_3b.yaml", "--model", str(arm_model), "--data", data, *REAL.split()]
+    options = ["--config", "experiments/ada_grpo_3b.yaml", "--model", str(arm_model), "--data", data, *REAL.split()]
     options += ["--output_dir", str(tmp_path / "run")]
-    out = run_module(module, *options)
+    out = run_module("ada_grpo", *options)
     run = tmp_path / "run"
     assert "120 questions" in out or "120" in out
     whole = comparable(run)
@@ -395,7 +394,7 @@ def test_two_steps_on_the_real_questions(module, arm_model, tmp_path):
     state = json.loads((run / "checkpoints/step_000001/state.json").read_text())["state"]
     assert f"the model {arm_model}" in state["inputs"], "the reference policy is read again by a continued run"
     interrupted(run, 1)
-    assert "continuing" in run_module(module, *options)
+    assert "continuing" in run_module("ada_grpo", *options)
     assert comparable(run) == whole
 
 
