@@ -5,8 +5,8 @@
 
 hypothesis draws a property's input from bytes, and atheris (libFuzzer) changes the bytes that reach new branches of
 adaptive_reasoning. Nothing is said here about what is right: a property that raises in `make test` raises here. A
-failing input is printed as hypothesis prints it and stays in the folder, where the next call begins. Ends with 1 if
-one failed; the last line is JSON.
+failing input stays in hypothesis' database, so `pytest tests/test_fuzz.py -k NAME` shrinks and shows it; inputs that
+reached new branches stay in the folder, where the next call begins. Ends with 1 if one failed; the last line is JSON.
 """
 
 import argparse
@@ -51,11 +51,12 @@ def fuzz(name: str, seconds: int, corpus: Path) -> None:
         f"-max_total_time={seconds}",
         "-print_final_stats=1",
         "-len_control=0",
+        "-max_len=16384",
         f"-artifact_prefix={corpus.parent}/{name}-",
     ]
     rng = random.Random(0)
     for i in range(32):  # hypothesis makes nothing of too few bytes, and libFuzzer begins with none
-        (corpus / f"start-{i}").write_bytes(rng.randbytes(32 << i % 6))
+        (corpus / f"start-{i}").write_bytes(rng.randbytes(32 << i % 10))
     atheris.Setup([sys.argv[0], *found, str(corpus)], lambda data: one(data) and None)
     atheris.Fuzz()
 
@@ -76,8 +77,10 @@ def main() -> None:
     for name in args.names or known:
         (args.folder / name).mkdir(parents=True, exist_ok=True)
         command = [sys.executable, __file__, name, "--here", "--seconds", str(args.seconds), "--folder", args.folder]
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-        said = done.stdout + done.stderr
+        done = subprocess.run(
+            list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        said = done.stdout
         runs, branches = re.search(r"number_of_executed_units: (\d+)", said), re.findall(r" cov: (\d+)", said)
         row = {"property": name, "inputs": int(runs[1]) if runs else 0, "branches": int((branches or ["0"])[-1])}
         row["failed"] = done.returncode != 0 or not row["branches"]
@@ -85,7 +88,7 @@ def main() -> None:
         verdict = "FAILED" if row["failed"] else "ok"
         print(f"{row['inputs']:>9,} inputs  {row['branches']:>5} branches  {verdict:<6}  {name}", flush=True)
         if row["failed"]:
-            print("\n".join(said.splitlines()[-40:]))
+            print("\n".join([line for line in said.splitlines() if not line.startswith("INFO: Instr")][-60:]))
     failed = [row["property"] for row in rows if row["failed"]]
     print(json.dumps({"drill": "fuzz", "seconds": args.seconds, "properties": rows, "failed": failed}))
     sys.exit(bool(failed))
