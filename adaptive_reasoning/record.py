@@ -220,7 +220,8 @@ def over_processes(parts: list[dict], updates: int) -> dict[str, float | None]:
 
     Args:
         parts: of each process: numbers of "tokens", "episodes", "cut" and "correct" episodes, the sum of "reward",
-            "gap" and "ratio" as (sum, number, maximum) of |learner - sampler log-prob| and of the tokens' ratios,
+            "gap" and "ratio" as (sum, number, maximum) of |learner - sampler log-prob| and of the tokens' ratios, "kl",
+            the sum of ratio - 1 - log ratio over the same tokens,
             "grader" rates with the number of answers that they are over, "grader/graded", and "losses" (`sums_of`).
         updates: optimiser steps the losses are a mean over.
     """
@@ -243,6 +244,8 @@ def over_processes(parts: list[dict], updates: int) -> dict[str, float | None]:
         if compared := sum(number for _, number, _ in sums):
             row[f"{name}_mean"] = sum(total for total, _, _ in sums) / compared
             row[f"{name}_max"] = max(largest for _, _, largest in sums)
+            if what == "ratio":
+                row["check/approx_kl"] = over("kl") / compared
     rates = [part["grader"] for part in parts if part["grader"].get("grader/graded")]
     graded = sum(part["grader/graded"] for part in rates)
     for key in (key for key in parts[0]["grader"] if key != "grader/graded"):  # some processes grade more than others

@@ -199,7 +199,7 @@ class Run:
             self.step += 1
             self.clock |= {"step": time.perf_counter()}
             self.grader.count_anew()
-            self.gap, self.ratio, self.sampled_at = [0.0, 0, 0.0], [0.0, 0, 0.0], self.learner.steps
+            self.gap, self.ratio, self.kl, self.sampled_at = [0.0, 0, 0.0], [0.0, 0, 0.0], 0.0, self.learner.steps
             yield self.step
 
     def next_questions(self) -> list[tuple[int, Question, list[int]]]:
@@ -276,7 +276,8 @@ class Run:
                 total, number, largest = logprob_gap(mb, logprobs)
                 self.gap = [self.gap[0] + float(total), self.gap[1] + number, max(self.gap[2], float(largest))]
             if mb.weight:
-                total, number, largest = token_ratios(mb, logprobs)
+                total, number, largest, kl = token_ratios(mb, logprobs)
+                self.kl += float(kl)
                 self.ratio = [self.ratio[0] + float(total), self.ratio[1] + number, max(self.ratio[2], float(largest))]
             first = mb.position == 0
             rows, values = mb.sequence[first].tolist(), logprobs[first].tolist()
@@ -343,6 +344,7 @@ class Run:
             "reward": sum(e.reward for e in episodes),
             "gap": self.gap,
             "ratio": self.ratio,
+            "kl": self.kl,
             "grader": self.grader.rates(),
             "losses": record.sums_of(losses),
             "groups": [e.group for e in episodes],

@@ -9,7 +9,7 @@ from adaptive_reasoning.report.alarms import Alarms
 
 HEALTHY = {  # what a run that is well may log for as long as it likes
     "loss/policy": [-0.02, 0.01], "loss/grad_norm": [0.3, 0.5], "loss/entropy": [0.9, 0.4, 0.3],
-    "loss/clip_fraction": [0.0, 0.05], "loss/approx_kl": [0.0, 0.004], "loss/ref_kl": [0.0, 0.2],
+    "loss/clip_fraction": [0.0, 0.05], "check/approx_kl": [0.0, 0.004], "loss/ref_kl": [0.0, 0.2],
     "check/logprob_gap_mean": [0.008], "check/logprob_gap_max": [0.2, 1.4, 0.3], "check/ratio_mean": [1.0, 1.003],
     "check/ratio_max": [1.2, 11.0, 1.6], "rollout/truncated_share": [0.3, 0.05], "reward/accuracy": [0.4, 0.0, 0.7],
     "learner/zero_advantage_share": [0.5, 0.92, 0.7], "grader/timeout_rate": [0.0, 0.01], "grader/error_rate": [0.0],

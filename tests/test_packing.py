@@ -9,7 +9,7 @@ import pytest
 import torch
 from distributed_worker import make_episodes
 
-from adaptive_reasoning.learner.packing import fill, filler, group_chunks, logprob_gap, pack
+from adaptive_reasoning.learner.packing import fill, filler, group_chunks, logprob_gap, pack, token_ratios
 
 
 def tiny(prompt, response, **changes):
@@ -99,6 +99,15 @@ def test_logprob_gap_leaves_forced_tokens_out():
     mb = pack([tiny([5], [8, 9, 3], info={"forced": 1})])
     total, number, largest = logprob_gap(mb, torch.tensor([50.0, -2.25, -2.5]))
     assert (float(total), number, float(largest)) == (0.75, 2, 0.5)
+
+
+def test_ratios_and_divergence_leave_forced_tokens_out():
+    """A first token forced against p = 0.005 had raised the alarm of a policy that moves too far, from step 1."""
+    mb = pack([tiny([5], [8, 9, 3], info={"forced": 1})])
+    logprobs = mb.old_logprobs + torch.tensor([-4.6, math.log(2), -math.log(2)])
+    total, number, largest, kl = (float(x) for x in token_ratios(mb, logprobs))
+    assert (total, number, largest) == pytest.approx((2.5, 2, 2.0))
+    assert kl == pytest.approx((2 - 1 - math.log(2)) + (0.5 - 1 + math.log(2)))
 
 
 def adaptthink_lengths(number: int) -> list[int]:

@@ -70,7 +70,7 @@ def test_grader_rates_count_answers_and_not_processes():
     def part(graded, slow, seconds):
         rates = {"grader/timeout_rate": slow, "grader/seconds_mean": seconds, "grader/graded": graded}
         same = {"tokens": 8, "episodes": 2, "cut": 0, "correct": 1, "reward": 1.0, "losses": {}}
-        return same | {"gap": [0.0, 0, 0.0], "ratio": [0.0, 0, 0.0], "grader": rates}
+        return same | {"gap": [0.0, 0, 0.0], "ratio": [0.0, 0, 0.0], "kl": 0.0, "grader": rates}
 
     row = record.over_processes([part(99, 0.0, 1.0), part(1, 1.0, 3.0), part(0, None, None)], 1)
     assert (row["grader/timeout_rate"], row["grader/seconds_mean"]) == (0.01, 1.02)

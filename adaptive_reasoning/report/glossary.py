@@ -104,17 +104,9 @@ SHARED = {
         ),
     ),
     "loss/approx_kl": Metric(
-        "Estimate of the divergence of the updated policy from the one that sampled: mean of ratio - 1 - log ratio.",
+        "Mean of -log ratio as the loss saw it, weighted as there, forced tokens included.",
         "nats",
-        "small",
-        alarms=(
-            Alarm(
-                "one step moves the policy far from the one that sampled: lower --learning_rate or "
-                "--minibatches_per_step, or tighten the clip range",
-                above=0.1,
-                steps=3,
-            ),
-        ),
+        "small; with a forced first token log(0.5 / p) over the length until p has reached 0.5",
     ),
     # --- check
     "check/logprob_gap_mean": Metric(
@@ -165,6 +157,20 @@ SHARED = {
                 "in every step some token has become ten times as probable between sampling and update: look at "
                 "check/logprob_gap_max, then lower --learning_rate or --minibatches_per_step",
                 above=10.0,
+                steps=3,
+            ),
+        ),
+    ),
+    "check/approx_kl": Metric(
+        "Estimate of the divergence of the policy from pi_old as the update saw them: mean of ratio - 1 - log ratio, "
+        "forced tokens left out.",
+        "nats",
+        "near 0; exactly 0 with one update per batch where the learner recomputes pi_old",
+        alarms=(
+            Alarm(
+                "one step moves the policy far from the one that sampled: lower --learning_rate or "
+                "--minibatches_per_step, or tighten the clip range",
+                above=0.1,
                 steps=3,
             ),
         ),
