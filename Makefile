@@ -351,7 +351,7 @@ drill: $(call cold,adaptthink)  ## 30 times kill -9 on one process and on two un
 
 .PHONY: fuzz
 fuzz: $(INSTALLED)  ## coverage-guided fuzzing of tests/test_fuzz.py, a minute for each property; ARGS="--seconds 600"
-	@$(PY) -m pip install -q atheris -c constraints.txt
+	@$(PY) -m pip install -q -e ".[fuzz]" -c constraints.txt
 	@$(PY) experiments/drills/fuzz.py $(ARGS)
 
 .PHONY: clean

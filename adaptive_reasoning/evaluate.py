@@ -87,19 +87,19 @@ def evaluate(
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     everything = [(i, q, k) for i, q in enumerate(benchmark.questions) for k in range(benchmark.samples)]
     jobs = everything[rank::ranks]
-    every = max(1, len(everything) // KEPT_SAMPLES)  # the same responses are kept whatever the number of processes
-    kept = [j for j in range(len(jobs)) if (rank + j * ranks) % every == 0]
+    every = max(1, len(everything) // KEPT_SAMPLES)  # the same responses are shown whatever the number of processes
+    shown = [j for j in range(len(jobs)) if (rank + j * ranks) % every == 0]
 
     def of_all(rows: list) -> list:
         return [row for part in (all_gather(accelerator, rows) if accelerator else [rows]) for row in part]
 
     def in_order(samples: list[dict]) -> list[dict]:
-        pairs = of_all([(rank + j * ranks, sample) for j, sample in zip(kept, samples)])
+        pairs = of_all([(rank + j * ranks, sample) for j, sample in zip(shown, samples)])
         return [sample for _, sample in sorted(pairs, key=lambda pair: pair[0])]
 
     if protocol.script is not None:
         rows, samples = hold_dialogues(
-            engine, grader, benchmark.name, jobs, protocol, setting, args, progress if rank == 0 else "", kept
+            engine, grader, benchmark.name, jobs, protocol, setting, args, progress if rank == 0 else "", shown
         )
         rows = of_all(rows)
         result = summarise(rows, protocol.modes) | stage_table(rows)
@@ -172,7 +172,7 @@ def evaluate(
             "tokens": rows[j]["tokens"],
             "finish_reason": completions[j].finish_reason,
         }
-        for j in kept
+        for j in shown
     ]
     rows = of_all(rows)
     if keep is not None:
@@ -181,9 +181,9 @@ def evaluate(
 
 
 def hold_dialogues(
-    engine, grader, benchmark: str, jobs: list, protocol: Protocol, setting: str, args, progress: str, kept: list[int]
+    engine, grader, benchmark: str, jobs: list, protocol: Protocol, setting: str, args, progress: str, shown: list[int]
 ) -> tuple[list[dict], list[dict]]:
-    """Hold a dialogue for every job instead of sampling one response; return the rows, and samples of those `kept`."""
+    """Hold a dialogue for every job instead of sampling one response; return the rows, and samples of those `shown`."""
     dialogues = [Dialogue(q, i, request_seed(args.seed, EVAL_STREAM, i, k)) for i, q, k in jobs]
     converse(engine, grader, dialogues, protocol.script, Sampling(args.temperature, args.eval_top_p), setting, progress)
     rows = stage_rows(dialogues)
@@ -192,7 +192,7 @@ def hold_dialogues(
         row |= {"question": d.group, "mode": mode, "difficulty": d.question.difficulty, "tokens": d.num_tokens}
         row["correct"] = d.turns[mode].correct
     samples = []
-    for row, d in ((rows[j], dialogues[j]) for j in kept):
+    for row, d in ((rows[j], dialogues[j]) for j in shown):
         samples.append({"setting": setting, "benchmark": benchmark, "mode": row["mode"]})
         samples[-1] |= {"difficulty": row["difficulty"], "problem": d.question.problem, "answer": d.question.answer}
         samples[-1] |= {"response": d.text, "reward": float(row["correct"]), "tokens": row["tokens"]}

@@ -244,8 +244,8 @@ def over_processes(parts: list[dict], updates: int) -> dict[str, float | None]:
         if compared := sum(number for _, number, _ in sums):
             row[f"{name}_mean"] = sum(total for total, _, _ in sums) / compared
             row[f"{name}_max"] = max(largest for _, _, largest in sums)
-            if what == "ratio":
-                row["check/approx_kl"] = over("kl") / compared
+    if compared := sum(part["ratio"][1] for part in parts):
+        row["check/approx_kl"] = over("kl") / compared
     rates = [part["grader"] for part in parts if part["grader"].get("grader/graded")]
     graded = sum(part["grader/graded"] for part in rates)
     for key in (key for key in parts[0]["grader"] if key != "grader/graded"):  # some processes grade more than others

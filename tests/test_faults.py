@@ -270,6 +270,43 @@ def test_ctrl_c_once_closes_and_twice_ends(tmp_path, presses, closing):
     wait_until(lambda: not alive(int((tmp_path / "pid").read_text())))
 
 
+LATE = """
+import os, signal
+from adaptive_reasoning.errors import run_cli
+
+class Late:  # taken apart with the modules, after the interpreter has given its signal handlers back
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGINT):
+        kill(pid, number)
+
+late = Late()
+
+def main():
+    signal.raise_signal(signal.SIGINT)
+
+run_cli(main)
+"""
+
+
+def test_ctrl_c_while_the_interpreter_ends():
+    """It had ended the process by the signal, -2, in place of 130."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", LATE], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "interrupted; the same command continues from what was saved\n")
+
+
+def test_an_error_before_the_folder_is_opened_is_told(tmp_path, monkeypatch):
+    from adaptive_reasoning import adaptthink
+    from adaptive_reasoning.learner.watch import Watch
+    from adaptive_reasoning.options import parse_args
+    from adaptive_reasoning.run import Run
+
+    told = []
+    monkeypatch.setattr(Watch, "stop", lambda self, error=None: told.append(error))
+    with pytest.raises(Exception) as raised:
+        Run(parse_args(adaptthink.Args, ["--model", str(tmp_path / "no model"), "--dtype", "fp32"]), "adaptthink")
+    assert told == [raised.value]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_in_a_run_and_the_same_command_again(model, tmp_path, presses):

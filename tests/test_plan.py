@@ -43,6 +43,16 @@ def plan_of(module, name: str, machine: Machine, *more: str, **assumed):
 
 H100 = GPUS["h100"]
 
+
+def test_one_gpu_with_the_offload_launch_is_planned_as_zero3():
+    """As `make train-... NUM_GPUS=1 OFFLOAD=1` launches it: fp32 masters and gradients leave the GPU too."""
+    args, one = config_of(adaptthink, "adaptthink_1_5b.yaml"), Machine(H100, 1, 1)
+    zero3 = plan_run(args, one, Assumptions(), offload=True)
+    plain = plan_of(adaptthink, "adaptthink_1_5b.yaml", one, "--offload_optimizer", "true")
+    assert zero3.where.zero3 and not plain.where.zero3
+    assert not plan_run(args, find_machine("cpu", 1, 1), Assumptions(), offload=True).where.zero3
+
+
 # ---------------------------------------------------------------------------------------------------------- the models
 
 

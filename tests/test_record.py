@@ -74,6 +74,11 @@ def test_grader_rates_count_answers_and_not_processes():
 
     row = record.over_processes([part(99, 0.0, 1.0), part(1, 1.0, 3.0), part(0, None, None)], 1)
     assert (row["grader/timeout_rate"], row["grader/seconds_mean"]) == (0.01, 1.02)
-    assert "grader/graded" not in row
+    assert "grader/graded" not in row and "check/approx_kl" not in row, "no token was compared"
+    three, one = (
+        part(1, 0.0, 1.0) | {"ratio": [3.3, 3, 1.2], "kl": 0.06},
+        part(1, 0.0, 1.0) | {"ratio": [0.9, 1, 0.9], "kl": 0.02},
+    )
+    assert record.over_processes([three, one], 1)["check/approx_kl"] == pytest.approx(0.02), "over tokens"
     row = record.over_processes([part(0, None, None)] * 2, 1)
     assert row["grader/timeout_rate"] is None and row["grader/seconds_mean"] is None

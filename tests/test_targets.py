@@ -39,7 +39,9 @@ def trained(target: str, model: Path, data: Path, out: Path, more: str = "", aga
     for _ in range(1 + again):
         done = make(target, MODEL=model, DATA=data, NUM_GPUS=0, OUT=out, ARGS=arguments)
     assert ("continuing" in done.stdout) == again
-    assert [row["step"] for row in read_jsonl(out / "metrics.jsonl")][-2:] == [1, 2]
+    rows = read_jsonl(out / "metrics.jsonl")[-2:]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[0].get("loss/ref_kl", 0) < 0.01 and rows[1].get("thinker/verify_share", 1) == 1
     assert (out / "summary.json").is_file() and (out / "report.html").is_file()
 
 
