@@ -209,7 +209,7 @@ train-adaptthink-7b: $(INSTALLED)  ## AdaptThink, R1-Distill-Qwen-7B on DeepScal
 
 .PHONY: eval-adaptthink-1.5b
 eval-adaptthink-1.5b: $(INSTALLED)  ## GSM8K, MATH-500, AIME24 in all three settings, beside the paper's row
-	$(call paper,evaluate)
+	$(call paper,benchmark)
 
 # ARM and Thinkless start from a supervised model of their own. It is made first if it is not there: from SFT_DATA, rows
 # with `problem` and `response`, because the authors have not published theirs (ARM) or published two million (Thinkless).
@@ -240,11 +240,11 @@ train-ada-grpo-14b: $(if $(MODEL),$(INSTALLED),runs/sft-arm-14b/model/config.jso
 
 .PHONY: eval-ada-grpo-3b eval-ada-grpo-7b eval-ada-grpo-14b
 eval-ada-grpo-3b: $(INSTALLED)  ## ARM-3B: adaptive, each format forced, consensus, beside the paper's rows
-	$(call paper,evaluate)
+	$(call paper,benchmark)
 eval-ada-grpo-7b: $(INSTALLED)  ## ARM-7B
-	$(call paper,evaluate)
+	$(call paper,benchmark)
 eval-ada-grpo-14b: $(INSTALLED)  ## ARM-14B
-	$(call paper,evaluate)
+	$(call paper,benchmark)
 
 .PHONY: warmup-thinkless-1.5b train-degrpo-1.5b train-degrpo-1.5b-phase2 eval-degrpo-1.5b
 warmup-thinkless-1.5b: $(INSTALLED)  ## Thinkless' warm-up on paired answers, R1-Distill-Qwen-1.5B; DATA=pairs.jsonl
@@ -254,7 +254,7 @@ train-degrpo-1.5b: $(if $(MODEL),$(INSTALLED),runs/warmup-thinkless-1.5b/model/c
 train-degrpo-1.5b-phase2: $(INSTALLED)  ## its second phase, with a smaller gamma, from the first one's checkpoint
 	$(call paper,degrpo)
 eval-degrpo-1.5b: $(INSTALLED)  ## free choice, both modes forced, routers, beside the paper's rows
-	$(call paper,evaluate)
+	$(call paper,benchmark)
 
 .PHONY: train-thinker-q1.5b train-thinker-r1.5b train-thinker-r7b
 train-thinker-q1.5b: $(INSTALLED)  ## Thinker, Qwen2.5-1.5B, PPO with a critic (8 GPUs, ZeRO-3)
@@ -266,11 +266,11 @@ train-thinker-r7b: $(INSTALLED)  ## Thinker, R1-Distill-Qwen-7B
 
 .PHONY: eval-thinker-q1.5b eval-thinker-r1.5b eval-thinker-r7b
 eval-thinker-q1.5b: $(INSTALLED)  ## Thinker and Thinker-Fast on eight benchmarks, beside the paper's rows
-	$(call paper,evaluate)
+	$(call paper,benchmark)
 eval-thinker-r1.5b: $(INSTALLED)  ## the same, R1-Distill-Qwen-1.5B
-	$(call paper,evaluate)
+	$(call paper,benchmark)
 eval-thinker-r7b: $(INSTALLED)  ## the same, R1-Distill-Qwen-7B
-	$(call paper,evaluate)
+	$(call paper,benchmark)
 
 .PHONY: report
 report: $(INSTALLED)  ## write curves.png and report.html anew; RUN="runs/a runs/b" (all runs if not given)

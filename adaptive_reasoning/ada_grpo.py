@@ -36,14 +36,13 @@ from typing import ClassVar
 
 import torch
 
-from adaptive_reasoning.episode import Episode, by_group
-from adaptive_reasoning.errors import UserError, run_cli
-from adaptive_reasoning.evaluate import Protocol
-from adaptive_reasoning.learner.fused import fused_advantages, fused_loss
+from adaptive_reasoning.core.episode import Episode, by_group
+from adaptive_reasoning.core.errors import UserError, run_cli
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
-from adaptive_reasoning.options import RunArgs, parse_args
 from adaptive_reasoning.rollout import Request, request_seed
-from adaptive_reasoning.run import Run
+from adaptive_reasoning.run.evaluation import Protocol
+from adaptive_reasoning.run.options import RunArgs, parse_args
+from adaptive_reasoning.run.run import Run
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.answers import verified_answer
 
@@ -210,9 +209,6 @@ def advantages(group: list[Episode], args, step: int) -> list[float]:
     assert not any(e.reward and e.mode == "unknown" for e in group), "the gate gives no reward outside the formats"
     F = Counter(e.mode for e in group)
     w = (1 + math.cos(math.pi * t / T)) / 2 if args.decay == "cosine" else 1.0
-    if args.fused:  # what follows, of the samples of all questions, in one launch
-        std, of = ("none", "shaped") if args.std == "none" else ("unbiased", args.std)
-        return fused_advantages(group, std, STD_EPS, STD_EPS, w, of, args.drop_all_correct)
     alpha = torch.tensor([1 + (G / F[e.mode] - 1) * w for e in group], dtype=torch.float64)  # [G]
     r = torch.tensor([e.reward for e in group], dtype=torch.float64)  # [G]
     shaped = alpha * r
@@ -250,8 +246,6 @@ def loss(logprobs, entropy, mb: MicroBatch, counts: Counts, args) -> tuple[torch
     so the shares of all micro-batches add up to the loss whatever the split.
     """
     A, weight = mb.advantages, token_weights(mb, counts, args)  # [N]
-    if args.fused:  # what follows, in one launch
-        return fused_loss(logprobs, A, weight, mb, args, entropy, weight, stat=1 / counts.tokens)
     log_ratio = logprobs - mb.old_logprobs
     ratio = log_ratio.exp()
     free = -A * ratio
@@ -324,7 +318,7 @@ def main() -> None:
             for e in episodes:
                 e.mode = control.mode_of(e.response_ids)
                 e.reward = reward(e, args)
-            for group in [episodes] if args.fused else by_group(episodes):
+            for group in by_group(episodes):
                 for e, a in zip(group, advantages(group, args, step)):
                     e.advantage = a
 

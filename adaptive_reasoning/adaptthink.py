@@ -42,15 +42,14 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from adaptive_reasoning.episode import Episode
-from adaptive_reasoning.errors import UserError, run_cli
-from adaptive_reasoning.evaluate import Protocol
-from adaptive_reasoning.learner.fused import fused_loss
+from adaptive_reasoning.core.episode import Episode
+from adaptive_reasoning.core.errors import UserError, run_cli
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
-from adaptive_reasoning.options import RunArgs, parse_args
-from adaptive_reasoning.pass_rate import pass_rates, read_authors_table
 from adaptive_reasoning.rollout import Request, Sampling, request_seed
-from adaptive_reasoning.run import Run
+from adaptive_reasoning.run.bank import pass_rates, read_authors_table
+from adaptive_reasoning.run.evaluation import Protocol
+from adaptive_reasoning.run.options import RunArgs, parse_args
+from adaptive_reasoning.run.run import Run
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.answers import boxed_answer
 
@@ -221,8 +220,6 @@ def loss(logprobs: torch.Tensor, mb: MicroBatch, counts: Counts, args) -> tuple[
     else:
         A = mb.sequence_advantages  # [S]
         weight = torch.full_like(A, 1 / counts.sequences)
-    if args.fused:  # what follows, in one launch
-        return fused_loss(logprobs, A, weight, mb, args, ratio=args.ratio)
     log_ratio = logprobs - mb.old_logprobs  # [N]
     if args.ratio != "token":
         log_ratio = torch.zeros_like(A).index_add(0, mb.sequence, log_ratio)  # [S] sum over the tokens of a sequence

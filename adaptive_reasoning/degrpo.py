@@ -31,14 +31,13 @@ from typing import ClassVar
 
 import torch
 
-from adaptive_reasoning.episode import Episode, by_group
-from adaptive_reasoning.errors import run_cli
-from adaptive_reasoning.evaluate import Protocol
-from adaptive_reasoning.learner.fused import fused_advantages, fused_loss
+from adaptive_reasoning.core.episode import Episode, by_group
+from adaptive_reasoning.core.errors import run_cli
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
-from adaptive_reasoning.options import RunArgs, parse_args, parse_schedule
 from adaptive_reasoning.rollout import Request, request_seed
-from adaptive_reasoning.run import Run
+from adaptive_reasoning.run.evaluation import Protocol
+from adaptive_reasoning.run.options import RunArgs, parse_args, parse_schedule
+from adaptive_reasoning.run.run import Run
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.answers import boxed_answer, same_answer
 
@@ -189,8 +188,6 @@ def advantages(group: list[Episode], args) -> list[float]:
     The std is the unbiased one. In float64: with equal rewards that fp32 cannot represent, mean and std miss by one
     unit in the last place, and 1e-6 does not hide that. A group of one is not centred (official code: mean 0, std 1).
     """
-    if args.fused:  # what follows, of the samples of all questions, in one launch
-        return fused_advantages(group, args.std, STD_EPS)
     r = torch.tensor([e.reward for e in group], dtype=torch.float64)  # [G]
     mean, std = (r.mean(), r.std()) if len(r) > 1 else (0.0, 1.0)
     A = r - mean
@@ -224,8 +221,6 @@ def loss(logprobs, entropy, mb: MicroBatch, counts: Counts, args) -> tuple[torch
     so the shares of all micro-batches add up to the loss whatever the split.
     """
     A, (share, weight) = mb.advantages, token_weights(mb, counts, args)  # [N]
-    if args.fused:  # what follows, in one launch
-        return fused_loss(logprobs, A, share, mb, args, entropy, weight, stat=1 / counts.tokens)
     log_ratio = logprobs - mb.old_logprobs
     ratio = log_ratio.exp()
     free = -A * ratio
@@ -302,7 +297,7 @@ def main() -> None:
             for e in episodes:
                 e.mode = control.mode_of(e.response_ids)
                 e.reward = reward(e, [gamma for done, gamma in gammas if done < step][-1], args)
-            for group in [episodes] if args.fused else by_group(episodes):
+            for group in by_group(episodes):
                 for e, a in zip(group, advantages(group, args)):
                     e.advantage = a
 

@@ -26,22 +26,22 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from adaptive_reasoning.episode import Episode
-from adaptive_reasoning.errors import UserError, run_cli
+from adaptive_reasoning import formats
+from adaptive_reasoning.core.episode import Episode
+from adaptive_reasoning.core.errors import UserError, run_cli, say
+from adaptive_reasoning.core.files import append_jsonl, load_json, truncate_jsonl, write_json_atomic
+from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.formats import NAMES, Row, control_slot, load
 from adaptive_reasoning.learner.checkpoint import load_checkpoint, prune, save_checkpoint, whole_checkpoint
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.learner.runtime import all_reduce, end, make_accelerator, on_main
 from adaptive_reasoning.learner.watch import Watch
-from adaptive_reasoning.options import RunArgs, parse_args
-from adaptive_reasoning.pass_rate import fingerprint
-from adaptive_reasoning.record import MAY_CHANGE, check_inputs, check_same, inputs_of, open_folder
-from adaptive_reasoning.report.console import say
-from adaptive_reasoning.report.files import append_jsonl, load_json, truncate_jsonl, write_json_atomic
-from adaptive_reasoning.tasks import chain, control_slot, prompts
-from adaptive_reasoning.tasks.formats import NAMES, Row, load
-from adaptive_reasoning.tasks.question import Question
+from adaptive_reasoning.run.bank import fingerprint
+from adaptive_reasoning.run.journal import MAY_CHANGE, check_inputs, check_same, inputs_of, open_folder
+from adaptive_reasoning.run.options import RunArgs, parse_args
+from adaptive_reasoning.tasks import chain, prompts
 
 CONTINUES = MAY_CHANGE - {"max_steps"}  # the schedule of the learning rate and the rows depend on how long it is
 TEMPLATES = {"arm": load("arm").TEMPLATE}
@@ -51,8 +51,8 @@ TEMPLATES = {"arm": load("arm").TEMPLATE}
 class Args(RunArgs):
     """Options of supervised fine-tuning."""
 
-    formats: str = "adaptthink"
-    """Recipe for chain rows: "adaptthink", "arm", "thinkless" or "thinker"."""
+    formats: str = "think"
+    """Recipe for chain rows: "think", "arm", "thinkless" or "dialogue"."""
     batch_size: int = 128
     """Rows per optimiser step, over all processes."""
     lr_schedule: str = "cosine"
@@ -184,7 +184,7 @@ def start_model(args, accelerator):
                 raise UserError("--short_slot: LoRA leaves the embedding of `<short>` untrained. Set --lora_rank 0.")
             tokenizer = control_slot.take_slot(tokenizer, "<short>", args.short_slot, model)
     else:
-        tokenizer = chain.tokenizer(args.formats)
+        tokenizer = formats.tokenizer(args.formats)
         model = chain.tiny_model(tokenizer, args.hidden_size, args.layers, args.seed)
     if args.chat_template == "thinkless":
         tokenizer.chat_template = control_slot.thinkless_template(tokenizer)

@@ -50,18 +50,18 @@ from typing import ClassVar
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from adaptive_reasoning.episode import Episode
-from adaptive_reasoning.errors import UserError, run_cli
-from adaptive_reasoning.evaluate import Protocol
+from adaptive_reasoning.core.episode import Episode
+from adaptive_reasoning.core.errors import UserError, run_cli
+from adaptive_reasoning.formats import dialogue as chain_format
 from adaptive_reasoning.learner.ppo import gae, normalise, policy_loss, value_loss
-from adaptive_reasoning.options import RunArgs, parse_args
-from adaptive_reasoning.report.stages import stage_rows, stage_table
 from adaptive_reasoning.rollout import request_seed
 from adaptive_reasoning.rollout.dialogue import Dialogue, Marks, Turn, turn_marks
-from adaptive_reasoning.run import Run
+from adaptive_reasoning.run.evaluation import Protocol
+from adaptive_reasoning.run.options import RunArgs, parse_args
+from adaptive_reasoning.run.run import Run
+from adaptive_reasoning.run.stages import stage_rows, stage_table
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.answers import boxed_answer
-from adaptive_reasoning.tasks.formats import thinker as chain_format
 
 STAGES = ("fast", "verify", "slow", "summary", "qa")
 

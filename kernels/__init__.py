@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import torch
 
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.errors import UserError
 
 SWITCH = "ADAPTIVE_REASONING_KERNELS"
 
@@ -77,7 +77,6 @@ def dispatched(name: str) -> Callable:
 
 decode_attention = dispatched("decode_attention")
 group_advantage = dispatched("group_advantage")
-policy_loss = dispatched("policy_loss")
 rms_norm = dispatched("rms_norm")
 rope_and_store = dispatched("rope_and_store")
 sample = dispatched("sample")

@@ -11,7 +11,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from adaptive_reasoning import run
+from adaptive_reasoning.run import run
 
 COMMON = (
     "--chain_questions 20 --chain_mix 1 --chain_eval_questions 8 --prompts_per_step 5 --num_generations 4 "

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from adaptive_reasoning.episode import Episode
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.episode import Episode
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.learner.checkpoint import load_checkpoint, save_checkpoint
 from adaptive_reasoning.learner.learner import Learner, NonFiniteError
 from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.runtime import all_gather, make_accelerator
-from adaptive_reasoning.options import RunArgs
-from adaptive_reasoning.tasks.question import Question
+from adaptive_reasoning.run.options import RunArgs
 
 VOCABULARY = 97
 

@@ -16,12 +16,13 @@ from conftest import make_model
 from small_model import make_folder
 from test_grpo import batch, cases, episode, options
 
-from adaptive_reasoning import ada_grpo, evaluate, grpo
+from adaptive_reasoning import ada_grpo, grpo
 from adaptive_reasoning.ada_grpo import Args, advantages, extract_answer, format_of
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.benchmark import __main__ as evaluate
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.core.files import read_jsonl
 from adaptive_reasoning.learner.packing import Counts
-from adaptive_reasoning.options import parse_args
-from adaptive_reasoning.report.files import read_jsonl
+from adaptive_reasoning.run.options import parse_args
 from adaptive_reasoning.sft import TEMPLATES, merged
 from adaptive_reasoning.tasks.answers import verified_answer
 
@@ -336,7 +337,7 @@ def test_two_steps_and_a_resume(laboratory, tmp_path):
 
 
 def test_evaluation_in_all_settings(laboratory, tmp_path, monkeypatch, capsys):
-    command = ["evaluate", "--algorithm", "ada_grpo", "--model", str(laboratory), "--task", "chain", "--dtype", "fp32"]
+    command = ["benchmark", "--algorithm", "ada_grpo", "--model", str(laboratory), "--task", "chain", "--dtype", "fp32"]
     command += ["--chain_eval_questions", "6", "--eval_samples", "3", "--maj_k", "3", "--max_new_tokens", "24"]
     command += [
         "--settings",

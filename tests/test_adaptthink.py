@@ -8,14 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from adaptive_reasoning import adaptthink
+from adaptive_reasoning import adaptthink, formats
 from adaptive_reasoning.adaptthink import Args, Control, advantage, baselines, loss, metrics, plan_rollouts
-from adaptive_reasoning.episode import Episode
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.episode import Episode
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.learner.packing import Counts
-from adaptive_reasoning.options import parse_args
-from adaptive_reasoning.tasks import chain
-from adaptive_reasoning.tasks.question import Question
+from adaptive_reasoning.run.options import parse_args
 
 GOLDEN = Path(__file__).parent / "golden"
 NOTHING, THINK = 303, [294]
@@ -302,13 +301,13 @@ def test_options_that_make_no_sense(option, message):
 
 
 def test_control_tokens_of_the_laboratory():
-    control = adaptthink.control_tokens(chain.tokenizer(), Args())
-    tokenizer = chain.tokenizer()
+    control = adaptthink.control_tokens(formats.tokenizer("think"), Args())
+    tokenizer = formats.tokenizer("think")
     assert tokenizer.decode([control.eot]) == "</think>" and tokenizer.decode(control.word) == "Alright"
 
 
 def test_a_template_without_a_thinking_block_is_refused():
-    tokenizer = chain.tokenizer()
+    tokenizer = formats.tokenizer("think")
     tokenizer.chat_template = tokenizer.chat_template.replace("<think>", "")
     with pytest.raises(UserError, match=r"must end in '<think>\\n'.*found"):
         adaptthink.control_tokens(tokenizer, Args())

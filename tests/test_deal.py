@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from adaptive_reasoning.deal import deal, expected_tokens
-from adaptive_reasoning.record import picked
+from adaptive_reasoning.run.balance import deal, expected_tokens
+from adaptive_reasoning.run.journal import picked
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])

@@ -14,25 +14,26 @@ import torch
 from small_model import make_folder
 from transformers import AutoTokenizer
 
-from adaptive_reasoning import degrpo, router
+from adaptive_reasoning import degrpo, formats
+from adaptive_reasoning.benchmark import routers as router
+from adaptive_reasoning.benchmark.__main__ import Args as EvaluateArgs
+from adaptive_reasoning.benchmark.lenient import lenient_answer, lenient_same
+from adaptive_reasoning.benchmark.papers import ADAPTTHINK, adaptthink_table, thinkless_table
+from adaptive_reasoning.core.episode import Episode
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.core.files import read_jsonl
+from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.degrpo import Args, Control, advantages, extract_answer, loss, metrics, plan_rollouts, reward
-from adaptive_reasoning.episode import Episode
-from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.evaluate import Args as EvaluateArgs
-from adaptive_reasoning.evaluate import summarise
+from adaptive_reasoning.formats import control_slot, thinkless
 from adaptive_reasoning.learner.model import load_tokenizer
 from adaptive_reasoning.learner.packing import Counts, pack
-from adaptive_reasoning.options import parse_args, parse_schedule
 from adaptive_reasoning.report import modes
-from adaptive_reasoning.report.files import read_jsonl
-from adaptive_reasoning.report.papers import ADAPTTHINK, adaptthink_table, thinkless_table
+from adaptive_reasoning.run.evaluation import summarise
+from adaptive_reasoning.run.options import parse_args, parse_schedule
 from adaptive_reasoning.sft import Args as SftArgs
 from adaptive_reasoning.sft import batch_of, check_pairs, load_rows
-from adaptive_reasoning.tasks import chain, control_slot, prompts
+from adaptive_reasoning.tasks import chain, prompts
 from adaptive_reasoning.tasks.answers import same_answer
-from adaptive_reasoning.tasks.formats import thinkless
-from adaptive_reasoning.tasks.lenient import lenient_answer, lenient_same
-from adaptive_reasoning.tasks.question import Question
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -510,7 +511,7 @@ def test_the_defaults_are_the_official_run():
 
 @pytest.fixture(scope="module")
 def lab():
-    return chain.tokenizer("thinkless")
+    return formats.tokenizer("thinkless")
 
 
 def test_control_tokens_of_the_laboratory(lab):
@@ -524,7 +525,7 @@ def test_control_tokens_of_the_laboratory(lab):
 
 @pytest.mark.parametrize("end", ["<think>\n", "<think>", "\n", " "])
 def test_a_prompt_that_goes_on_after_the_assistants_mark_is_refused(end):
-    tokenizer = chain.tokenizer("thinkless")
+    tokenizer = formats.tokenizer("thinkless")
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "<|Assistant|>{% endif %}", f"<|Assistant|>{end}{{% endif %}}"
     )
@@ -535,13 +536,13 @@ def test_a_prompt_that_goes_on_after_the_assistants_mark_is_refused(end):
 
 def test_a_header_that_ends_in_a_newline_in_training_too_is_fine(lab):
     """Qwen2's own template: `<|im_start|>assistant` and a newline stand before finished answers as well."""
-    tokenizer = chain.tokenizer("thinkless")
+    tokenizer = formats.tokenizer("thinkless")
     tokenizer.chat_template = tokenizer.chat_template.replace("<|Assistant|>", "<|Assistant|>\n")
     assert prompts.check_ends_at_assistant(tokenizer) == "<|Assistant|>\n"
 
 
 def test_a_tokenizer_without_the_control_token_is_refused():
-    tokenizer = chain.tokenizer("adaptthink")
+    tokenizer = formats.tokenizer("think")
     tokenizer.chat_template = tokenizer.chat_template.replace("<think>\n", "")
     with pytest.raises(UserError, match="does not hold '<short>' as one token"):
         degrpo.control_tokens(tokenizer, Args())
@@ -867,7 +868,7 @@ def run_module(module: str, *args: str):
 @pytest.fixture(scope="module")
 def laboratory(tmp_path_factory):
     """A chain model that has learned nothing: enough for the plumbing, and made in no time."""
-    folder, tokenizer = tmp_path_factory.mktemp("lab"), chain.tokenizer("thinkless")
+    folder, tokenizer = tmp_path_factory.mktemp("lab"), formats.tokenizer("thinkless")
     model = chain.tiny_model(tokenizer, hidden=32, layers=2)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -917,7 +918,7 @@ def test_every_switch_trains(laboratory, tmp_path, switches):
 
 def test_evaluation_with_routers_and_both_ways_of_counting(laboratory, tmp_path):
     done = run_module(
-        "evaluate", "--algorithm", "degrpo", "--model", laboratory, "--task", "chain", "--chain_eval_questions", 12,
+        "benchmark", "--algorithm", "degrpo", "--model", laboratory, "--task", "chain", "--chain_eval_questions", 12,
         "--eval_samples", 2, "--max_new_tokens", 48, "--dtype", "fp32", "--output_dir", tmp_path,
         "--scoring", "lenient",
         "--settings", "adaptive,always_think,never_think,router_random,router_judge", "--judge_max_new_tokens", 8,

@@ -2,15 +2,16 @@
 
 import pytest
 
-from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.evaluate import Args, check_args, summarise
-from adaptive_reasoning.options import parse_args
-from adaptive_reasoning.report.arm import ARM, arm_table
-from adaptive_reasoning.report.papers import adaptthink_table
+from adaptive_reasoning.benchmark.__main__ import Args, check_args
+from adaptive_reasoning.benchmark.arm import ARM, arm_table
+from adaptive_reasoning.benchmark.papers import adaptthink_table
+from adaptive_reasoning.benchmark.votes import consensus, majority
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.run.evaluation import summarise
+from adaptive_reasoning.run.options import parse_args
 from adaptive_reasoning.tasks.answers import verified_answer
 from adaptive_reasoning.tasks.grader import GraderPool
 from adaptive_reasoning.tasks.task import ExactGrader
-from adaptive_reasoning.tasks.votes import consensus, majority
 
 SETTINGS = ("direct", "cot", "code", "long_cot")
 

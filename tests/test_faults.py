@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_reasoning import pass_rate
-from adaptive_reasoning.errors import UserError, run_cli
-from adaptive_reasoning.report.files import append_jsonl, read_jsonl
+from adaptive_reasoning.core.errors import UserError, run_cli
+from adaptive_reasoning.core.files import append_jsonl, read_jsonl
+from adaptive_reasoning.run import bank as pass_rate
 
 ROOT = Path(__file__).parent.parent
 CHAIN = (
@@ -99,20 +99,20 @@ def test_an_evaluation_measures_only_what_is_not_finished(go, model, tmp_path, m
     """P6: killed in its second setting; results, samples and kept rows are those of an untouched evaluation."""
     options = f"--task chain --chain_eval_questions 10 --model {model} --max_new_tokens 8 --dtype fp32 --eval_samples 2"
     options = [*options.split(), "--maj_k", "2"]
-    assert go("evaluate", *options, "--output_dir", tmp_path / "whole") == (0, "")
+    assert go("benchmark", *options, "--output_dir", tmp_path / "whole") == (0, "")
     (tmp_path / "killed").mkdir()
     shutil.copy(tmp_path / "whole" / "config.yaml", tmp_path / "killed")
     lines = (tmp_path / "whole" / "finished.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "killed" / "finished.jsonl").write_bytes(lines[0] + lines[1][:-9])
     (tmp_path / "killed" / "samples.jsonl").write_text('{"step": 0, "sp')
-    evaluate = importlib.import_module("adaptive_reasoning.evaluate")
+    evaluate = importlib.import_module("adaptive_reasoning.benchmark.__main__")
     real, measured = evaluate.evaluate, []
     monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: (measured.append(a[6]), real(*a, **k))[1])
-    assert go("evaluate", *options, "--output_dir", tmp_path / "killed") == (0, "")
+    assert go("benchmark", *options, "--output_dir", tmp_path / "killed") == (0, "")
     assert measured == ["always_think", "never_think"]
     for name in ("evaluation.json", "samples.jsonl", "finished.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    code, error = go("evaluate", *options, "--output_dir", tmp_path / "killed", "--chain_mix", "1")
+    code, error = go("benchmark", *options, "--output_dir", tmp_path / "killed", "--chain_mix", "1")
     assert code == 2 and "holds a run with chain_mix" in error
 
 
@@ -227,7 +227,7 @@ def test_no_duration_depends_on_the_clock_on_the_wall():
 GRADING = """
 import sys, time
 from pathlib import Path
-from adaptive_reasoning.errors import run_cli
+from adaptive_reasoning.core.errors import run_cli
 from adaptive_reasoning.tasks.grader import GraderPool
 import test_grader
 
@@ -272,7 +272,7 @@ def test_ctrl_c_once_closes_and_twice_ends(tmp_path, presses, closing):
 
 LATE = """
 import os, signal
-from adaptive_reasoning.errors import run_cli
+from adaptive_reasoning.core.errors import run_cli
 
 class Late:  # taken apart with the modules, after the interpreter has given its signal handlers back
     def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGINT):
@@ -297,8 +297,8 @@ def test_ctrl_c_while_the_interpreter_ends():
 def test_an_error_before_the_folder_is_opened_is_told(tmp_path, monkeypatch):
     from adaptive_reasoning import adaptthink
     from adaptive_reasoning.learner.watch import Watch
-    from adaptive_reasoning.options import parse_args
-    from adaptive_reasoning.run import Run
+    from adaptive_reasoning.run.options import parse_args
+    from adaptive_reasoning.run.run import Run
 
     told = []
     monkeypatch.setattr(Watch, "stop", lambda self, error=None: told.append(error))

@@ -16,16 +16,17 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from adaptive_reasoning import ada_grpo, adaptthink, degrpo, grpo, thinker
-from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.options import parse_args, parse_schedule, read_yaml
-from adaptive_reasoning.pass_rate import read_authors_table
-from adaptive_reasoning.record import read_config
-from adaptive_reasoning.report.files import load_json, read_jsonl, truncate_jsonl
-from adaptive_reasoning.tasks import chain, control_slot, math
+from adaptive_reasoning import ada_grpo, adaptthink, degrpo, formats, grpo, thinker
+from adaptive_reasoning.benchmark.lenient import NUMBER, lenient_answer, lenient_same
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.core.files import load_json, read_jsonl, truncate_jsonl
+from adaptive_reasoning.formats import control_slot
+from adaptive_reasoning.run.bank import read_authors_table
+from adaptive_reasoning.run.journal import read_config
+from adaptive_reasoning.run.options import parse_args, parse_schedule, read_yaml
+from adaptive_reasoning.tasks import math
 from adaptive_reasoning.tasks.answers import MAX_ANSWER, boxed_answer, presentation_free, same_answer, written_number
 from adaptive_reasoning.tasks.chain import parse_mix
-from adaptive_reasoning.tasks.lenient import NUMBER, lenient_answer, lenient_same
 
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -311,6 +312,6 @@ def test_a_control_slot_is_renamed_whole_or_refused(slot, new):
 @functools.cache
 def slot_tokenizer():
     """The laboratory's tokenizer with one more special token that nothing uses."""
-    tokenizer = chain.tokenizer("adaptthink")
+    tokenizer = formats.tokenizer("think")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|spare|>"]})
     return tokenizer

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive_reasoning import grpo
-from adaptive_reasoning.episode import Episode
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning import formats, grpo
+from adaptive_reasoning.core.episode import Episode
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.formats import arm
 from adaptive_reasoning.grpo import Args, advantages, extract_answer, format_of, loss, metric_rows, metrics, passes_gate
 from adaptive_reasoning.learner.packing import Counts
-from adaptive_reasoning.options import parse_args
+from adaptive_reasoning.run.options import parse_args
 from adaptive_reasoning.tasks import chain, prompts
-from adaptive_reasoning.tasks.formats import arm
-from adaptive_reasoning.tasks.question import Question
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -249,7 +249,7 @@ def test_empty_rationales(response, empty):
 
 def test_a_response_is_classified_by_its_first_tokens():
     """A later turn inside the response does not change its format, as it does in the official code."""
-    tokenizer = chain.tokenizer("arm")
+    tokenizer = formats.tokenizer("arm")
     control = grpo.control_tokens(tokenizer, Args())
     for mode, tag in grpo.TAGS.items():
         text = f"<{tag}>\n7\nAssistant:<COT>\n1"
@@ -259,7 +259,7 @@ def test_a_response_is_classified_by_its_first_tokens():
 
 def test_a_forced_tag_keeps_its_newline():
     """The very tokens with which a response of the cold start begins: the tag, and the newline behind it."""
-    tokenizer = chain.tokenizer("arm")
+    tokenizer = formats.tokenizer("arm")
     control = grpo.control_tokens(tokenizer, Args())
     for mode, tag in grpo.TAGS.items():
         ids = [i for i, q in control.opening(mode)]
@@ -270,7 +270,7 @@ def test_a_forced_tag_keeps_its_newline():
 
 @pytest.mark.parametrize("end", ["Assistant: ", "Assistant:\n", "Assistant:<think>\n", "<|im_start|>assistant\n"])
 def test_a_prompt_that_does_not_end_right_behind_the_mark_is_refused(end):
-    tokenizer = chain.tokenizer("arm")
+    tokenizer = formats.tokenizer("arm")
     tokenizer.chat_template = tokenizer.chat_template.replace("%}Assistant:{% endif", f"%}}{end}{{% endif")
     with pytest.raises(UserError, match=r"must end right at the assistant's mark.*--chat_template arm"):
         grpo.control_tokens(tokenizer, Args())
@@ -331,7 +331,7 @@ def test_options_that_make_no_sense(option, message):
 
 
 def test_chain_responses_pass_the_gate_and_survive_the_tokenizer():
-    tokenizer, rng = chain.tokenizer("arm"), np.random.default_rng(0)
+    tokenizer, rng = formats.tokenizer("arm"), np.random.default_rng(0)
     control = grpo.control_tokens(tokenizer, Args())
     for i in range(60):
         question = chain.make_question(rng, i % 6 + 1, "x")

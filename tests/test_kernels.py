@@ -18,7 +18,7 @@ from conftest import make_model
 from kernel_checks import CHECKS, Kernels
 
 from adaptive_reasoning import adaptthink, grpo, kernels
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.rollout import Decoder
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_reasoning.report.files import read_jsonl
+from adaptive_reasoning.core.files import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 SMALL = (

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.report import laboratory
 from adaptive_reasoning.report.laboratory import fact_rows, load_laboratory, seeds_of, write_laboratory
 from adaptive_reasoning.report.seeds import over_steps

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from adaptive_reasoning.learner.offload import OffloadedAdamW
 from distributed_worker import (
     accumulate,
     gradients,
@@ -20,11 +21,10 @@ from distributed_worker import (
 )
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.learner.checkpoint import load_checkpoint, newest_checkpoint, prune, save_checkpoint
 from adaptive_reasoning.learner.learner import Learner, NonFiniteError
 from adaptive_reasoning.learner.model import boundaries, load_model
-from adaptive_reasoning.learner.offload import OffloadedAdamW
 from adaptive_reasoning.learner.packing import pack
 from adaptive_reasoning.learner.runtime import make_accelerator
 

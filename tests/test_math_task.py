@@ -6,9 +6,9 @@ import types
 
 import pytest
 
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.tasks.math import BENCHMARKS, load_questions, read_rows
-from adaptive_reasoning.tasks.question import Question
 
 
 @pytest.fixture(autouse=True)

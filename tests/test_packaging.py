@@ -260,9 +260,9 @@ def test_every_run_has_its_file(make):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda p: p.stem)
 def test_run_files_hold_options_only(path):
-    from adaptive_reasoning.options import read_yaml
+    from adaptive_reasoning.run.options import read_yaml
 
-    starts = {"cold_start": "sft", "sft": "sft", "warmup": "sft", "eval": "evaluate"}
+    starts = {"cold_start": "sft", "sft": "sft", "warmup": "sft", "eval": "benchmark"}
     module = next((m for start, m in starts.items() if path.stem.startswith(start)), "")
     if not module:  # <algorithm>_<size>, toy_<algorithm>, ...
         names = ("ada_grpo", "degrpo", "grpo", "thinker", "adaptthink", "quickstart")
@@ -302,8 +302,8 @@ def test_launch_on_cpu_processes(tmp_path, machines):
     script.write_text(
         "from pathlib import Path\n"
         "from adaptive_reasoning.learner.runtime import is_zero3, make_accelerator\n"
-        "from adaptive_reasoning.options import RunArgs\n"
-        "from adaptive_reasoning.preflight import shapes_of\n"
+        "from adaptive_reasoning.run.options import RunArgs\n"
+        "from adaptive_reasoning.run.preflight import shapes_of\n"
         "from transformers import Qwen2Config\n"
         "accelerator = make_accelerator(RunArgs(dtype='fp32'))\n"
         "sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1)\n"

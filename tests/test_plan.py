@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2Config
 
-from adaptive_reasoning import ada_grpo, adaptthink, degrpo, evaluate, sft, thinker
-from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.options import parse_args
+from adaptive_reasoning import ada_grpo, adaptthink, degrpo, sft, thinker
+from adaptive_reasoning.benchmark import __main__ as evaluate
+from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.plan import scaling
 from adaptive_reasoning.plan.command import parse_plan, plan_run, print_plan
 from adaptive_reasoning.plan.fit import fits, mends, needed, plan_memory
@@ -28,6 +28,7 @@ from adaptive_reasoning.plan.hours import (
 from adaptive_reasoning.plan.machine import GPUS, Machine, find_machine
 from adaptive_reasoning.plan.memory import GIB, Where, fixed_items, phase_bytes, trained_parameters
 from adaptive_reasoning.plan.shapes import ARCHITECTURES, MADE_FROM, Shapes, built_in, find_config, shapes_of
+from adaptive_reasoning.run.options import parse_args
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"

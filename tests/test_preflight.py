@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from adaptive_reasoning.learner.offload import OffloadedAdamW
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.learner.offload import OffloadedAdamW
-from adaptive_reasoning.options import RunArgs
+from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.plan.fit import Mend, fits, mends, needed, plan_memory
 from adaptive_reasoning.plan.hours import checkpoint_bytes
 from adaptive_reasoning.plan.memory import (
@@ -24,7 +23,8 @@ from adaptive_reasoning.plan.memory import (
     trained_parameters,
 )
 from adaptive_reasoning.plan.shapes import shapes_of
-from adaptive_reasoning.preflight import checkpoints_ahead, preflight
+from adaptive_reasoning.run.options import RunArgs
+from adaptive_reasoning.run.preflight import checkpoints_ahead, preflight
 
 # 28 layers of  q, o 2 x 1536 x 1536 + 1536 | k, v 2 x (1536 x 256 + 256) | MLP 3 x 1536 x 8960 | two norms 2 x 1536
 # = 46,797,824, two embeddings of 151,936 x 1536, one norm.

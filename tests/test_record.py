@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from adaptive_reasoning import record
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.run import journal as record
 
 HOLDER = """
 import fcntl, sys, time

@@ -12,8 +12,9 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.report import console, files, glossary, seeds, svg
+from adaptive_reasoning.core import files
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.report import console, glossary, seeds, svg
 from adaptive_reasoning.report.__main__ import main
 from adaptive_reasoning.report.alarms import Alarms
 from adaptive_reasoning.report.page import render, write_report

@@ -8,7 +8,7 @@ import pytest
 from small_model import make_folder
 from test_end_to_end import make
 
-from adaptive_reasoning.report.files import read_jsonl
+from adaptive_reasoning.core.files import read_jsonl
 
 SMALL = (
     "--max_steps 2 --prompts_per_step 4 --num_generations 4 --max_new_tokens 24 --eval_limit 4 --eval_every 0 "

@@ -7,21 +7,22 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from adaptive_reasoning import formats
 from adaptive_reasoning.adaptthink import Args, extract_answer
-from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.evaluate import summarise
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.formats import adaptthink as adaptthink_format
 from adaptive_reasoning.learner.model import load_tokenizer
-from adaptive_reasoning.options import RunArgs, field_docs, parse_args
+from adaptive_reasoning.run.evaluation import summarise
+from adaptive_reasoning.run.options import RunArgs, field_docs, parse_args
 from adaptive_reasoning.sft import episodes_of, rate
 from adaptive_reasoning.tasks import chain, prompts
-from adaptive_reasoning.tasks.formats import adaptthink as adaptthink_format
-from adaptive_reasoning.tasks.question import Question
 from adaptive_reasoning.tasks.task import ExactGrader, Task, load_task
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return chain.tokenizer()
+    return formats.tokenizer("think")
 
 
 # --- chains

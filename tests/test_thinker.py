@@ -15,26 +15,26 @@ import torch
 from small_model import make_folder, make_tokenizer
 from test_end_to_end import ROOT, comparable, run_module
 
-from adaptive_reasoning import thinker
-from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.evaluate import evaluate
+from adaptive_reasoning import formats, thinker
+from adaptive_reasoning.benchmark.papers import THINKER
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.core.files import read_jsonl
+from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.formats import dialogue as chain_format
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.learner.ppo import gae, normalise, policy_loss, value_loss
 from adaptive_reasoning.report import glossary
-from adaptive_reasoning.report.files import read_jsonl
-from adaptive_reasoning.report.papers import THINKER
-from adaptive_reasoning.report.stages import stage_rows, stage_table, verification
 from adaptive_reasoning.rollout import Completion, Decoder, Engine, Sampling
 from adaptive_reasoning.rollout.dialogue import CHATML, Dialogue, Turn, converse, turn_marks
+from adaptive_reasoning.run.evaluation import evaluate
+from adaptive_reasoning.run.stages import stage_rows, stage_table, verification
 from adaptive_reasoning.sft import episodes_of
 from adaptive_reasoning.tasks import chain
-from adaptive_reasoning.tasks.formats import thinker as chain_format
-from adaptive_reasoning.tasks.question import Question
 from adaptive_reasoning.tasks.task import Benchmark, ExactGrader
 from adaptive_reasoning.thinker import Args, control_tokens, extract_answer, final, reward
 
 GOLDEN = Path(__file__).parent / "golden"
-TOKENIZER = chain.tokenizer("thinker")
+TOKENIZER = formats.tokenizer("dialogue")
 
 
 def one_process(values):

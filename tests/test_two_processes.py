@@ -12,7 +12,8 @@ from algorithms_worker import RUNS
 from small_model import make_folder
 from transformers import AutoModelForCausalLM
 
-from adaptive_reasoning.report.files import load_json, read_jsonl
+from adaptive_reasoning import formats
+from adaptive_reasoning.core.files import load_json, read_jsonl
 from adaptive_reasoning.tasks import chain
 
 ROOT = Path(__file__).parent.parent
@@ -111,7 +112,7 @@ def test_the_other_algorithms_train_on_two_processes_as_on_one(tmp_path):
     With an entropy bonus a process whose micro-batch was empty left it out of the backward pass, and DeepSpeed stopped
     the run: the ranks disagreed on the modules that they had passed.
     """
-    tokenizer = chain.tokenizer("thinkless")  # has learned nothing: its entropy and distance from the start are enough
+    tokenizer = formats.tokenizer("thinkless")  # has learned nothing: that is enough
     chain.tiny_model(tokenizer, hidden=32, layers=2).save_pretrained(tmp_path / "model-thinkless")
     tokenizer.save_pretrained(tmp_path / "model-thinkless")
     for form in ("arm", "thinker"):  # give a right answer now and then
@@ -144,6 +145,6 @@ def test_evaluation_on_two_processes_is_that_on_one(tmp_path):
     found = []
     for launcher in LAUNCHERS:
         more = ["--model", model, "--eval_data", data, "--output_dir", tmp_path / launcher]
-        assert "evaluation.json" in go(launcher, "-m", "adaptive_reasoning.evaluate", *options.split(), *more)
+        assert "evaluation.json" in go(launcher, "-m", "adaptive_reasoning.benchmark", *options.split(), *more)
         found.append(load_json(tmp_path / launcher / "evaluation.json"))
     assert found[0] == found[1] and len(found[0]) == 2

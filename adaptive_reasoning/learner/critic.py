@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
-from adaptive_reasoning.episode import Episode
+from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import boundaries, load_model
 

@@ -18,13 +18,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from adaptive_reasoning.episode import Episode
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.episode import Episode
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.core.files import write_json_atomic
 from adaptive_reasoning.learner.model import Policy
-from adaptive_reasoning.learner.offload import OffloadedAdamW
 from adaptive_reasoning.learner.packing import Counts, MicroBatch, Minibatch, fill, group_chunks, pack
 from adaptive_reasoning.learner.runtime import all_gather, all_reduce, is_zero3, on_main
-from adaptive_reasoning.report.files import write_json_atomic
 
 ADAM_EPS = 1e-8
 SUSPECTS = 64  # samples of each process that are written down where any may be the cause
@@ -68,11 +67,6 @@ class Learner:
         self.args = args
         self.accelerator = accelerator
         self.zero3 = is_zero3(accelerator)
-        if self.zero3 and args.offload_optimizer:
-            raise UserError(
-                "--offload_optimizer is for a process without ZeRO-3. With it the launch file decides: set "
-                "offload_optimizer_device: cpu there."
-            )
         self.model = model
         self.steps = 0  # optimiser steps taken
         self.optimizer = None
@@ -133,8 +127,7 @@ class Learner:
             self.optimizer = engine.optimizer
             return engine
         engine = accelerator.prepare_model(self.policy)
-        kind = OffloadedAdamW if args.offload_optimizer else torch.optim.AdamW
-        self.optimizer = kind(parameters, fused=accelerator.device.type == "cuda", **options)
+        self.optimizer = torch.optim.AdamW(parameters, fused=accelerator.device.type == "cuda", **options)
         return engine
 
     def _zero3_engine(self, optimizer):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from adaptive_reasoning.episode import Episode
+from adaptive_reasoning.core.episode import Episode
 
 
 @dataclass(frozen=True)

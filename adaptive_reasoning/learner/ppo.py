@@ -7,7 +7,6 @@ sequence enters: verl's critic lets the value after EOS into the last delta, whi
 
 import torch
 
-from adaptive_reasoning.learner.fused import fused_loss
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 
 
@@ -53,9 +52,6 @@ def policy_loss(logprobs, entropy, advantages, mb: MicroBatch, counts: Counts, a
 
     Shapes: logprobs, entropy, advantages [N]; `counts` are those of the whole step over all processes.
     """
-    if args.fused:  # what follows, in one launch
-        value, stats = fused_loss(logprobs, advantages, torch.full_like(advantages, 1 / counts.tokens), mb, args)
-        return value, stats | {"loss/entropy": entropy.sum().detach() / counts.tokens}
     log_ratio = logprobs - mb.old_logprobs
     ratio = log_ratio.exp()
     free = -advantages * ratio

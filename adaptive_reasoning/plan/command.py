@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 from transformers import HfArgumentParser
 
-from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.options import documented, field_docs, parse_args
+from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.plan.fit import plan_memory
 from adaptive_reasoning.plan.hours import Assumptions, Hours, plan_hours
 from adaptive_reasoning.plan.machine import Machine, find_machine
 from adaptive_reasoning.plan.memory import LIBRARIES, MemoryPlan, Where
 from adaptive_reasoning.plan.shapes import Shapes, find_config, shapes_of
 from adaptive_reasoning.plan.table import assumption_lines, hours_lines, memory_lines
+from adaptive_reasoning.run.options import documented, field_docs, parse_args
 
 CPU_ARENA = 4 << 30  # what a run on the CPU sets aside for keys and values
 MAY_BE_ZERO = ("mean_response_tokens", "length_spread", "decode_overhead_ms", "questions", "eval_responses")

@@ -3,7 +3,7 @@
 from copy import copy
 from dataclasses import dataclass, replace
 
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.plan.memory import (
     COLUMN_STEP,
     GIB,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.errors import UserError
 
 GIB = 2**30
 

@@ -12,13 +12,13 @@ from functools import lru_cache
 from pathlib import Path
 
 from adaptive_reasoning import ada_grpo, adaptthink, grpo
-from adaptive_reasoning.errors import UserError, run_cli
-from adaptive_reasoning.options import field_docs, parse_args
+from adaptive_reasoning.core.errors import UserError, run_cli
 from adaptive_reasoning.plan.command import Plan, plan_run
 from adaptive_reasoning.plan.hours import Assumptions, plan_step
 from adaptive_reasoning.plan.machine import GPUS, Machine
 from adaptive_reasoning.plan.memory import USABLE
 from adaptive_reasoning.plan.shapes import Shapes, find_config, shapes_of
+from adaptive_reasoning.run.options import field_docs, parse_args
 
 GIB = 2**30
 PAGE = Path("docs/scaling.md")

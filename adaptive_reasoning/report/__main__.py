@@ -7,7 +7,7 @@ With several finished runs it also prints a table of mean and spread over the se
 import argparse
 from pathlib import Path
 
-from adaptive_reasoning.errors import run_cli
+from adaptive_reasoning.core.errors import run_cli
 from adaptive_reasoning.report.page import write_report
 from adaptive_reasoning.report.run_folder import load_run
 from adaptive_reasoning.report.seeds import plot, table

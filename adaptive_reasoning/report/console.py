@@ -10,8 +10,7 @@ import os
 import sys
 from collections import deque
 
-from tqdm import tqdm
-
+from adaptive_reasoning.core.errors import say
 from adaptive_reasoning.report import glossary
 from adaptive_reasoning.report.alarms import Alarms, Raised
 from adaptive_reasoning.report.run_folder import difficulty_order
@@ -42,12 +41,6 @@ class Console:
     def evaluation(self, rows: list[dict]) -> None:
         """Print the table of one evaluation: the rows of evaluations.jsonl that share a step."""
         say(evaluation_table(rows))
-
-
-def say(text: str) -> None:
-    """Print above the progress bar, at once: a log file read while the run goes on is never a step behind."""
-    tqdm.write(text)
-    sys.stdout.flush()
 
 
 def step_line(row: dict, max_steps: int, eta_s: float | None = None) -> str:

@@ -2,7 +2,7 @@
 
 import io
 
-from adaptive_reasoning.report.files import write_bytes_atomic
+from adaptive_reasoning.core.files import write_bytes_atomic
 from adaptive_reasoning.report.panels import (
     PALETTE,
     Panel,

@@ -6,7 +6,7 @@
 An algorithm file adds its own with `register({"my_group/name": Metric("...")})` when it is imported.
 """
 
-from adaptive_reasoning.report.metric import Alarm, Metric
+from adaptive_reasoning.core.metric import Alarm, Metric
 from adaptive_reasoning.report.own_metrics import OWN
 
 SHARED = {

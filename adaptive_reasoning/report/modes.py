@@ -9,7 +9,7 @@ runs of a group, smoothed over a few steps; bands reach from the smallest run to
 import argparse
 from pathlib import Path
 
-from adaptive_reasoning.errors import UserError, run_cli
+from adaptive_reasoning.core.errors import UserError, run_cli
 from adaptive_reasoning.report.panels import PALETTE, mode_colours
 from adaptive_reasoning.report.run_folder import Run, load_run
 from adaptive_reasoning.report.seeds import band, over_steps

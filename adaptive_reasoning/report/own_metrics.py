@@ -1,6 +1,6 @@
 """The lines of the glossary that belong to single algorithms: their modes, stages and losses."""
 
-from adaptive_reasoning.report.metric import Alarm, Metric
+from adaptive_reasoning.core.metric import Alarm, Metric
 
 ADAPTTHINK = {
     "adapt_think/forced_nothinking_share": Metric(

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from adaptive_reasoning.core.files import write_text_atomic
 from adaptive_reasoning.report import glossary
 from adaptive_reasoning.report.alarms import Alarms
 from adaptive_reasoning.report.console import duration
 from adaptive_reasoning.report.curves import write_curves
-from adaptive_reasoning.report.files import write_text_atomic
 from adaptive_reasoning.report.panels import (
     PALETTE,
     Panel,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.report.files import read_jsonl
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.core.files import read_jsonl
 
 ADAPTIVE = "adaptive"  # the setting in which nothing is forced
 DEAR = ("thinking", "think", "long_cot", "slow")  # modes that think, whatever the algorithm calls them

@@ -10,21 +10,20 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.tasks import formats
-from adaptive_reasoning.tasks.question import Question
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.core.question import Question
 
 SPLIT = (  # how Qwen2 cuts text before byte-pair encoding: letters together, digits one by one, a space with its word
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
-def tokenizer(name: str = "adaptthink") -> PreTrainedTokenizerFast:
-    """Return the tokenizer of the laboratory: byte-pair encoding as in Qwen2, trained on chains in one method's format.
+def tokenizer(form) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of the laboratory: byte-pair encoding as in Qwen2, trained on chains in one format
+    (a module of `formats`).
 
     It is built the way `transformers` builds every Qwen2 tokenizer, so AutoTokenizer opens the folder alike.
     """
-    form = formats.load(name)
     pieces = Tokenizer(models.BPE())
     pieces.normalizer = normalizers.NFC()
     pieces.pre_tokenizer = pre_tokenizers.Sequence(

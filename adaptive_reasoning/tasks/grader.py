@@ -35,7 +35,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.errors import UserError
 
 START_SECONDS = 120.0  # a worker that is not ready by then never will be
 MAX_START_FAILURES = 3  # in a row

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.tasks.answers import boxed_answer
-from adaptive_reasoning.tasks.question import Question
 
 DATA_FOLDER = "ADAPTIVE_REASONING_DATA"
 """Environment variable: a folder whose <name>_test.jsonl files stand in for the benchmarks of the hub."""

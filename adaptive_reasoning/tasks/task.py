@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.tasks import chain, prompts
 from adaptive_reasoning.tasks.grader import Grade, GraderPool
-from adaptive_reasoning.tasks.question import Question
 
 
 @dataclass

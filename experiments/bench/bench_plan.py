@@ -112,14 +112,14 @@ def phase_peak() -> int:
 def steps_of(size: Size, steps: int, peaks: dict[str, int], seconds: dict[str, float]) -> None:
     """Load the model, take real steps and save; note the peak of every phase and the seconds of the last step."""
     from adaptive_reasoning.adaptthink import Control, advantage, loss, plan_rollouts
-    from adaptive_reasoning.episode import Episode
+    from adaptive_reasoning.core.episode import Episode
+    from adaptive_reasoning.core.question import Question
     from adaptive_reasoning.learner.checkpoint import save_checkpoint
     from adaptive_reasoning.learner.learner import Learner
     from adaptive_reasoning.learner.model import load_config, load_model
     from adaptive_reasoning.learner.runtime import make_accelerator
     from adaptive_reasoning.rollout import Decoder, Engine, Sampling
     from adaptive_reasoning.rollout.engine import CPU_CACHE_BYTES
-    from adaptive_reasoning.tasks.question import Question
 
     def ended(phase: str) -> None:
         peaks[phase] = max(peaks.get(phase, 0), phase_peak())

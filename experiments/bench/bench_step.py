@@ -63,11 +63,11 @@ def reward(response: list[int]) -> float:
 def ours(pipe, plan: Plan) -> None:
     """Take one step for every message, with the parts that the algorithm files are made of."""
     from adaptive_reasoning.adaptthink import Args, Control, loss, plan_rollouts
-    from adaptive_reasoning.episode import Episode
+    from adaptive_reasoning.core.episode import Episode
+    from adaptive_reasoning.core.question import Question
     from adaptive_reasoning.learner.learner import Learner
     from adaptive_reasoning.learner.runtime import make_accelerator
     from adaptive_reasoning.rollout import Decoder, Engine, Sampling
-    from adaptive_reasoning.tasks.question import Question
 
     torch.set_num_threads(plan.threads)
     args = Args(

@@ -36,10 +36,10 @@ from gpu_harness import (
 import torch
 
 from adaptive_reasoning.adaptthink import Args, Control, advantage, loss, plan_rollouts
-from adaptive_reasoning.episode import Episode
+from adaptive_reasoning.core.episode import Episode
+from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.rollout import Decoder, Engine, Sampling
 from adaptive_reasoning.tasks.grader import GraderPool
-from adaptive_reasoning.tasks.question import Question
 
 PHASES = ("rollout", "grade_wait", "update", "refresh")
 

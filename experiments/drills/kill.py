@@ -5,7 +5,7 @@
     python experiments/drills/kill.py --algorithm grpo --config experiments/toy_grpo.yaml \\
         --model runs/cold-start-arm/model
     python experiments/drills/kill.py --algorithm sft --config experiments/cold_start_adaptthink.yaml
-    python experiments/drills/kill.py --algorithm evaluate --steps 3          # three settings, each finished once
+    python experiments/drills/kill.py --algorithm benchmark --steps 3          # three settings, each finished once
 
 Kills fall at random moments, while a process still loads, trains, or writes a checkpoint. The final weights,
 metrics, samples, evaluations and summary have to be equal (times apart), and no checkpoint may ever be half-written.
@@ -43,11 +43,11 @@ def command_of(args, folder: Path) -> tuple[list[str], dict[str, str]]:
         start = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
         start += ["--config_file", "experiments/launch/zero3_cpu.yaml", "--num_processes", str(args.processes), "-m"]
     options = [f"adaptive_reasoning.{args.algorithm}", "--output_dir", str(folder)]
-    if args.algorithm == "evaluate":  # of what the training of the laboratory evaluates
+    if args.algorithm == "benchmark":  # of what the training of the laboratory evaluates
         options += ["--model", args.model, "--task", "chain", "--max_new_tokens", "128", "--dtype", "fp32"]
     else:
         options += ["--config", args.config, "--max_steps", str(args.steps), "--save_every", "1"]
-    if args.algorithm not in ("evaluate", "sft"):
+    if args.algorithm not in ("benchmark", "sft"):
         options += ["--model", args.model, "--eval_every", "20"]
     if args.algorithm == "adaptthink":
         options += ["--ref_cache", str(folder.parent / f"reference-{folder.name}")]

@@ -6,9 +6,9 @@ checks itself once more before it answers.
 
 import numpy as np
 
+from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.formats import Row
 from adaptive_reasoning.tasks import chain
-from adaptive_reasoning.tasks.formats import Row
-from adaptive_reasoning.tasks.question import Question
 
 TEMPLATE = (
     "<|begin|>{% for message in messages %}{% if message['role'] == 'user' %}<|User|>{{ message['content'] }}"

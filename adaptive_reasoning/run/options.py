@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.errors import UserError
 
 
 @dataclass
@@ -95,10 +95,6 @@ class RunArgs:
     """Compute type of learner and rollout: "bf16" or "fp32". Master weights are fp32 either way."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass to save memory."""
-    offload_optimizer: bool = False
-    """Keep AdamW's state and take its step in CPU memory: 8 bytes a parameter less on the GPU. Not with ZeRO-3."""
-    fused: bool = False
-    """Advantages of all groups in one kernel launch, the policy loss and its gradient in another: the same numbers."""
 
     # --- grading, logging
     grader_workers: int = 8

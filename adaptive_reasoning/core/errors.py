@@ -6,6 +6,8 @@ import signal
 import sys
 import threading
 
+from tqdm import tqdm
+
 INTERRUPTED = 130  # what a shell calls the end by Ctrl-C
 
 
@@ -47,3 +49,9 @@ def run_cli(main) -> None:
 def _interrupt(number, frame) -> None:
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
     raise KeyboardInterrupt
+
+
+def say(text: str) -> None:
+    """Print above the progress bar, at once: a log file read while the run goes on is never a step behind."""
+    tqdm.write(text)
+    sys.stdout.flush()

@@ -14,9 +14,10 @@ import importlib
 from dataclasses import dataclass
 from types import ModuleType
 
-from adaptive_reasoning.tasks.question import Question
+from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.tasks import chain
 
-NAMES = ("adaptthink", "arm", "thinkless", "thinker")
+NAMES = ("think", "arm", "thinkless", "dialogue")
 
 
 @dataclass
@@ -38,4 +39,9 @@ class Row:
 def load(name: str) -> ModuleType:
     """Return the module of a format."""
     assert name in NAMES, f"there is no format {name!r}"
-    return importlib.import_module(f"adaptive_reasoning.tasks.formats.{name}")
+    return importlib.import_module(f"adaptive_reasoning.formats.{name}")
+
+
+def tokenizer(name: str):
+    """Return the laboratory's tokenizer of a format."""
+    return chain.tokenizer(load(name))

@@ -1,6 +1,6 @@
 """The papers' published rows, and tables that show them beside ours."""
 
-from adaptive_reasoning.report.arm import ARM, arm_table
+from adaptive_reasoning.benchmark.arm import ARM, arm_table
 from adaptive_reasoning.report.console import aligned
 
 # Published rows (accuracy in %, mean tokens, share of NoThinking in %): AdaptThink, Table 1, arXiv 2505.13417.

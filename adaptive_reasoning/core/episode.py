@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adaptive_reasoning.tasks.question import Question
+from adaptive_reasoning.core.question import Question
 
 
 @dataclass(eq=False)

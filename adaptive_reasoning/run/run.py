@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from adaptive_reasoning import record
-from adaptive_reasoning.deal import deal, expected_tokens
-from adaptive_reasoning.episode import Episode, sample_row
-from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.evaluate import Protocol, evaluate
+from adaptive_reasoning.core.episode import Episode, sample_row
+from adaptive_reasoning.core.errors import UserError, say
+from adaptive_reasoning.core.files import append_jsonl, load_json, read_jsonl, truncate_jsonl, write_json_atomic
+from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.learner.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -45,16 +44,17 @@ from adaptive_reasoning.learner.runtime import (
     on_main,
 )
 from adaptive_reasoning.learner.watch import Watch
-from adaptive_reasoning.preflight import preflight
 from adaptive_reasoning.report import glossary
-from adaptive_reasoning.report.console import Console, say
-from adaptive_reasoning.report.files import append_jsonl, load_json, read_jsonl, truncate_jsonl, write_json_atomic
+from adaptive_reasoning.report.console import Console
 from adaptive_reasoning.report.page import write_page, write_report
 from adaptive_reasoning.rollout import Completion, Decoder, Engine, Request, Sampling
 from adaptive_reasoning.rollout.dialogue import Dialogue, converse
 from adaptive_reasoning.rollout.engine import CPU_CACHE_BYTES
+from adaptive_reasoning.run import journal as record
+from adaptive_reasoning.run.balance import deal, expected_tokens
+from adaptive_reasoning.run.evaluation import Protocol, evaluate
+from adaptive_reasoning.run.preflight import preflight
 from adaptive_reasoning.tasks import prompts
-from adaptive_reasoning.tasks.question import Question
 from adaptive_reasoning.tasks.task import load_task
 
 

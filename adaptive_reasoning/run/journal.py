@@ -11,11 +11,10 @@ from typing import IO
 
 import yaml
 
-from adaptive_reasoning.episode import pick
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.episode import pick
+from adaptive_reasoning.core.errors import UserError, say
+from adaptive_reasoning.core.files import write_text_atomic
 from adaptive_reasoning.learner.checkpoint import newest_checkpoint
-from adaptive_reasoning.report.console import say
-from adaptive_reasoning.report.files import write_text_atomic
 
 # Options that a continued run may have other values of: how long it is, what it writes down, and what fits the machine.
 # All others decide what is sampled or learnt, and a run has one value of each. `eval_every` decides neither, as the
@@ -23,7 +22,7 @@ from adaptive_reasoning.report.files import write_text_atomic
 MAY_CHANGE = {
     "max_steps", "save_every", "keep_checkpoints", "grader_workers", "grader_timeout", "samples_per_step", "report_to",
     "max_ungraded", "tokens_per_micro_batch", "rollout_rows", "gradient_checkpointing", "output_dir", "patience",
-    "offload_optimizer", "eval_every", "ref_cache",
+    "eval_every", "ref_cache",
 }  # fmt: skip
 
 LOCK = ".lock"

@@ -11,11 +11,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.core.files import append_jsonl, read_jsonl
+from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.learner.runtime import all_gather
-from adaptive_reasoning.report.files import append_jsonl, read_jsonl
 from adaptive_reasoning.rollout import Request, Sampling
-from adaptive_reasoning.tasks.question import Question
 
 QUESTIONS_PER_ROUND = 256  # on each process; what a kill can cost
 

@@ -10,9 +10,9 @@ The layout is that of the paper's responses: a tag opens the rationale, and the 
 
 import numpy as np
 
+from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.formats import Row
 from adaptive_reasoning.tasks import chain
-from adaptive_reasoning.tasks.formats import Row
-from adaptive_reasoning.tasks.question import Question
 
 # LLaMA-Factory's template "default", which ARM is trained with: EOS and a newline follow a finished answer.
 TEMPLATE = (

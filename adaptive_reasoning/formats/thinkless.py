@@ -7,9 +7,9 @@ tokenizer's reserved tokens, renamed as for the real model.
 
 import numpy as np
 
-from adaptive_reasoning.tasks import chain, control_slot
-from adaptive_reasoning.tasks.formats import Row
-from adaptive_reasoning.tasks.question import Question
+from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.formats import Row, control_slot
+from adaptive_reasoning.tasks import chain
 
 TEMPLATE = (
     "<|begin|>{% for message in messages %}{% if message['role'] == 'user' %}<|User|>{{ message['content'] }}"

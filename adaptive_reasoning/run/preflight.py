@@ -7,7 +7,7 @@ is that of `plan/`; `--preflight` prints it for any other machine, and the hours
 from copy import copy
 from dataclasses import dataclass
 
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.plan.fit import gib, plan_memory
 from adaptive_reasoning.plan.hours import checkpoint_bytes
 from adaptive_reasoning.plan.memory import LIBRARIES, Where

@@ -16,9 +16,9 @@ digits, which it would have to learn (experiments/LOG.md).
 
 import numpy as np
 
+from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.formats import Row
 from adaptive_reasoning.tasks import chain
-from adaptive_reasoning.tasks.formats import Row
-from adaptive_reasoning.tasks.question import Question
 
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
 TEMPLATE = (
