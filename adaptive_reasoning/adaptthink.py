@@ -36,7 +36,9 @@ Where paper and official code disagree (default first; every switch is an option
    from lengths.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -44,14 +46,15 @@ import torch
 
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import UserError, run_cli
+from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, Sampling, request_seed
-from adaptive_reasoning.run.bank import pass_rates, read_authors_table
+from adaptive_reasoning.run.bank import Bank
 from adaptive_reasoning.run.evaluation import Protocol
 from adaptive_reasoning.run.options import RunArgs, parse_args
 from adaptive_reasoning.run.run import Run
 from adaptive_reasoning.tasks import prompts
-from adaptive_reasoning.tasks.answers import boxed_answer
+from adaptive_reasoning.tasks.answers import boxed_answer, same_answer
 
 REFERENCE_STREAM = 104_729  # keeps the random numbers of the reference samples apart from those of training
 
@@ -112,6 +115,9 @@ class Args(RunArgs):
 # ------------------------------------------------------------------------------------------ control tokens and prompts
 
 
+METRICS = {}
+
+
 @dataclass
 class Control:
     """The tokens that decide the mode."""
@@ -119,6 +125,7 @@ class Control:
     eot: int  # `</think>`
     word: list[int]  # w_start; its first token is the choice, the others (if any) follow from it
     ends_in: str = ""  # how the prompt ends
+    first_word: str = ""
 
     def forced(self, mode: str, share: float = 0.5) -> tuple[tuple[int, float], ...]:
         """Return the first tokens of a mode with their behaviour probabilities (Eq. 8); `share` is NoThinking's."""
@@ -130,12 +137,17 @@ class Control:
         """Return the mode of a response from its first token."""
         return "nothinking" if response_ids[0] == self.eot else "thinking"
 
-    def findings(self, args) -> dict[str, str]:
+    check = staticmethod(same_answer)
+
+    def extract_answer(self, response: str) -> str | None:
+        return extract_answer(response)
+
+    def findings(self) -> dict[str, str]:
         """Return the lines of the preflight table about the control tokens."""
-        word = f"{args.first_word!r}, token {self.word[0]}" + f" and {len(self.word) - 1} more" * (len(self.word) > 1)
+        word = f"{self.first_word!r}, token {self.word[0]}" + f" and {len(self.word) - 1} more" * (len(self.word) > 1)
         return {"template": f"ends in {self.ends_in!r}", "</think>": f"token {self.eot}", "w_start": word}
 
-    def protocol(self) -> Protocol:
+    def eval_spec(self) -> Protocol:
         """Return how evaluation forces and tells modes apart."""
         settings = {
             "adaptive": (),
@@ -151,7 +163,7 @@ def control_tokens(tokenizer, args) -> Control:
     word = tokenizer.encode(args.first_word, add_special_tokens=False)
     if not word:
         raise UserError(f"--first_word {args.first_word!r} has no token.")
-    return Control(prompts.control_token(tokenizer, "</think>"), word, ends_in)
+    return Control(prompts.control_token(tokenizer, "</think>"), word, ends_in, args.first_word)
 
 
 # --------------------------------------------------------------------------------------------------------- the method
@@ -185,7 +197,7 @@ def extract_answer(response: str) -> str | None:
 
 def reward(e: Episode) -> float:
     """Return R(x, y): 1 for a well-formed right answer, else 0."""
-    return float(e.info["correct"])
+    return float(e.correct)
 
 
 def advantage(e: Episode, baseline: float, args) -> float:
@@ -238,13 +250,20 @@ def loss(logprobs: torch.Tensor, mb: MicroBatch, counts: Counts, args) -> tuple[
     return value, stats
 
 
+def note_first_token(mb: MicroBatch, logprobs: torch.Tensor) -> None:
+    """Keep log pi(y_1 | x) before the update of each episode, for `metrics`. Shapes: logprobs [N]."""
+    first = mb.position == 0
+    for row, value in zip(mb.sequence[first].tolist(), logprobs.detach()[first].tolist()):
+        mb.episodes[row].info["first_logprob"] = value
+
+
 def metric_rows(episodes: list[Episode], base: dict[int, float]) -> list[dict]:
     """Return what `metrics` needs of each episode, as plain numbers that can travel between processes."""
     rows = []
     for e in episodes:
-        row = {"mode": e.mode, "reward": e.reward, "accuracy": float(e.info["correct"]), "tokens": e.num_tokens}
+        row = {"mode": e.mode, "reward": e.reward, "accuracy": float(e.correct), "tokens": e.num_tokens}
         row |= {"advantage": e.advantage, "ref_accuracy": base[e.group]}
-        if "first_logprob" in e.info:  # log pi(y_1 | x) before the update; absent where the episode taught nothing
+        if "first_logprob" in e.info:  # absent where the episode taught nothing
             first = e.info["first_logprob"]
             ratio = float(np.exp(first - e.behaviour_logprobs[0].item()))
             row |= {"eot_logprob": first, "eot_prob": float(np.exp(first)), "ratio": ratio}
@@ -291,31 +310,59 @@ def reference_accuracy(run: Run, args) -> dict[int, float] | None:
         if args.ref_results:
             return read_authors_table(args.ref_results, {i: run.task.questions[i] for i in needed})
         sampling = Sampling(args.temperature, args.ref_top_p)
-        return pass_rates(run, needed, make_requests, sampling, extract_answer, args.ref_cache)
+        return Bank(run, needed, make_requests, sampling, args.ref_cache).pass_rates()
 
-    return run.table("reference.json", needed, measure)
+    return run.journal.keep("reference.json", needed, measure)
+
+
+def read_authors_table(path: str, questions: dict[int, Question]) -> dict[int, float]:
+    """Return {question index: reference accuracy} from the authors' JSON list, looked up by the problem's text.
+
+    Rows are {"problem", "answer", "metrics": {"avg_acc_thinking", ...}}; the first, "__OVERALL__", holds means.
+
+    Raises:
+        UserError: the file cannot be read or has another layout, or a question is not in it.
+    """
+    try:
+        table = {
+            row["problem"].strip(): row["metrics"]["avg_acc_thinking"] for row in json.loads(Path(path).read_text())
+        }
+        if wrong := [v for v in table.values() if not isinstance(v, (int, float)) or not 0 <= v <= 1]:
+            raise TypeError(f"an accuracy of {wrong[0]!r}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--ref_results {path}: cannot be read as JSON: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--ref_results {path}: expected a list of {{problem, answer, metrics: {{avg_acc_thinking}}}}, "
+            f"stumbled over {error}."
+        ) from error
+    missing = [q for q in questions.values() if q.problem.strip() not in table]
+    if missing:
+        raise UserError(
+            f"--ref_results {path}: {len(missing)} of {len(questions)} questions are not in it, the first is "
+            f"{missing[0].id}: {missing[0].problem[:80]!r}. Measure them instead: leave --ref_results empty."
+        )
+    return {i: float(table[q.problem.strip()]) for i, q in questions.items()}
 
 
 def main() -> None:
     args = parse_args(Args)
-    run = Run(args, "adaptthink")
+    run = Run(args, "adaptthink", METRICS)
     control = control_tokens(run.tokenizer, args)
-    protocol = control.protocol()
-    run.preflight(control.findings(args))
-    with run:
+    with run.start(control):
         learner = run.learner
         reference = reference_accuracy(run, args)
-        run.first_token_metrics("adapt_think/first_eot", control.eot)
-        run.evaluate_if_due(protocol)
+        run.log_first_token("adapt_think/first_eot", control.eot)
+        run.evaluate_if_due()
 
         for step in run.steps():
             # --- roll out: half of the samples forced into each mode; grading overlaps decoding
             questions = run.next_questions()
-            episodes = run.rollout(plan_rollouts(questions, control, args, run.stop_ids, step), extract_answer)
+            episodes = run.rollout(plan_rollouts(questions, control, args, run.stop_ids, step))
 
             # --- reward and advantage
             for e in episodes:
-                e.mode, e.reward = control.mode_of(e.response_ids), reward(e)
+                e.reward = reward(e)
             base = baselines(episodes, reference)
             for e in episodes:
                 e.advantage = advantage(e, base[e.group], args)
@@ -335,12 +382,13 @@ def main() -> None:
                     learner.backward(value)
                     losses.append(stats)
                     run.observe(mb, logprobs)
-                updates.append(learner.step())
+                    note_first_token(mb, logprobs)
+                updates.append(learner.step(args.learning_rate))
             run.refresh()
 
             # --- log, evaluate, save
             run.log(episodes, metrics(run.gather(metric_rows(episodes, base)), args), losses, updates, minibatches)
-            run.evaluate_if_due(protocol)
+            run.evaluate_if_due()
             run.save_if_due()
         run.finish()
 

@@ -119,12 +119,17 @@ def extract_answer(response: str, mode_rule: str = "first_token") -> str | None:
     return boxed_answer(response.split("</think>")[-1])
 
 
+METRICS = {}
+
+
 @dataclass
 class Control:
     """How a response says which mode it is in."""
 
     tokens: dict[str, int]  # mode -> its control token
     mode_rule: str = "first_token"
+
+    check = staticmethod(same_answer)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -145,7 +150,7 @@ class Control:
         """Return the lines of the preflight table about the formats."""
         return {"formats": ", ".join(f"<{TAGS[mode]}> token {token}" for mode, token in self.tokens.items())}
 
-    def protocol(self) -> Protocol:
+    def eval_spec(self) -> Protocol:
         """Return how evaluation forces and tells modes apart."""
         forced = {"always_think": self.opening("think"), "never_think": self.opening("short")}
         return Protocol({"adaptive": (), **forced}, self.mode_of, self.extract_answer, self.modes, same_answer)
@@ -161,7 +166,7 @@ def control_tokens(tokenizer, args) -> Control:
 # --------------------------------------------------------------------------------------------------------- the method
 
 
-def plan_rollouts(questions, control: Control, args, stop_ids, step: int) -> list[Request]:
+def plan_rollouts(questions, args, stop_ids, step: int) -> list[Request]:
     """Return the requests of one step: G free samples of every question.
 
     `questions` holds (index in the task, question, prompt ids); the index is the group of the samples.
@@ -179,7 +184,7 @@ def reward(e: Episode, gamma: float, args) -> float:
     mode = e.mode
     if args.mode_rule == "substring":
         mode = "short" if "<short>" in e.text else "think"
-    return {"short": 1.0, "think": 1.0 - gamma}.get(mode, -1.0) if e.info["correct"] else -1.0
+    return {"short": 1.0, "think": 1.0 - gamma}.get(mode, -1.0) if e.correct else -1.0
 
 
 def advantages(group: list[Episode], args) -> list[float]:
@@ -243,7 +248,7 @@ def loss(logprobs, entropy, mb: MicroBatch, counts: Counts, args) -> tuple[torch
 def metric_rows(episodes: list[Episode]) -> list[dict]:
     """Return what `metrics` needs of each episode, as plain numbers that can travel between processes."""
     return [
-        {"group": e.group, "mode": e.mode, "accuracy": float(e.info["correct"]), "tokens": e.num_tokens,
+        {"group": e.group, "mode": e.mode, "accuracy": float(e.correct), "tokens": e.num_tokens,
          "advantage": e.advantage, "first_prob": math.exp(e.behaviour_logprobs[0])}
         for e in episodes
     ]  # fmt: skip
@@ -279,23 +284,20 @@ def metrics(rows: list[dict], modes: tuple[str, ...]) -> dict[str, float | None]
 def main() -> None:
     args = parse_args(Args)
     gammas = parse_schedule("gamma_schedule", args.gamma_schedule or f"0:{args.gamma}", below=1.0)
-    run = Run(args, "degrpo")
+    run = Run(args, "degrpo", METRICS, reference=args.kl_coef > 0)
     control = control_tokens(run.tokenizer, args)
-    protocol = control.protocol()
-    run.preflight(control.findings())
-    with run:
+    with run.start(control):
         learner = run.learner
-        run.first_token_metrics("degrpo/first_think", control.tokens["think"])
-        run.evaluate_if_due(protocol)
+        run.log_first_token("degrpo/first_think", control.tokens["think"])
+        run.evaluate_if_due()
 
         for step in run.steps():
             # --- roll out: free samples; grading overlaps decoding
             questions = run.next_questions()
-            episodes = run.rollout(plan_rollouts(questions, control, args, run.stop_ids, step), protocol.extract_answer)
+            episodes = run.rollout(plan_rollouts(questions, args, run.stop_ids, step))
 
             # --- reward and advantage
             for e in episodes:
-                e.mode = control.mode_of(e.response_ids)
                 e.reward = reward(e, [gamma for done, gamma in gammas if done < step][-1], args)
             for group in by_group(episodes):
                 for e, a in zip(group, advantages(group, args)):
@@ -318,12 +320,12 @@ def main() -> None:
                     learner.backward(value)
                     losses.append(stats)
                     run.observe(mb, logprobs)
-                updates.append(learner.step())
+                updates.append(learner.step(args.learning_rate))
             run.refresh()
 
             # --- log, evaluate, save
             run.log(episodes, metrics(run.gather(metric_rows(episodes)), control.modes), losses, updates, minibatches)
-            run.evaluate_if_due(protocol)
+            run.evaluate_if_due()
             run.save_if_due()
         run.finish()
 

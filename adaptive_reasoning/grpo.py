@@ -110,6 +110,9 @@ def empty_rationale(response: str) -> bool | None:
     return not re.sub(r"^(so |thus,? |therefore,? )?the (correct |final )?answer is[^\n]*", "", text, flags=re.I)
 
 
+METRICS = {}
+
+
 @dataclass
 class Control:
     """How a response says which mode it is in."""
@@ -117,6 +120,8 @@ class Control:
     tokenizer: object
     prompt_end: str = ""
     answer_format: str = "tags"
+
+    check = staticmethod(verified_answer)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -141,7 +146,7 @@ class Control:
             return {"formats": "boxed"}
         return {"formats": ", ".join(f"<{tag}>" for tag in TAGS.values()), "prompt ends in": repr(self.prompt_end)}
 
-    def protocol(self) -> Protocol:
+    def eval_spec(self) -> Protocol:
         """Return how evaluation forces and tells modes apart."""
         forced = {mode: self.opening(mode) for mode in TAGS} if self.answer_format == "tags" else {}
         return Protocol(
@@ -160,7 +165,7 @@ def control_tokens(tokenizer, args) -> Control:
 # --------------------------------------------------------------------------------------------------------- the method
 
 
-def plan_rollouts(questions, control: Control, args, stop_ids, step: int) -> list[Request]:
+def plan_rollouts(questions, args, stop_ids, step: int) -> list[Request]:
     """Return the requests of one step: G free samples of every question.
 
     `questions` holds (index in the task, question, prompt ids); the index is the group of the samples.
@@ -175,7 +180,7 @@ def plan_rollouts(questions, control: Control, args, stop_ids, step: int) -> lis
 
 def reward(e: Episode, args) -> float:
     """Return r: 1 for a right answer that passes the gate, else 0."""
-    return float(e.info["correct"])
+    return float(e.correct)
 
 
 def advantages(group: list[Episode], args) -> list[float]:
@@ -236,7 +241,7 @@ def loss(logprobs, entropy, mb: MicroBatch, counts: Counts, args) -> tuple[torch
 def metric_rows(episodes: list[Episode]) -> list[dict]:
     """Return what `metrics` needs of each episode, as plain numbers that can travel between processes."""
     return [
-        {"group": e.group, "mode": e.mode, "accuracy": float(e.info["correct"]), "tokens": e.num_tokens,
+        {"group": e.group, "mode": e.mode, "accuracy": float(e.correct), "tokens": e.num_tokens,
          "advantage": e.advantage, "empty": empty_rationale(e.text)}
         for e in episodes
     ]  # fmt: skip
@@ -269,22 +274,19 @@ def metrics(rows: list[dict], modes: tuple[str, ...]) -> dict[str, float | None]
 
 def main() -> None:
     args = parse_args(Args)
-    run = Run(args, "grpo", verified_answer)
+    run = Run(args, "grpo", METRICS, reference=args.kl_coef > 0)
     control = control_tokens(run.tokenizer, args)
-    protocol = control.protocol()
-    run.preflight(control.findings())
-    with run:
+    with run.start(control):
         learner = run.learner
-        run.evaluate_if_due(protocol)
+        run.evaluate_if_due()
 
         for step in run.steps():
             # --- roll out: free samples; grading overlaps decoding
             questions = run.next_questions()
-            episodes = run.rollout(plan_rollouts(questions, control, args, run.stop_ids, step), protocol.extract_answer)
+            episodes = run.rollout(plan_rollouts(questions, args, run.stop_ids, step))
 
             # --- reward and advantage
             for e in episodes:
-                e.mode = control.mode_of(e.response_ids)
                 e.reward = reward(e, args)
             for group in by_group(episodes):
                 for e, a in zip(group, advantages(group, args)):
@@ -307,12 +309,12 @@ def main() -> None:
                     learner.backward(value)
                     losses.append(stats)
                     run.observe(mb, logprobs)
-                updates.append(learner.step())
+                updates.append(learner.step(args.learning_rate))
             run.refresh()
 
             # --- log, evaluate, save
             run.log(episodes, metrics(run.gather(metric_rows(episodes)), control.modes), losses, updates, minibatches)
-            run.evaluate_if_due(protocol)
+            run.evaluate_if_due()
             run.save_if_due()
         run.finish()
 

@@ -11,15 +11,11 @@ chains made by code. A row's mode token is supervised like any other, except whe
 otherwise (`tasks/formats`).
 """
 
-import dataclasses
-import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,20 +25,19 @@ import torch
 from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import UserError, run_cli, say
-from adaptive_reasoning.core.files import append_jsonl, load_json, truncate_jsonl, write_json_atomic
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.formats import NAMES, Row, control_slot, load
-from adaptive_reasoning.learner.checkpoint import load_checkpoint, prune, save_checkpoint, whole_checkpoint
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.learner.runtime import all_reduce, end, make_accelerator, on_main
 from adaptive_reasoning.learner.watch import Watch
-from adaptive_reasoning.run.bank import fingerprint
-from adaptive_reasoning.run.journal import MAY_CHANGE, check_inputs, check_same, inputs_of, open_folder
+from adaptive_reasoning.run.folder import MAY_CHANGE, check_same, inputs_of, read_config
+from adaptive_reasoning.run.journal import Journal
 from adaptive_reasoning.run.options import RunArgs, parse_args
 from adaptive_reasoning.tasks import chain, prompts
 
+SHOW_EVERY = 50  # steps
 CONTINUES = MAY_CHANGE - {"max_steps"}  # the schedule of the learning rate and the rows depend on how long it is
 TEMPLATES = {"arm": load("arm").TEMPLATE}
 
@@ -166,13 +161,14 @@ def loss(logprobs: torch.Tensor, counts: Counts) -> torch.Tensor:
     return -logprobs.sum() / counts.tokens
 
 
-def rate(args, highest: float, step: int) -> float:
+def rate(args, step: int) -> float:
     """Return the learning rate of step 1, 2, ... before the warm-up: a plain float, as checkpoints need it."""
     if args.lr_schedule == "constant":
-        return highest
+        return args.learning_rate
     # With a share of warm-up the cosine begins behind it, as in transformers.
-    start = args.warmup_steps if getattr(args, "warmup_share", 0) else 0
-    return highest * 0.5 * (1 + math.cos(math.pi * max(0, step - 1 - start) / (args.max_steps - start)))
+    start = args.warmup_steps if args.warmup_share else 0
+    angle = math.pi * max(0, step - 1 - start) / (args.max_steps - start)
+    return args.learning_rate * 0.5 * (1 + math.cos(angle))
 
 
 def start_model(args, accelerator):
@@ -222,72 +218,56 @@ def merged(weights: Iterable[tuple[str, torch.Tensor]], scale: float) -> dict[st
     return out
 
 
+def resolved(args, rows: list[Row] | None):
+    """Return the options with --epochs and --warmup_share as numbers of steps; UserError where rows and batch clash."""
+    if not rows:
+        return args
+    if args.batch_size > len(rows):
+        raise UserError(f"a step needs {args.batch_size} rows, {args.data} has {len(rows)}: lower --batch_size.")
+    if args.pairs:
+        check_pairs(rows, args.batch_size)
+    if args.epochs:
+        args = replace(args, max_steps=-(-args.epochs * len(rows) // args.batch_size))
+    return args
+
+
 def main() -> None:
     args = parse_args(Args)
-    folder, options = Path(args.output_dir), json.loads(json.dumps(vars(args)))
-    done = folder / "done.json"
-    if done.is_file():
-        check_same(folder, load_json(done)["options"], "sft", options, CONTINUES)
-        say(f"{folder / 'model'} is complete")
-        return
     if args.task == "math" and not args.model:
         raise UserError("--model is empty: name the model to fine-tune.")
-    file_rows = load_rows(args.data) if args.task == "math" else None
-    if file_rows:
-        if args.batch_size > len(file_rows):
-            raise UserError(
-                f"a step needs {args.batch_size} rows, {args.data} has {len(file_rows)}: lower --batch_size."
-            )
-        if args.pairs:
-            check_pairs(file_rows, args.batch_size)
+    rows = load_rows(args.data) if args.task == "math" else None
+    args = resolved(args, rows)
+    if args.warmup_share:
+        args = replace(args, warmup_steps=round(args.warmup_share * args.max_steps))
+    folder = Path(args.output_dir)
+    if (folder / "summary.json").is_file() and (folder / "model" / "config.json").is_file():
+        check_same(folder, read_config(folder / "config.yaml"), "sft", asdict(args), CONTINUES)
+        say(f"{folder / 'model'} is complete")
+        return
     accelerator = make_accelerator(args)
     with Watch(accelerator, args.patience) as watch:
         watch.phase("train")
-        learner = train(args, folder, options, file_rows, accelerator)
+        learner = train(args, rows, accelerator)
     end(accelerator, [learner.engine] if learner.zero3 else [])
 
 
-def train(args, folder: Path, options: dict, file_rows: list[Row] | None, accelerator) -> Learner:
+def train(args, file_rows: list[Row] | None, accelerator) -> Learner:
     """Train from the newest checkpoint, or from the start, and write the model."""
-    base_rate = args.learning_rate
-    rank, ranks, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    rank, ranks = accelerator.process_index, accelerator.num_processes
     model, tokenizer = start_model(args, accelerator)
-    inputs = {f"the training data {args.data}": [f"{r.question.problem}\0{r.response}" for r in file_rows or []]}
-    inputs = inputs_of(inputs, tokenizer)
-    if args.model and args.lora_rank:  # whose frozen weights are read again
-        inputs[f"the model {args.model}"] = fingerprint(args.model)
+    data = {f"the training data {args.data}": [f"{r.question.problem}\0{r.response}" for r in file_rows or []]}
+    frozen = args.model if args.lora_rank else None  # whose weights are read again
+    journal = Journal(args, "sft", {}, accelerator, may_change=CONTINUES)
+    journal.open(inputs_of(data, tokenizer, frozen))
     learner = Learner(args, model, accelerator, trainable="marked" if args.lora_rank else "all")
-    if args.epochs and file_rows:
-        args.max_steps = -(-args.epochs * len(file_rows) // args.batch_size)
-    if args.warmup_share:
-        args.warmup_steps = round(args.warmup_share * args.max_steps)
+    journal.restore(learner)
 
-    def begin():
-        open_folder(folder, "sft", dataclasses.replace(args, **options), may_change=CONTINUES)
-        (folder / "checkpoints").mkdir(exist_ok=True)
-
-    on_main(accelerator, begin)
-    step = 0
-    checkpoint, damaged = whole_checkpoint(folder / "checkpoints", accelerator)
-    for line in damaged if main_process else ():
-        say(f"warning: {line}")
-    if checkpoint is not None:
-        state = load_checkpoint(checkpoint, learner)
-        check_inputs(folder, state.get("inputs", {}), inputs)
-        step = state["step"]
-        if main_process:
-            say(f"continuing {folder} after step {step}")
-    on_main(accelerator, partial(truncate_jsonl, folder / "metrics.jsonl", step))
-    started, first = time.perf_counter(), step
-
-    while step < args.max_steps:
-        step += 1
+    for step in journal.steps():
         if file_rows is None:
             rows = load(args.formats).rows(args, np.random.default_rng([args.seed, step]), args.batch_size, step)
         else:
             rows = batch_of(file_rows, step, args)
         episodes = episodes_of(rows[rank::ranks], tokenizer, args.max_new_tokens)
-        args.learning_rate = rate(args, base_rate, step)
         (minibatch,) = learner.minibatches(episodes, 1, step)
         total = 0.0
         for mb in minibatch:
@@ -295,46 +275,40 @@ def train(args, folder: Path, options: dict, file_rows: list[Row] | None, accele
             value = loss(logprobs, minibatch.counts)
             learner.backward(value)
             total += float(value.detach()) * mb.weight
-        stats = learner.step()
-        total = float(all_reduce(accelerator, [total], "sum"))
-        row = {"step": step, "loss/policy": total, "loss/grad_norm": stats["grad_norm"]}
-        row["loss/learning_rate"] = stats["learning_rate"]
-        on_main(accelerator, partial(append_jsonl, folder / "metrics.jsonl", row))
-        if main_process and (step % 50 == 0 or step == args.max_steps):
-            left = (time.perf_counter() - started) / (step - first) * (args.max_steps - step)
-            say(f"cold start step {step:>5}/{args.max_steps} | loss {total:.4f} | ETA {left:.0f}s")
-        if args.save_every and step % args.save_every == 0 and step < args.max_steps:
-            state = {"step": step, "inputs": inputs}
-            save_checkpoint(folder / "checkpoints" / f"step_{step:06d}", learner, tokenizer, state)
-            on_main(accelerator, partial(prune, folder / "checkpoints", args.keep_checkpoints))
-    save_final(folder, learner, tokenizer, options)
+        update = learner.step(rate(args, step))
+        row = {"step": step, "loss/policy": float(all_reduce(accelerator, [total], "sum"))}
+        row |= {f"loss/{key}": value for key, value in update.items()}
+        journal.write(row, show=step % SHOW_EVERY == 0 or journal.last)
+        journal.save_if_due(learner, tokenizer)
+    place_model(journal, learner, tokenizer)
+    journal.finish()
     return learner
 
 
-def save_final(folder: Path, learner: Learner, tokenizer, options: dict) -> None:
-    """Write <folder>/model whole or not at all, LoRA merged into full weights, and mark the cold start as complete."""
-    save_checkpoint(folder / "final", learner, tokenizer, {})
+def place_model(journal: Journal, learner: Learner, tokenizer) -> None:
+    """Write <folder>/model whole or not at all: that of the last checkpoint, or LoRA merged into full weights."""
+    args, model = journal.args, journal.folder / "model"
+    partial, old = model.with_name("model.partial"), model.with_name("model.old")
     weights = None
-    if options["lora_rank"]:
-        scale, named = options["lora_alpha"] / options["lora_rank"], learner.named_weights()
-        weights = merged(named if learner.accelerator.is_main_process else (), scale)
+    if args.lora_rank:
+        named = learner.named_weights()
+        weights = merged(named if journal.main else (), args.lora_alpha / args.lora_rank)
         for _ in named:  # the others gather along
             pass
 
     def place():
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(journal.root / f"step_{journal.step:06d}" / "model", partial)
         if weights is not None:
-            for file in (folder / "final" / "model").glob("*.safetensors*"):
+            for file in partial.glob("*.safetensors*"):
                 file.unlink()
-            learner.model.save_pretrained(folder / "final" / "model", state_dict=weights)
-        model, old = folder / "model", folder / "model.old"
+            learner.model.save_pretrained(partial, state_dict=weights)
         shutil.rmtree(old, ignore_errors=True)
-        if model.exists():  # of a process that was killed before it could write done.json
+        if model.exists():  # of a process that was killed before it could write summary.json
             os.rename(model, old)
-        os.rename(folder / "final" / "model", model)
+        os.rename(partial, model)
         shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(folder / "final")
-        write_json_atomic(folder / "done.json", {"options": options})
-        say(f"wrote {folder / 'model'}")
+        say(f"wrote {model}")
 
     on_main(learner.accelerator, place)
 

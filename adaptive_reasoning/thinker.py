@@ -53,7 +53,7 @@ from torch.nn.utils.rnn import pad_sequence
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import UserError, run_cli
 from adaptive_reasoning.formats import dialogue as chain_format
-from adaptive_reasoning.learner.ppo import gae, normalise, policy_loss, value_loss
+from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import request_seed
 from adaptive_reasoning.rollout.dialogue import Dialogue, Marks, Turn, turn_marks
 from adaptive_reasoning.run.evaluation import Protocol
@@ -61,7 +61,7 @@ from adaptive_reasoning.run.options import RunArgs, parse_args
 from adaptive_reasoning.run.run import Run
 from adaptive_reasoning.run.stages import stage_rows, stage_table
 from adaptive_reasoning.tasks import prompts
-from adaptive_reasoning.tasks.answers import boxed_answer
+from adaptive_reasoning.tasks.answers import boxed_answer, same_answer
 
 STAGES = ("fast", "verify", "slow", "summary", "qa")
 
@@ -170,6 +170,9 @@ PROMPTS = {
 THINKING = ("verify", "slow", "qa")  # stages in which a model with a thinking block (R1) opens it
 
 
+METRICS = {}
+
+
 @dataclass
 class Control:
     """The script of the dialogue (see `rollout.dialogue`)."""
@@ -205,13 +208,15 @@ class Control:
             return "yes" if d.turns["fast"].correct else "no"
         return d.turns["slow"].answer if stage == "summary" else d.question.answer
 
-    def findings(self, args) -> dict[str, str]:
+    check = staticmethod(same_answer)
+
+    def findings(self) -> dict[str, str]:
         """Return the lines of the preflight table about the dialogue."""
         m, end = self.marks, self.tokenizer.decode([self.end])
         marks = " ... ".join(map(repr, (m.start, m.header + m.think, end + m.user)))
         return {"turns": marks, "budgets": ", ".join(f"{stage} {self.budget(stage):,}" for stage in self.stages)}
 
-    def protocol(self) -> Protocol:
+    def eval_spec(self) -> Protocol:
         """Return how evaluation holds dialogues: the verdict decides ("adaptive"), Fast alone, Slow always, or QA."""
         settings = ("adaptive",) if self.args.environment == "qa" else ("adaptive", "fast", "slow", "qa")
         return Protocol(dict.fromkeys(settings, ()), final, boxed_answer, ("fast", "slow", "qa"), script=self)
@@ -267,16 +272,18 @@ def extract_answer(stage: str, text: str) -> str | None:
 
 
 def reward(stage: str, turns: dict[str, Turn], p: float, args) -> float:
-    """Return R of a stage."""
-    turn = turns[stage]
-    right = float(turn.correct)
-    if stage == "verify" and not args.unweighted_verify:
-        return (1 - p if turns["fast"].correct else p) * right
-    if stage != "summary":
-        return right
-    c, L = args.logprob_coef, turn.logprob
-    L = L / len(turn.ids) if args.summary_logprob == "gated_mean" else L
-    paid = {"ungated_sum": right + c * L, "off": right}.get(args.summary_logprob, right * (1 + c * L))
+    """Return R of a stage: the four rewards of the paper (the baseline's one turn is paid like Fast and Slow)."""
+    right = float(turns[stage].correct)  # what "correct" means for a stage: `DialogueFormat.gold`
+    if stage in ("fast", "slow", "qa"):
+        return right  # R_fast = 1{y_fast = y*}, R_slow = 1{y_slow = y*}
+    if stage == "verify":  # R_verify = (1 - p) 1{Yes} if y_fast = y*, else p 1{No}
+        if args.unweighted_verify:
+            return right
+        return (1 - p) * right if turns["fast"].correct else p * right
+    g, c, L = right, args.logprob_coef, turns[stage].logprob  # R_summary = g (1 + c L), g = 1{y_sum = y_slow}
+    if args.summary_logprob == "gated_mean":
+        L = L / len(turns[stage].ids)
+    paid = {"ungated_sum": g + c * L, "off": g}.get(args.summary_logprob, g * (1 + c * L))
     return max(0.0, paid)
 
 
@@ -294,28 +301,122 @@ def summary_logprobs(dialogues: list[Dialogue], learner) -> None:
         d.turns["summary"].logprob = float(values.sum())
 
 
+def gae(rewards, values, last, gamma: float, lam: float, flow: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (advantages, returns) [B, T] of B sequences of actions, zeros behind the end of the shorter ones.
+
+        delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1},    return_t = A_t + V_t
+
+    `last` [B, T] marks the last action of every stage: V and A of what follows count `flow` times there, 0 for the
+    method, 1 to let rewards flow back to earlier stages.
+    """
+    pass_value = torch.full_like(values, gamma).masked_fill(last, flow)  # [B, T]
+    pass_advantage = torch.full_like(values, gamma * lam).masked_fill(last, flow)
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = values.new_zeros(len(values))
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + pass_value[:, t] * next_value - values[:, t]
+        next_advantage = delta + pass_advantage[:, t] * next_advantage
+        next_value, advantages[:, t] = values[:, t], next_advantage
+    return advantages, advantages + values
+
+
+def normalise(values: torch.Tensor, total, unbiased: bool = False) -> torch.Tensor:
+    """Return (A - mean) / standard deviation over the tokens of all processes, fp64.
+
+    Args:
+        values: [N] of this process.
+        total: sums a list of numbers over all processes; every one of them must call this.
+        unbiased: as verl whitens, (A - mean) / sqrt(unbiased variance + 1e-8). Else as ORZ does, with the population
+            variance and a floor: (A - mean) / sqrt(max(variance, 1e-8)).
+    """
+    values = values.double()
+    s, n = total([float(values.sum()), len(values)])
+    centred = values - s / max(n, 1)
+    (squares,) = total([float(centred.square().sum())])
+    if unbiased:
+        return centred * (squares / max(n - 1, 1) + 1e-8) ** -0.5
+    return centred * max(squares / max(n, 1), 1e-8) ** -0.5
+
+
+def token_rewards(d: Dialogue, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (rewards, ends of a stage, number of the stage) [T] of a dialogue of T response tokens."""
+    rewards, last, stage = (torch.zeros(tokens) for _ in range(3))
+    for name, turn in d.turns.items():
+        end = turn.start + len(turn.ids)
+        rewards[end - 1], last[end - 1] = turn.reward, 1  # R_k is paid on the last token of stage k
+        stage[turn.start : end] = STAGES.index(name)
+    return rewards, last, stage
+
+
 def fill_advantages(episodes: list[Episode], dialogues: list[Dialogue], values: list, args, total) -> None:
-    """Fill info["values"], info["returns"] and info["advantages"], [T], of every episode. All processes call this."""
+    """Fill the columns "values" and "returns" and the advantages, [T] each, of every episode.
 
-    def padded(tensors):  # actions alone, of all stages one behind the other: [B, T]
-        return pad_sequence([x[e.action_mask] for e, x in zip(episodes, tensors)] or [torch.zeros(0)], batch_first=True)
+    Args:
+        values: [T] of each episode, from the critic.
+        total: sums a list of numbers over all processes; every one of them must call this.
+    """
+    # 1. What each token was paid, and the actions alone, of all stages one behind the other: user turns are no steps.
+    paid = [token_rewards(d, e.num_tokens) for d, e in zip(dialogues, episodes)]
+    acting = [e.action_mask for e in episodes]
 
-    R, last, stage = ([torch.zeros(len(e.response_ids)) for e in episodes] for _ in range(3))
-    for i, d in enumerate(dialogues):
-        for name, turn in d.turns.items():
-            end = turn.start + len(turn.ids)
-            R[i][end - 1], last[i][end - 1] = turn.reward, 1  # R_k is paid on the last token of stage k
-            stage[i][turn.start : end] = STAGES.index(name)
-    A, returns = gae(padded(R), padded(values), padded(last).bool(), args.gamma, args.lam, float(args.propagate))
-    inside, stage = padded([e.action_mask for e in episodes]).bool(), padded(stage)
-    alike = {"pooled": [inside], "per_stage": [inside & (stage == k) for k in range(len(STAGES))], "none": []}
-    for mask in alike[args.adv_norm]:
+    def of_actions(tensors) -> torch.Tensor:  # [B, A], zeros behind the last action of the shorter ones
+        return pad_sequence([x[mask] for x, mask in zip(tensors, acting)] or [torch.zeros(0)], batch_first=True)
+
+    rewards, last, stage = (of_actions([p[k] for p in paid]) for k in range(3))
+    inside = of_actions(acting).bool()
+
+    # 2. Generalised advantage estimation: every stage is a return of its own.
+    A, returns = gae(rewards, of_actions(values), last.bool(), args.gamma, args.lam, flow=float(args.propagate))
+
+    # 3. Normalised over the tokens of all stages, or of each.
+    masks = {"pooled": [inside], "per_stage": [inside & (stage == k) for k in range(len(STAGES))], "none": []}
+    for mask in masks[args.adv_norm]:
         A[mask] = normalise(A[mask], total).float()
+
+    # 4. Back to the places of the actions in the response.
     for e, v, a, ret in zip(episodes, values, A, returns):
-        n, m = e.num_actions, e.action_mask
-        back = [torch.zeros(len(m)).masked_scatter(m, x[:n]) for x in (ret, a)]
-        e.info |= {"values": v, "returns": back[0], "advantages": back[1]}
+        n, mask = e.num_actions, e.action_mask
+        e.advantages, of_returns = (torch.zeros(e.num_tokens).masked_scatter(mask, x[:n]) for x in (a, ret))
+        e.columns |= {"values": v, "returns": of_returns}
         e.advantage = float(a[:n].mean())
+
+
+def policy_loss(logprobs, entropy, mb: MicroBatch, counts: Counts, args) -> tuple[torch.Tensor, dict]:
+    """Return this micro-batch's share of the clipped loss, the mean over the tokens of the step, and of the metrics.
+
+    Shapes: logprobs, entropy [N]; `counts` are those of the whole step over all processes.
+    """
+    A = mb.advantages  # [N]
+    log_ratio = logprobs - mb.old_logprobs
+    ratio = log_ratio.exp()
+    free = -A * ratio
+    clipped = -A * ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+    token = torch.maximum(free, clipped)
+    if args.dual_clip:
+        token = torch.where(A < 0, torch.minimum(token, -A * args.dual_clip), token)
+    value = token.sum() / counts.tokens
+    stats = {"policy": value, "clip_fraction": (clipped > free).sum() / counts.tokens}
+    stats |= {"approx_kl": -log_ratio.sum() / counts.tokens, "entropy": entropy.sum() / counts.tokens}
+    return value, {f"loss/{key}": x.detach() for key, x in stats.items()}
+
+
+def value_loss(values, mb: MicroBatch, counts: Counts, args) -> tuple[torch.Tensor, dict]:
+    """Return this micro-batch's share of the mean of 0.5 max((V - G)^2, (clip(V) - G)^2), and of the metrics."""
+    old_values, returns = mb.column("values"), mb.column("returns")  # [N]
+    free, worst = (values - returns).square(), (values - returns).square()
+    if args.value_clip:
+        near = old_values + (values - old_values).clamp(-args.value_clip, args.value_clip)
+        worst = torch.maximum(free, (near - returns).square())
+    value = 0.5 * worst.sum() / counts.tokens
+    return value, {"loss/value": value.detach(), "loss/value_clip_fraction": (worst > free).sum() / counts.tokens}
+
+
+def value_metrics(losses: list[dict], updates: list[dict], total) -> dict[str, float]:
+    """Return the means over the critic's updates of the additive shares `losses`, and its largest gradient norm."""
+    keys = ("loss/value", "loss/value_clip_fraction")
+    sums = total([sum(float(share[key]) for share in losses) for key in keys])
+    out = {key: value / len(updates) for key, value in zip(keys, sums)}
+    return out | {"loss/value_grad_norm": max(u["grad_norm"] for u in updates)}
 
 
 def metrics(rows: list[dict], p: float) -> dict[str, float | None]:
@@ -329,43 +430,40 @@ def metrics(rows: list[dict], p: float) -> dict[str, float | None]:
 
 def main() -> None:
     args = parse_args(Args)
-    run = Run(args, "thinker" if args.environment == "thinker" else "thinker-qa")
+    run = Run(args, "thinker" if args.environment == "thinker" else "thinker-qa", METRICS, critic=True)
     control = control_tokens(run.tokenizer, args)
-    protocol = control.protocol()
-    run.preflight(control.findings(args))
-    with run:
+    with run.start(control):
         learner, critic = run.learner, run.critic
-        run.evaluate_if_due(protocol)
+        run.evaluate_if_due()
 
         for step in run.steps():
             # --- roll out: whole dialogues, stage by stage; grading overlaps decoding
             dialogues = plan_rollouts(run.next_questions(), args, step)
-            episodes = run.converse(dialogues, control)
+            episodes = run.converse(dialogues)
 
             # --- reward and advantage
             if args.summary_logprob != "off":
                 summary_logprobs(dialogues, learner)
             fast = [d.turns["fast"].correct for d in dialogues if "fast" in d.turns]
-            counts = critic.sum([sum(fast), len(fast)])
+            counts = run.sum([sum(fast), len(fast)])
             p = trailing_accuracy(run.memory.setdefault("fast", []), counts, args.accuracy_window)
             for d, e in zip(dialogues, episodes):
                 for stage, turn in d.turns.items():
                     turn.reward = reward(stage, d.turns, p, args)
                 e.reward = sum(turn.reward for turn in d.turns.values())
                 e.mode = final(d.turns)
-                e.info["correct"] = d.turns[e.mode].correct
-            fill_advantages(episodes, dialogues, critic.values(episodes), args, critic.sum)
+                e.correct = d.turns[e.mode].correct
+            fill_advantages(episodes, dialogues, critic.values(episodes), args, run.sum)
 
             # --- update: the critic, one optimiser step per minibatch
             critic_losses, critic_updates = [], []
             for minibatch in critic.minibatches(episodes, args.critic_minibatches, step):
                 for mb in minibatch:
                     values, _ = critic.score(mb)
-                    old, returns = (mb.flatten([e.info[key] for e in mb.episodes]) for key in ("values", "returns"))
-                    value, stats = value_loss(values, old, returns, minibatch.counts, args)
+                    value, stats = value_loss(values, mb, minibatch.counts, args)
                     critic.backward(value)
                     critic_losses.append(stats)
-                critic_updates.append(critic.step())
+                critic_updates.append(critic.step(args.critic_learning_rate))
 
             # --- update: the policy, one optimiser step per minibatch
             on_policy = args.minibatches_per_step == 1
@@ -375,23 +473,21 @@ def main() -> None:
             minibatches = learner.minibatches(episodes, args.minibatches_per_step, step)
             for minibatch in minibatches:
                 for mb in minibatch:
-                    logprobs, entropy = learner.score(mb, with_entropy=True)
+                    logprobs, entropy = learner.score(mb, with_entropy="detached")
                     if on_policy:  # pi_old is the policy itself: recomputing it would give these very numbers
                         mb.old_logprobs = logprobs.detach()
-                    A = mb.flatten([e.info["advantages"] for e in mb.episodes])
-                    value, stats = policy_loss(logprobs, entropy, A, mb, minibatch.counts, args)
+                    value, stats = policy_loss(logprobs, entropy, mb, minibatch.counts, args)
                     learner.backward(value)
                     losses.append(stats)
                     run.observe(mb, logprobs)
-                updates.append(learner.step())
+                updates.append(learner.step(args.learning_rate))
             run.refresh()
 
             # --- log, evaluate, save
-            own = metrics(run.gather(stage_rows(dialogues, episodes)), p) | critic.metrics(
-                critic_losses, critic_updates
-            )
+            own = metrics(run.gather(stage_rows(dialogues, episodes)), p)
+            own |= value_metrics(critic_losses, critic_updates, run.sum)
             run.log(episodes, own, losses, updates, minibatches)
-            run.evaluate_if_due(protocol)
+            run.evaluate_if_due()
             run.save_if_due()
         run.finish()
 

@@ -217,7 +217,7 @@ def test_answer_rules_of_the_specification(gold, answer, right):
 def test_the_loss_is_that_of_grpo(aggregation):
     mb, logprobs = batch([3, 1, 6])
     args = options(aggregation=aggregation, kl_coef=0.001, entropy_coef=0.001)
-    entropy, counts = torch.rand(10, dtype=torch.float64), Counts(10, 3, 1)
+    entropy, counts = torch.rand(10, dtype=torch.float64), Counts(10, 3)
     values = [module.loss(logprobs, entropy, mb, counts, args)[0].item() for module in (grpo, ada_grpo)]
     assert values[0] == values[1]
 

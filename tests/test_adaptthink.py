@@ -48,7 +48,7 @@ def packed(inputs, dtype):
         sequence=torch.repeat_interleave(torch.arange(len(mask)), lengths),
         lengths=lengths,
     )
-    return mb, logprobs, mask, Counts(int(mask.sum()), len(mask), len(mask))
+    return mb, logprobs, mask, Counts(int(mask.sum()), len(mask))
 
 
 AVERAGES = {"token-mean": "token_mean", "seq-mean-token-sum": "seq_mean_token_sum",
@@ -91,7 +91,7 @@ def one_sequence(T, lp, A, ratio="sequence_mean"):
         lengths=torch.tensor([T]),
     )
     args = SimpleNamespace(ratio=ratio, token_average="token_mean", clip_low=0.2, clip_high=0.2, fused=False)
-    value, stats = loss(logprobs, mb, Counts(T, 1, 1), args)
+    value, stats = loss(logprobs, mb, Counts(T, 1), args)
     value.backward()
     return value.item(), logprobs.grad, stats
 
@@ -140,7 +140,7 @@ def test_bandit_from_a_millionth(ratio, low, high):
     )  # fmt: skip
     args = SimpleNamespace(ratio=ratio, token_average="token_mean", clip_low=0.2, clip_high=0.2, fused=False)
     for _ in range(400):
-        value, _ = loss(logit.log_softmax(-1)[mode], mb, Counts(54_000, 20, 1), args)
+        value, _ = loss(logit.log_softmax(-1)[mode], mb, Counts(54_000, 20), args)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()

@@ -80,7 +80,7 @@ def test_loss_and_gradient_equal_the_official_code(inputs, case, dtype):
     mb = batch(mask.sum(1).tolist(), None, old, A)
     alpha, clip = inputs["alpha"], inputs["cliprange"]
     args = options("vanilla_code" if alpha is None else "code", alpha=alpha or 0.0, clip_low=clip, clip_high=clip)
-    value, stats = loss(logprobs[mask], None, mb, Counts(int(mask.sum()), len(mask), 1), args)
+    value, stats = loss(logprobs[mask], None, mb, Counts(int(mask.sum()), len(mask)), args)
     value.backward()
     want = case["expected"] if dtype == torch.float64 else case["expected_float32"]
     tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
@@ -102,7 +102,7 @@ def test_divergence_equals_the_official_code(inputs, case, aggregation, dtype):
     old = logprobs.detach()[mask]
     mb = batch(mask.sum(1).tolist(), None, old, torch.zeros_like(old), ref)  # advantage 0: no other gradient
     args = options(aggregation, kl_coef=1.0)
-    value, stats = loss(logprobs[mask], None, mb, Counts(int(mask.sum()), len(mask), 1), args)
+    value, stats = loss(logprobs[mask], None, mb, Counts(int(mask.sum()), len(mask)), args)
     value.backward()
     want = case["expected"]
     tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
@@ -115,7 +115,7 @@ def two_samples(dtype=torch.float64):
     """The micro-batch of the specification (7.6): ratios of sample A (A = 1) and sample B (A = -0.5)."""
     logprobs = torch.tensor([1.1, 0.9, 1.3, 1.0, 0.7, 1.05], dtype=dtype).log().requires_grad_()
     A = torch.tensor([1.0] * 4 + [-0.5] * 2, dtype=dtype)
-    return logprobs, batch([4, 2], None, torch.zeros(6, dtype=dtype), A, modes=["think", "short"]), Counts(6, 2, 1)
+    return logprobs, batch([4, 2], None, torch.zeros(6, dtype=dtype), A, modes=["think", "short"]), Counts(6, 2)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_hand_computed_losses(aggregation, want):
 def test_hand_computed_divergence(logprob, ref, want):
     logprobs = torch.tensor([logprob], dtype=torch.float64)
     mb = batch([1], None, logprobs, torch.zeros(1), torch.tensor([ref], dtype=torch.float64))
-    _, stats = loss(logprobs, None, mb, Counts(1, 1, 1), options(kl_coef=0.1))
+    _, stats = loss(logprobs, None, mb, Counts(1, 1), options(kl_coef=0.1))
     assert stats["loss/ref_kl"].item() == pytest.approx(want, abs=1e-8)
 
 
@@ -149,7 +149,7 @@ def test_weight_of_the_control_token_and_of_the_others(aggregation, control, res
     lengths = [4, 2, 6]  # T = 3, 1, 5
     logprobs = torch.full((12,), -0.3, dtype=torch.float64, requires_grad=True)
     mb = batch(lengths, None, logprobs.detach(), -torch.ones(12, dtype=torch.float64))
-    loss(logprobs, None, mb, Counts(12, 3, 1), options(aggregation, alpha=0.1))[0].backward()
+    loss(logprobs, None, mb, Counts(12, 3), options(aggregation, alpha=0.1))[0].backward()
     per_sample = logprobs.grad.split(lengths)
     assert [g[0].item() for g in per_sample] == pytest.approx(control)
     for g, want in zip(per_sample, response):
@@ -163,7 +163,7 @@ def test_alpha_times_the_length_is_what_matters():
         mb = batch([T + 1], None, logprobs.detach(), -torch.ones(T + 1, dtype=torch.float64))
         for aggregation, want in (("paper", 0.001 * T), ("vanilla", 1.0)):
             logprobs.grad = None
-            loss(logprobs, None, mb, Counts(T + 1, 1, 1), options(aggregation))[0].backward()
+            loss(logprobs, None, mb, Counts(T + 1, 1), options(aggregation))[0].backward()
             assert (logprobs.grad[0] / logprobs.grad[1]).item() == pytest.approx(want)
 
 
@@ -173,7 +173,7 @@ def test_a_response_of_one_token_divides_by_nothing(aggregation):
     logprobs = torch.tensor([-0.7, -1.1, -1.2], dtype=torch.float64, requires_grad=True)
     A = torch.tensor([0.6, 0.7, -1.3], dtype=torch.float64)
     mb = batch([1, 1, 1], None, logprobs.detach(), A, modes=["think", "short", "malformed"])
-    value, _ = loss(logprobs, torch.zeros(3), mb, Counts(3, 3, 1), options(aggregation, kl_coef=0.1, entropy_coef=0.1))
+    value, _ = loss(logprobs, torch.zeros(3), mb, Counts(3, 3), options(aggregation, kl_coef=0.1, entropy_coef=0.1))
     value.backward()
     assert value.isfinite() and logprobs.grad.isfinite().all() and logprobs.grad[0] != 0
 
@@ -182,7 +182,7 @@ def test_a_response_of_one_token_divides_by_nothing(aggregation):
 def test_a_micro_batch_without_sequences_is_worth_nothing(aggregation):
     mb = pack([])
     logprobs = torch.zeros(0, requires_grad=True)
-    value, stats = loss(logprobs, torch.zeros(0), mb, Counts(10, 2, 1), options(aggregation, entropy_coef=0.1))
+    value, stats = loss(logprobs, torch.zeros(0), mb, Counts(10, 2), options(aggregation, entropy_coef=0.1))
     assert value == 0 and all(x == 0 for x in stats.values())
 
 
@@ -190,7 +190,7 @@ def test_a_first_token_that_is_no_control_token_is_a_response_token():
     """Its response has T_i = 3 response tokens, all of weight 1/3: alpha belongs to control tokens."""
     logprobs = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     mb = batch([3], None, logprobs.detach(), -torch.ones(3, dtype=torch.float64), modes=["malformed"])
-    loss(logprobs, None, mb, Counts(3, 1, 1), options("paper"))[0].backward()
+    loss(logprobs, None, mb, Counts(3, 1), options("paper"))[0].backward()
     assert logprobs.grad.tolist() == pytest.approx([1 / 3] * 3)
 
 
@@ -297,7 +297,7 @@ def test_the_normaliser_changes_the_speed_of_the_choice_and_not_its_direction():
         lengths = [T[m] + 1 for m in modes]
         per_token = torch.repeat_interleave(A, torch.tensor(lengths))
         mb = batch(lengths, None, logprobs.detach(), per_token, modes=modes)
-        loss(logprobs, None, mb, Counts(sum(lengths), 8, 1), options(aggregation, alpha=0.1))[0].backward()
+        loss(logprobs, None, mb, Counts(sum(lengths), 8), options(aggregation, alpha=0.1))[0].backward()
         K = -2.25 / 8
         assert choice.grad.item() == pytest.approx(K * (weight["short"] * 0.75 + weight["think"] * 0.25))
 

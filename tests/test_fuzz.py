@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from adaptive_reasoning import ada_grpo, adaptthink, degrpo, formats, grpo, thinker
+from adaptive_reasoning.adaptthink import read_authors_table
 from adaptive_reasoning.benchmark.lenient import NUMBER, lenient_answer, lenient_same
 from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.files import load_json, read_jsonl, truncate_jsonl
 from adaptive_reasoning.formats import control_slot
-from adaptive_reasoning.run.bank import read_authors_table
 from adaptive_reasoning.run.journal import read_config
 from adaptive_reasoning.run.options import parse_args, parse_schedule, read_yaml
 from adaptive_reasoning.tasks import math

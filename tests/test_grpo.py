@@ -72,7 +72,7 @@ def test_loss_and_gradient_equal_the_official_code(inputs, case, dtype):
         sequence=torch.repeat_interleave(torch.arange(len(mask)), lengths),
     )  # fmt: skip
     args = options(clip_low=inputs["clip"], clip_high=inputs["clip"])
-    value, stats = loss(logprobs[mask], None, mb, Counts(int(mask.sum()), len(mask), 1), args)
+    value, stats = loss(logprobs[mask], None, mb, Counts(int(mask.sum()), len(mask)), args)
     value.backward()
     want = case["expected"]
     tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
@@ -85,7 +85,7 @@ def test_loss_and_gradient_equal_the_official_code(inputs, case, dtype):
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant", "micro_batch"])
 def test_aggregation_is_what_its_name_says(aggregation):
     mb, logprobs = batch([3, 1, 6])
-    value, _ = loss(logprobs, None, mb, Counts(10, 3, 1), options(aggregation=aggregation))
+    value, _ = loss(logprobs, None, mb, Counts(10, 3), options(aggregation=aggregation))
     ratio = (logprobs - mb.old_logprobs).exp()
     terms = torch.maximum(-mb.advantages * ratio, -mb.advantages * ratio.clamp(0.8, 1.2))
     per_sequence = terms.split([3, 1, 6])
@@ -104,7 +104,7 @@ def test_the_split_into_micro_batches_changes_nothing(aggregation):
     mb, logprobs = batch([3, 1, 6])
     args = options(aggregation=aggregation, kl_coef=0.001, entropy_coef=0.001)
     entropy = torch.rand(10, dtype=torch.float64)
-    counts = Counts(10, 3, 1)
+    counts = Counts(10, 3)
     whole, _ = loss(logprobs, entropy, mb, counts, args)
     parts = 0.0
     for rows, lengths in (((0, 4), [3, 1]), ((4, 10), [6])):
@@ -128,9 +128,7 @@ def test_the_official_micro_batch_mean_depends_on_the_split():
             old_logprobs=mb.old_logprobs[cut], advantages=mb.advantages[cut], lengths=torch.tensor(lengths),
             sequence=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
         )  # fmt: skip
-        torch.testing.assert_close(
-            loss(logprobs[cut], None, part, Counts(10, 3, 1), args)[0], share * terms[cut].mean()
-        )
+        torch.testing.assert_close(loss(logprobs[cut], None, part, Counts(10, 3), args)[0], share * terms[cut].mean())
 
 
 def test_kl_and_entropy_by_hand():
@@ -141,7 +139,7 @@ def test_kl_and_entropy_by_hand():
         advantages=torch.zeros(1, dtype=torch.float64), lengths=torch.tensor([1]), sequence=torch.tensor([0]),
     )  # fmt: skip
     entropy = torch.tensor([0.8], dtype=torch.float64)
-    value, stats = loss(logprobs, entropy, mb, Counts(1, 1, 1), options(kl_coef=0.5, entropy_coef=0.25))
+    value, stats = loss(logprobs, entropy, mb, Counts(1, 1), options(kl_coef=0.5, entropy_coef=0.25))
     assert value.item() == pytest.approx(0.5 * (1 - math.log(2)) - 0.25 * 0.8)
     assert float(stats["loss/ref_kl"]) == pytest.approx(1 - math.log(2)) and float(stats["loss/entropy"]) == 0.8
     value.backward()
@@ -152,7 +150,7 @@ def test_k3_is_clamped_and_then_gives_no_gradient():
     logprobs = torch.tensor([-9.0], dtype=torch.float64, requires_grad=True)
     mb, zero = batch([1])[0], torch.zeros(1, dtype=torch.float64)
     mb.old_logprobs, mb.ref_logprobs, mb.advantages = logprobs.detach(), zero, zero
-    value, stats = loss(logprobs, None, mb, Counts(1, 1, 1), options(kl_coef=1.0))
+    value, stats = loss(logprobs, None, mb, Counts(1, 1), options(kl_coef=1.0))
     value.backward()
     assert float(stats["loss/ref_kl"]) == 10 and logprobs.grad.item() == 0
 
@@ -163,7 +161,7 @@ def test_clip_high_alone():
     mb.advantages = torch.ones(1, dtype=torch.float64)
     logprobs = mb.old_logprobs + torch.log(torch.tensor(1.25, dtype=torch.float64))
     for high, want in ((0.2, -1.2), (0.28, -1.25)):
-        value, _ = loss(logprobs, None, mb, Counts(1, 1, 1), options(clip_high=high))
+        value, _ = loss(logprobs, None, mb, Counts(1, 1), options(clip_high=high))
         assert float(value) == pytest.approx(want)
 
 

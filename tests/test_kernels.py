@@ -106,7 +106,7 @@ def micro_batch(lengths, device):
 
 @pytest.mark.parametrize("ratio", ["token", "sequence_mean", "sequence_product"])
 def test_is_the_loss_of_adaptthink(ops, device, ratio):
-    mb, counts = micro_batch([3, 1, 40], device), Counts(tokens=60, sequences=4, groups=2)
+    mb, counts = micro_batch([3, 1, 40], device), Counts(tokens=60, sequences=4)
     args = adaptthink.Args(ratio=ratio, clip_low=0.1)
     logprobs = (mb.old_logprobs + 0.1 * leaf(44, 4, device).detach().float()).requires_grad_()
     want, stats = adaptthink.loss(logprobs, mb, counts, args)
@@ -124,7 +124,7 @@ def test_is_the_loss_of_adaptthink(ops, device, ratio):
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant", "micro_batch"])
 def test_is_the_loss_of_grpo(ops, device, aggregation):
-    mb, counts = micro_batch([3, 1, 40], device), Counts(tokens=60, sequences=4, groups=2)
+    mb, counts = micro_batch([3, 1, 40], device), Counts(tokens=60, sequences=4)
     args = grpo.Args(aggregation=aggregation, clip_high=0.28, kl_coef=0.01, entropy_coef=0.02)
     logprobs = (mb.old_logprobs + 0.3 * leaf(44, 4, device).detach().float()).requires_grad_()
     entropy = leaf(44, 5, device).detach().float().abs().requires_grad_()

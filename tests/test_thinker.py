@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from adaptive_reasoning.learner.ppo import gae, normalise, policy_loss, value_loss
 from small_model import make_folder, make_tokenizer
 from test_end_to_end import ROOT, comparable, run_module
 
@@ -22,7 +23,6 @@ from adaptive_reasoning.core.files import read_jsonl
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.formats import dialogue as chain_format
 from adaptive_reasoning.learner.packing import Counts
-from adaptive_reasoning.learner.ppo import gae, normalise, policy_loss, value_loss
 from adaptive_reasoning.report import glossary
 from adaptive_reasoning.rollout import Completion, Decoder, Engine, Sampling
 from adaptive_reasoning.rollout.dialogue import CHATML, Dialogue, Turn, converse, turn_marks
@@ -84,7 +84,7 @@ def test_value_loss_equals_verl(inputs, expected, dtype):
     mask = torch.tensor(inputs["mask"]).bool()
     values, old, returns = (torch.tensor(inputs[k], dtype=dtype) for k in ("value_preds", "old_values", "returns"))
     values.requires_grad_()
-    settings, counts = SimpleNamespace(value_clip=inputs["cliprange_value"]), Counts(int(mask.sum()), 1, 1)
+    settings, counts = SimpleNamespace(value_clip=inputs["cliprange_value"]), Counts(int(mask.sum()), 1)
     loss, stats = value_loss(values[mask], old[mask], returns[mask], counts, settings)
     loss.backward()
     tolerance = 1e-9 if dtype == torch.float64 else 1e-6
@@ -102,7 +102,7 @@ def clipped(inputs, dtype, names, mask=None):
     settings = SimpleNamespace(
         clip_low=inputs["clip"], clip_high=inputs["clip"], dual_clip=inputs.get("dual_clip") or 0.0, fused=False
     )
-    n = Counts(int(mask.sum()), 1, 1)
+    n = Counts(int(mask.sum()), 1)
     entropy = torch.zeros_like(old)[mask]
     value, stats = policy_loss(
         logprobs[mask], entropy, advantages[mask], SimpleNamespace(old_logprobs=old[mask]), n, settings
@@ -150,9 +150,7 @@ def test_normalisation_equals_open_reasoner_zero(inputs, expected):
 def test_value_loss_equals_open_reasoner_zero(inputs, expected):
     values, old, returns = (torch.tensor(inputs[k], dtype=torch.float64) for k in ("values", "old_values", "returns"))
     values.requires_grad_()
-    loss, _ = value_loss(
-        values, old, returns, Counts(len(old), 1, 1), SimpleNamespace(value_clip=inputs["clip"] or 0.0)
-    )
+    loss, _ = value_loss(values, old, returns, Counts(len(old), 1), SimpleNamespace(value_clip=inputs["clip"] or 0.0))
     loss.backward()
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-9)
     torch.testing.assert_close(

@@ -19,24 +19,32 @@ class Episode:
     """
 
     question: Question
-    group: int  # index of the question within the step, the same on every rank: samples of one question share it
+    group: int  # index of the question in the task: the samples of a question share it, on every process alike
     prompt_ids: torch.Tensor  # [P] int64
     response_ids: torch.Tensor  # [T] int64, EOS included when it was generated
     behaviour_logprobs: torch.Tensor  # [T] fp32, log-prob under the distribution sampled from; log q for a forced token
-    action_mask: torch.Tensor  # [T] bool, False for tokens that nobody chose (budget closer, user turns)
+    action_mask: torch.Tensor  # [T] bool, False for tokens that nobody chose (budget forcing, user turns)
     finish_reason: str  # "stop" or "length"
+    forced: torch.Tensor | None = None  # [T] bool, tokens that the behaviour policy was made to take; None: none was
     mode: str = ""  # which way of answering, from token ids, never from text
-    stage: str = ""  # turn of a multi-turn dialogue
     text: str = ""  # decoded response, for grading and tables only
+    answer: str | None = None  # what was graded; None where the response breaks its format
+    correct: bool = False
+    grader: str = ""  # what the grader said where it could not decide: "timeout: ..." or "error: ..."
     reward: float = 0.0
-    advantage: float = 0.0
+    advantage: float = 0.0  # of every token; where tokens differ their mean, for tables, beside `advantages`
+    advantages: torch.Tensor | None = None  # [T] fp32, where the tokens of a response have different ones
     old_logprobs: torch.Tensor | None = None  # [T] fp32, log-probs the ratio is taken against; None: the behaviour's
     ref_logprobs: torch.Tensor | None = None  # [T] fp32, log-probs under the reference policy, where a loss wants them
-    info: dict = field(default_factory=dict)  # what a metric or a sample table wants to show beside the above
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)  # [T] each: values, returns; in MicroBatch as [N]
+    pair: int = -1  # number of the pair it belongs to, of methods that learn from pairs
+    info: dict = field(default_factory=dict)  # for tables only: what a metric or sample table shows beside the above
 
     def __post_init__(self):
-        T = len(self.response_ids)
-        assert len(self.behaviour_logprobs) == len(self.action_mask) == T, "one log-prob and one mask entry per token"
+        if self.forced is None:
+            self.forced = torch.zeros(len(self.response_ids), dtype=torch.bool)
+        per_token = (self.behaviour_logprobs, self.action_mask, self.forced)
+        assert all(len(x) == len(self.response_ids) for x in per_token), "one entry per response token"
 
     @classmethod
     def of(cls, completion, **more) -> "Episode":
@@ -50,18 +58,24 @@ class Episode:
             completion.logprobs,
             completion.action_mask,
             completion.finish_reason,
+            torch.arange(len(completion.response_ids)) < len(completion.request.forced),
             **more,
         )
 
     @property
     def num_tokens(self) -> int:
-        """Response tokens, the forced first token and EOS included: the length every table reports."""
+        """Response tokens, forced ones and EOS included: the length every table reports."""
         return len(self.response_ids)
 
     @property
     def num_actions(self) -> int:
         """Tokens that the policy chose: without user turns and what a budget forced."""
         return int(self.action_mask.sum())
+
+    @property
+    def teaches(self) -> bool:
+        """Whether any of its tokens has an advantage."""
+        return self.advantage != 0 if self.advantages is None else bool(self.advantages.any())
 
 
 def by_group(episodes: list[Episode]) -> list[list[Episode]]:
@@ -95,6 +109,6 @@ def sample_row(e: Episode, step: int, split: str) -> dict:
         "finish_reason": e.finish_reason,
         "advantage": e.advantage,
     }
-    if "grader" in e.info:
-        row["grader"] = e.info["grader"]
+    if e.grader:
+        row["grader"] = e.grader
     return row

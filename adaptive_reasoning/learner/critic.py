@@ -6,13 +6,13 @@
         for mb in minibatch:
             values, _ = critic.score(mb)                # [N]
             critic.backward(value_loss(values, ...))
-        critic.step()
+        critic.step(args.critic_learning_rate)
 
 The value of an action is read at the token before it: the state in which it was chosen, which is the very position that
 predicts it (`MicroBatch.predict_index`). Under ZeRO-3 the critic is a second engine, made after the policy's.
 """
 
-from copy import copy, deepcopy
+from copy import deepcopy
 
 import torch
 from torch import nn
@@ -75,14 +75,9 @@ class ValueModel(nn.Module):
 
 
 class Critic(Learner):
-    """A learner whose `score` returns values instead of log-probs; its learning rate is args.critic_learning_rate."""
+    """A learner whose `score` returns values instead of log-probs."""
 
     module = ValueModel
-
-    def __init__(self, args, model, accelerator):
-        args = copy(args)
-        args.learning_rate = args.critic_learning_rate
-        super().__init__(args, model, accelerator)
 
     def _zero3_engine(self, optimizer):
         import deepspeed
@@ -91,21 +86,10 @@ class Critic(Learner):
         config = deepcopy(self.accelerator.state.deepspeed_plugin.deepspeed_config)
         return deepspeed.initialize(model=self.policy, optimizer=optimizer, config=config)[0]
 
-    def _forward(self, module, mb, with_entropy: bool = False):
+    def _forward(self, module, mb, with_entropy: bool = False, temperature: float | None = None):
         return module(mb.input_ids, mb.position_ids, mb.predict_index), None
 
     def values(self, episodes: list[Episode]) -> list[torch.Tensor]:
         """Return the values [T] (fp32, CPU) of each episode, 0 where there is no action. Every rank must call this."""
-        assert not any(e.info.get("forced") for e in episodes), "forced tokens would get their log-prob for a value"
+        assert not any(e.forced.any() for e in episodes), "forced tokens would get their log-prob for a value"
         return [v.masked_fill(~e.action_mask, 0.0) for e, v in zip(episodes, self.logprobs(episodes))]
-
-    def sum(self, values: list[float]) -> list[float]:
-        """Return the elementwise sum of numbers over all processes, every one of which must call this."""
-        return self._reduce(values, "sum").tolist()
-
-    def metrics(self, losses: list[dict], updates: list[dict]) -> dict[str, float]:
-        """Return the means over the updates of the additive shares `losses`, and the largest gradient norm."""
-        keys = ("loss/value", "loss/value_clip_fraction")
-        totals = self.sum([sum(float(share[key]) for share in losses) for key in keys])
-        out = {key: value / len(updates) for key, value in zip(keys, totals)}
-        return out | {"loss/value_grad_norm": max(u["grad_norm"] for u in updates)}

@@ -4,7 +4,7 @@
         for mb in minibatch:                                                               # one forward pass each
             logprobs, entropy = learner.score(mb)                                          # [N]
             learner.backward(loss(logprobs, mb, minibatch.counts, args))
-        stats = learner.step()
+        stats = learner.step(args.learning_rate)
 
 A loss divides by `minibatch.counts`, the counts of the whole step over all ranks. The gradient is then the plain sum
 over micro-batches and ranks, and no split, order or number of ranks changes it.
@@ -51,7 +51,7 @@ class Learner:
     """A policy, its optimiser and the runtime they live on.
 
     Args:
-        args: the learner options of `RunArgs`, `temperature` and `output_dir`.
+        args: the learner options of `RunArgs`, `temperature` (of log-probs where no other is asked for), `output_dir`.
         model: from `load_model`; fp32 weights.
         accelerator: from `make_accelerator`.
         trainable: "all"; "marked" for the parameters whose requires_grad is set (LoRA); or "none" for a frozen
@@ -136,7 +136,7 @@ class Learner:
     # --- data
 
     def minibatches(
-        self, episodes: list[Episode], number: int, seed: int, skip_zero_advantage: bool = False
+        self, episodes: list[Episode], number: int, seed: int, skip_zero_advantage: bool = False, together: str = ""
     ) -> list[Minibatch]:
         """Return `number` minibatches, one optimiser step each, with equally many micro-batches on every rank.
 
@@ -144,11 +144,12 @@ class Learner:
         this, also one without episodes.
 
         Args:
-            episodes: this rank's episodes, with advantages; `group` numbers the questions of the step from 0.
+            episodes: this rank's episodes, with advantages.
             number: minibatches; at most the number of groups.
             seed: of the order of groups; has no effect with one minibatch.
             skip_zero_advantage: leave out episodes with advantage 0. Right only if the loss is proportional to the
                 advantage (no KL, no entropy bonus). They still count in the denominators.
+            together: "pair" or "group": episodes that have the same one share a micro-batch, one behind the other.
 
         Raises:
             UserError: more minibatches than groups.
@@ -174,50 +175,56 @@ class Learner:
         sums, splits = [], []
         for chunk in chunks:
             actions = torch.cat([e.action_mask for e in chunk]).sum() if chunk else 0
-            zero = sum(e.advantage == 0 for e in chunk)
-            sums.append([int(actions), len(chunk), zero])
-            splits.append(self._fill([e for e in chunk if not (skip_zero_advantage and e.advantage == 0)]))
+            teaching = [e for e in chunk if e.teaches]
+            sums.append([int(actions), len(chunk), len(chunk) - len(teaching)])
+            splits.append(self._fill(teaching if skip_zero_advantage else chunk, together))
         sums = reduce(sums, "sum").long().tolist()
         # At least one micro-batch, so that a step without any gradient is still a step on every runtime.
         most = reduce([max(1, len(split)) for split in splits], "max").long().tolist()
         batches = []
         for i in range(number):
             tokens, sequences, zero = sums[i]
-            counts = Counts(tokens, sequences, int((chunk_of_group == i).sum()))
             padded = splits[i] + [[] for _ in range(most[i] - len(splits[i]))]
-            batches.append(Minibatch(counts, padded, zero / sequences, self.accelerator.device, self.one_row))
+            counts, device = Counts(tokens, sequences), self.accelerator.device
+            batches.append(Minibatch(counts, padded, zero / sequences, device, self.one_row))
         return batches
 
-    def _fill(self, episodes: list[Episode]) -> list[list[Episode]]:
+    def _fill(self, episodes: list[Episode], together: str = "") -> list[list[Episode]]:
         """Return the episodes that have an action token, in micro-batches under the token budget."""
         acting = [e for e in episodes if e.action_mask.any()]
-        return fill(acting, self.args.tokens_per_micro_batch, self.one_row)
+        return fill(acting, self.args.tokens_per_micro_batch, self.one_row, together)
 
     def _reduce(self, values, op: str) -> torch.Tensor:
         return all_reduce(self.accelerator, values, op)
 
     # --- log-probs
 
-    def score(self, mb: MicroBatch, with_entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def score(
+        self, mb: MicroBatch, with_entropy: bool | str = False, temperature: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return (logprobs [N], entropy [N] or None) of the action tokens, fp32, with gradient.
 
-        Entropy (nats, of the distribution at the sampling temperature) is computed only if asked for.
+        Args:
+            with_entropy: compute the entropy (nats, at the temperature): True with gradient, "detached" without.
+            temperature: of the distribution; None: args.temperature, the sampler's. Offline methods score at 1.0.
         """
         # Gradients of data parallelism are exchanged once a step: in the backward pass of the last micro-batch.
         with self.no_sync() if self.no_sync and not mb.last else nullcontext():
-            logprobs, entropy = self._forward(self.engine, mb, with_entropy)
+            logprobs, entropy = self._forward(self.engine, mb, bool(with_entropy), temperature)
+        entropy = entropy.detach() if with_entropy == "detached" else entropy
         self._scored = (mb, logprobs, entropy)
         return logprobs, entropy
 
-    def _forward(self, module, mb: MicroBatch, with_entropy: bool = False):
-        return module(mb.input_ids, mb.position_ids, mb.predict_index, mb.targets, self.args.temperature, with_entropy)
+    def _forward(self, module, mb: MicroBatch, with_entropy: bool = False, temperature: float | None = None):
+        temperature = self.args.temperature if temperature is None else temperature
+        return module(mb.input_ids, mb.position_ids, mb.predict_index, mb.targets, temperature, with_entropy)
 
     @torch.no_grad()
-    def logprobs(self, episodes: list[Episode]) -> list[torch.Tensor]:
+    def logprobs(self, episodes: list[Episode], temperature: float | None = None) -> list[torch.Tensor]:
         """Return the log-probs [T] (fp32, CPU) of each episode under the current weights, without gradient.
 
-        Tokens that are no actions, and forced ones (the first info["forced"]), keep the behaviour's value, because
-        that is log q. Every rank must call this, also one without episodes.
+        Tokens that are no actions, and forced ones, keep the behaviour's value, because that is log q. Every rank must
+        call this, also one without episodes. `temperature` as in `score`.
         """
         split = self._fill(episodes)
         split += [[] for _ in range(int(self._reduce([len(split)], "max")) - len(split))]
@@ -225,7 +232,7 @@ class Learner:
         for part in split:
             mb = pack(part, self.accelerator.device, self.one_row)
             # Under ZeRO-3 only the engine prepares the gathering of weights; elsewhere the bare module is enough.
-            scored, _ = self._forward(self.engine if self.zero3 else self.policy, mb)
+            scored, _ = self._forward(self.engine if self.zero3 else self.policy, mb, temperature=temperature)
             if not part:
                 continue
             values = torch.cat([e.behaviour_logprobs for e in part]).clone()
@@ -249,7 +256,7 @@ class Learner:
         self._scored = None
         if mb.weight == 0.0:
             value = logprobs.sum() * 0.0  # whatever the loss made of no tokens, a mean for example, is not a number
-            if entropy is not None and getattr(self.args, "entropy_coef", 0):
+            if entropy is not None and entropy.requires_grad:
                 # ZeRO-3 compares the modules that ranks pass backwards: the bonus has to be there on this one too.
                 value = value + entropy.sum() * 0.0
         self._losses.append((value.detach(), mb.episodes))
@@ -263,8 +270,11 @@ class Learner:
         else:
             value.backward()
 
-    def step(self) -> dict[str, float]:
+    def step(self, rate: float) -> dict[str, float]:
         """Check, clip and apply the gradient. Returns {"grad_norm" (before clipping), "learning_rate"}.
+
+        Args:
+            rate: AdamW's learning rate; over the first args.warmup_steps steps it rises to this from zero.
 
         Raises:
             NonFiniteError: on all ranks, before any weight changes, if a loss of any rank or the gradient is not
@@ -279,7 +289,7 @@ class Learner:
         flags = self._reduce(torch.stack([bad.double(), grad_norm.double()]), "sum")
         if flags[0] > 0 or not flags[1].isfinite():
             self._stop(values, losses, float(grad_norm))
-        rate = self.args.learning_rate * min(1.0, (self.steps + 1) / max(1, self.args.warmup_steps))
+        rate *= min(1.0, (self.steps + 1) / max(1, self.args.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self.zero3:

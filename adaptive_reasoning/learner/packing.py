@@ -22,7 +22,6 @@ class Counts:
 
     tokens: int  # action tokens
     sequences: int  # episodes
-    groups: int  # questions
 
 
 @dataclass(eq=False)
@@ -42,20 +41,23 @@ class MicroBatch:
     old_logprobs: torch.Tensor  # [N] fp32, what the ratio is taken against (the behaviour's where not recomputed)
     behaviour_logprobs: torch.Tensor  # [N] fp32
     ref_logprobs: torch.Tensor  # [N] fp32, under the reference policy (0 where there is none)
-    forced: torch.Tensor  # [N] bool, tokens that the behaviour policy was made to take (info["forced"] leading ones)
-    advantages: torch.Tensor  # [N] fp32, advantage of the token's sequence
-    sequence_advantages: torch.Tensor  # [S] fp32
+    forced: torch.Tensor  # [N] bool, tokens that the behaviour policy was made to take
+    advantages: torch.Tensor  # [N] fp32
+    sequence_advantages: torch.Tensor  # [S] fp32, where all tokens of a sequence have the same; else their mean
     lengths: torch.Tensor  # [S] int64, action tokens of each sequence, at least one
     response_index: torch.Tensor  # [N] int64, index of the token in the concatenated responses of `episodes`
+    columns: dict[str, torch.Tensor]  # [N] fp32 each: what the method put into `Episode.columns`
     episodes: list[Episode]  # S of them
     weight: float = 1.0  # 0.0 for a filler; `learner.backward` applies it
     last: bool = True  # last micro-batch of its minibatch: gradients are exchanged between ranks after this one
 
-    def flatten(self, per_token: list[torch.Tensor]) -> torch.Tensor:
-        """Return any per-token quantity, one [T] tensor per episode, as [N] beside `targets`."""
-        if not per_token:
-            return self.advantages.new_zeros(0)
-        return torch.cat(per_token).to(self.targets.device)[self.response_index]
+    def column(self, name: str) -> torch.Tensor:
+        """Return a quantity [N] that the method put into `Episode.columns`; empty in a filler, which has none."""
+        return self.columns[name] if self.episodes else self.advantages.new_zeros(0)
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sums [S] of per-token values [N] over each sequence."""
+        return values.new_zeros(len(self.lengths)).index_add(0, self.sequence, values)
 
 
 @dataclass(eq=False)
@@ -87,22 +89,33 @@ def group_chunks(groups: int, minibatches: int, seed: int) -> np.ndarray:
     return chunk
 
 
-def fill(episodes: list[Episode], budget: int, one_row: bool) -> list[list[Episode]]:
+def fill(episodes: list[Episode], budget: int, one_row: bool, together: str = "") -> list[list[Episode]]:
     """Return the episodes in micro-batches of at most `budget` tokens, padding included, longest first.
 
-    An episode longer than the budget is a micro-batch of its own: nothing is ever dropped. Ties keep their order.
+    What is longer than the budget is a micro-batch of its own: nothing is ever dropped. Ties keep their order.
+
+    Args:
+        together: "pair" or "group": episodes that have the same one share a micro-batch; empty: each goes by itself.
     """
-    lengths = np.array([len(e.prompt_ids) + len(e.response_ids) for e in episodes], dtype=np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        if one_row:  # no padding: as many as add up to the budget
-            count = int(np.searchsorted(np.cumsum(lengths[order[start:]]), budget, side="right"))
-        else:  # the first is the longest, so it is the width of the rows
-            count = budget // int(lengths[order[start]])
-        stop = start + max(1, count)
-        batches.append([episodes[i] for i in order[start:stop]])
-        start = stop
+    units: dict[int, list[Episode]] = {}
+    for i, e in enumerate(episodes):
+        units.setdefault(getattr(e, together) if together else i, []).append(e)
+
+    def length(e: Episode) -> int:
+        return len(e.prompt_ids) + len(e.response_ids)
+
+    batches, size, width = [], 0, 0  # tokens of the last batch, and of its longest row
+    for unit in sorted(units.values(), key=lambda unit: -max(map(length, unit))):
+        if one_row:  # no padding
+            grown = size + sum(map(length, unit))
+        else:  # the first unit has the longest row
+            grown = (len(batches[-1]) + len(unit)) * width if batches else 0
+        if not batches or grown > budget:
+            batches.append([])
+            width = max(map(length, unit))
+            grown = sum(map(length, unit))
+        batches[-1] += unit
+        size = grown
     return batches
 
 
@@ -147,7 +160,10 @@ def pack(episodes: list[Episode], device="cpu", one_row: bool = False, last: boo
     old = torch.cat([e.behaviour_logprobs if e.old_logprobs is None else e.old_logprobs for e in episodes])
     ref = torch.cat([torch.zeros(len(e.response_ids)) if e.ref_logprobs is None else e.ref_logprobs for e in episodes])
     advantage = torch.tensor([e.advantage for e in episodes], dtype=torch.float32)
-    forced = torch.tensor([e.info.get("forced", 0) for e in episodes])
+    advantages = advantage[row]
+    if any(e.advantages is not None for e in episodes):
+        same = [torch.full((len(e.response_ids),), e.advantage) for e in episodes]
+        advantages = torch.cat([s if e.advantages is None else e.advantages for s, e in zip(same, episodes)])[index]
     batch = MicroBatch(
         input_ids=input_ids,
         position_ids=position_ids,
@@ -158,11 +174,12 @@ def pack(episodes: list[Episode], device="cpu", one_row: bool = False, last: boo
         old_logprobs=old[index],
         behaviour_logprobs=behaviour[index],
         ref_logprobs=ref[index],
-        forced=t < forced[row],
-        advantages=advantage[row],
+        forced=torch.cat([e.forced for e in episodes])[index],
+        advantages=advantages,
         sequence_advantages=advantage,
         lengths=torch.bincount(row, minlength=S),
         response_index=index,
+        columns={name: torch.cat([e.columns[name] for e in episodes])[index] for name in episodes[0].columns},
         episodes=episodes,
         last=last,
     )
@@ -187,6 +204,7 @@ def filler(device="cpu", last: bool = True) -> MicroBatch:
         sequence_advantages=floats,
         lengths=ints,
         response_index=ints,
+        columns={},
         episodes=[],
         weight=0.0,
         last=last,
@@ -196,9 +214,10 @@ def filler(device="cpu", last: bool = True) -> MicroBatch:
 
 def to_device(batch: MicroBatch, device) -> MicroBatch:
     if torch.device(device).type != "cpu":
-        for name, value in vars(batch).items():
-            if isinstance(value, torch.Tensor):
-                setattr(batch, name, value.to(device, non_blocking=True))
+        for part in (vars(batch), batch.columns):
+            for name, value in part.items():
+                if isinstance(value, torch.Tensor):
+                    part[name] = value.to(device, non_blocking=True)
     return batch
 
 

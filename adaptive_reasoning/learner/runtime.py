@@ -19,8 +19,6 @@ from adaptive_reasoning.core.errors import ElsewhereError, UserError
 
 arrivals = 0  # collective operations of this file that this process has come to; the watch compares them
 
-# Ranks wait for each other's longest response; torch's default of 10 minutes kills healthy runs. --patience changes it.
-PATIENCE = 7200.0  # seconds
 LATER = 60.0  # seconds by which a collective operation gives up after the watch, whose message says more
 
 
@@ -39,10 +37,10 @@ def make_accelerator(args) -> Accelerator:
         raise UserError(
             "ACCELERATE_USE_CPU switches DeepSpeed off. For ZeRO-3 on the CPU leave it out and set DS_ACCELERATOR=cpu."
         )
-    group = {"timeout": timedelta(seconds=getattr(args, "patience", PATIENCE) + LATER)}
+    group = {"timeout": timedelta(seconds=args.patience + LATER)}
     if wants_deepspeed and not torch.cuda.is_available():
         group["backend"] = "gloo"  # without it accelerate believes that there is one process only
-    trackers = [name.strip() for name in getattr(args, "report_to", "").split(",") if name.strip()]
+    trackers = [name.strip() for name in args.report_to.split(",") if name.strip()]
     try:
         accelerator = Accelerator(
             mixed_precision="bf16" if args.dtype == "bf16" else "no",

@@ -27,14 +27,15 @@ class Console:
         self.alarms = Alarms(rows)
         self.seconds = deque(maxlen=20)  # of the newest steps, evaluation included: what the ETA is made from
 
-    def step(self, row: dict) -> None:
+    def step(self, row: dict, show: bool = True) -> None:
         """Print the line of one metric row (the dict that goes into metrics.jsonl) and the alarms it raises."""
         spent = row.get("time/step_s") or 0.0
         if self.seconds:  # the evaluation before the first step has more settings than those to come
             spent += row.get("time/eval_s") or 0.0
         self.seconds.append(spent)
         left = max(self.max_steps - row["step"], 0) * sum(self.seconds) / len(self.seconds)
-        say(step_line(row, self.max_steps, left))
+        if show:
+            say(step_line(row, self.max_steps, left))
         for alarm in self.alarms.see(row):
             say(alarm_line(alarm))
 

@@ -132,9 +132,7 @@ class Dialogue:
             logprobs[here], mask[here] = turn.logprobs, True
         reason = "length" if self.cut else "stop"
         e = Episode(self.question, self.group, torch.tensor(self.prompt_ids), ids, logprobs, mask, reason)
-        e.text, e.stage = self.text, list(self.turns)[-1]
-        if self.grader:
-            e.info["grader"] = self.grader
+        e.text, e.grader = self.text, self.grader
         return e
 
 

@@ -1,9 +1,16 @@
-"""Pass rates: how often a model solves each question, sampled once and kept.
+"""Bank: graded responses of the starting model, sampled once and kept with their token ids and log-probs.
 
-Results are lines of a file named after a key of model, questions and sampler, so that any run that would measure the
-same thing finds them, and no run finds another's. One line holds one round of questions, appended when the round is
-finished: a killed measurement goes on with the very rounds that an untouched one would have had, and a longer run adds
-the questions that a shorter one did not need.
+What is kept is named after model, questions, prompts and sampler, so any run that would sample the same finds it, and
+no run finds another's. One file holds one round of questions of one process, written whole or not at all: a killed run
+goes on with the rounds that are missing, and a longer run adds the questions that a shorter one did not need. Pass
+rates, such as AdaptThink's reference accuracies, read the files' headers alone.
+
+    <folder>/<key>/about.json                what was sampled
+    <folder>/<key>/<first question>.safetensors
+        ids [sum T] int32, logprobs [sum T] fp32     all responses, one behind the other
+        metadata "answers": one row a response       question, sample, tokens, correct, cut, mode, answer
+
+8 bytes a token: 16 responses of 5,000 tokens to 40,000 questions are 26 GB. Processes share the folder's file system.
 """
 
 import hashlib
@@ -11,124 +18,141 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import UserError
-from adaptive_reasoning.core.files import append_jsonl, read_jsonl
-from adaptive_reasoning.core.question import Question
-from adaptive_reasoning.learner.runtime import all_gather
+from adaptive_reasoning.core.files import write_bytes_atomic, write_json_atomic
+from adaptive_reasoning.learner.runtime import all_gather, on_main
 from adaptive_reasoning.rollout import Request, Sampling
+from adaptive_reasoning.run.folder import weights_of
 
 QUESTIONS_PER_ROUND = 256  # on each process; what a kill can cost
 
 
-def pass_rates(
-    run,
-    needed: list[int],
-    make_requests: Callable[[int], list[Request]],
-    sampling: Sampling,
-    extract_answer,
-    folder: str,
-) -> dict[int, float]:
-    """Return {question index: share of right responses} for the questions `needed`.
+class Bank:
+    """Graded responses to questions. Every process must create it with the same arguments.
 
     Args:
-        run: an entered Run whose engine holds the weights to measure. Every process must call this.
-        needed: indices into run.task.questions.
+        run: an entered Run, whose replica holds the weights to sample from.
+        needed: indices of questions of run.task.
         make_requests: question index -> its requests, tagged (question, index).
-        extract_answer: response text -> answer to grade, or None.
-        folder: where results are kept.
+        folder: where responses are kept.
     """
-    about = {
-        "model": fingerprint(run.args.model),
-        "questions": digest("\0".join(f"{q.problem}\0{q.answer}" for q in run.task.questions)),
-        "prompts": digest(repr(run.task.prompts)),  # the chat template is in them
-        "requests": digest(repr([describe(r) for r in make_requests(0)])),
-        "sampling": repr(sampling),
-        "dtype": run.args.dtype,
+
+    def __init__(
+        self, run, needed: list[int], make_requests: Callable[[int], list[Request]], sampling: Sampling, folder: str
+    ):
+        about = {
+            "model": digest("\1".join(weights_of(run.args.model))),
+            "questions": digest("\0".join(f"{q.problem}\0{q.answer}" for q in run.task.questions)),
+            "prompts": digest(repr(run.task.prompts)),  # the chat template is in them
+            "requests": digest(repr([describe(r) for r in make_requests(0)])),
+            "sampling": repr(sampling),
+            "format": f"{type(run.form).__module__}.{type(run.form).__qualname__}",
+            "dtype": run.args.dtype,
+        }
+        self.run, self.needed = run, needed
+        self.folder = Path(folder) / digest(json.dumps(about))[:16]
+
+        def begin():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(self.folder / "about.json", about)
+
+        on_main(run.accelerator, begin)
+        self.rows: dict[int, list[dict]] = {}  # question -> rows, in order of the samples
+        self._read()
+        todo = [i for i in needed if i not in self.rows]
+        if todo:
+            run.journal.say(f"sampling answers of {run.args.model} to {len(todo)} questions, kept in {self.folder}")
+        per_round = QUESTIONS_PER_ROUND * run.ranks
+        for start in range(0, len(todo), per_round):
+            mine = todo[start : start + per_round][run.rank :: run.ranks]
+            requests = [request for i in mine for request in make_requests(i)]
+            episodes = run.rollout(requests, sampling, f"answers {start}/{len(todo)}")
+            if episodes:
+                write(self.folder / f"{mine[0]:08d}.safetensors", episodes)  # a question is in one file
+            run.accelerator.wait_for_everyone()
+        if todo:
+            self._read()
+
+    def _read(self) -> None:
+        """Read the headers of all files, on the main process, for all."""
+        found = on_main(self.run.accelerator, lambda: [(p.name, rows_of(p)) for p in sorted(self.folder.glob("*.s*"))])
+        for name, rows in all_gather(self.run.accelerator, found)[0]:
+            start = 0
+            for question in dict.fromkeys(row["question"] for row in rows):
+                self.rows[question] = []
+            for row in rows:
+                self.rows[row["question"]].append({**row, "file": name, "start": start})
+                start += row["tokens"]
+
+    def pass_rates(self) -> dict[int, float]:
+        """Return {question: share of right responses}, and tell the run how long its responses are."""
+        known = {i: self.rows[i] for i in self.needed}
+        rates = {i: sum(row["correct"] for row in rows) / len(rows) for i, rows in known.items()}
+        self.run.know_lengths({i: sum(row["tokens"] for row in rows) / len(rows) for i, rows in known.items()})
+        mean = sum(rates.values()) / len(rates)
+        self.run.journal.say(f"pass rates of {len(rates)} questions from {self.folder}: mean {mean:.3f}")
+        return rates
+
+    def episodes(self, rows: list[dict]) -> list[Episode]:
+        """Return the responses of these rows, token for token as they were sampled. T response tokens each."""
+        opened, out = {}, []
+        for row in rows:
+            file = opened.setdefault(row["file"], safe_open(self.folder / row["file"], "pt"))
+            here = slice(row["start"], row["start"] + row["tokens"])
+            task, i = self.run.task, row["question"]
+            e = Episode(
+                task.questions[i],
+                i,
+                torch.tensor(task.prompts[i]),
+                file.get_slice("ids")[here].long(),
+                file.get_slice("logprobs")[here],
+                torch.ones(row["tokens"], dtype=torch.bool),
+                "length" if row["cut"] else "stop",
+                mode=row["mode"],
+                answer=row["answer"],
+                correct=row["correct"],
+            )
+            out.append(e)
+        return out
+
+
+def write(path: Path, episodes: list[Episode]) -> None:
+    """Write one round of responses, whole or not at all."""
+    places: dict[int, int] = {}
+    rows = []
+    for e in episodes:
+        sample = places[e.group] = places.get(e.group, -1) + 1
+        row = {"question": e.group, "sample": sample, "tokens": e.num_tokens, "correct": e.correct}
+        rows.append({**row, "cut": e.finish_reason == "length", "mode": e.mode, "answer": e.answer})
+    tensors = {
+        "ids": torch.cat([e.response_ids for e in episodes]).int(),
+        "logprobs": torch.cat([e.behaviour_logprobs for e in episodes]),
     }
-    path = Path(folder) / f"pass_rate_{digest(json.dumps(about))[:16]}.jsonl"
-    if run.main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_file():
-            append_jsonl(path, {"about": about})
-    run.accelerator.wait_for_everyone()
-    known = {row["question"]: row for line in read_jsonl(path) for row in line.get("round", [])}
-    todo = [i for i in needed if i not in known]
-    run.accelerator.wait_for_everyone()
-    if todo:
-        run.say(f"measuring the pass rate of {run.args.model} on {len(todo)} questions, kept in {path}")
-    per_round = QUESTIONS_PER_ROUND * run.ranks
-    for start in range(0, len(todo), per_round):
-        mine = todo[start : start + per_round][run.rank :: run.ranks]
-        requests = [request for i in mine for request in make_requests(i)]
-        episodes = run.rollout(requests, extract_answer, sampling, f"pass rates {start}/{len(todo)}")
-        rows: dict[int, dict] = {}
-        for e in episodes:
-            row = rows.setdefault(e.group, {"question": e.group, "n": 0, "correct": 0, "tokens": 0, "cut": 0})
-            row["n"] += 1
-            row["correct"] += int(e.info["correct"])
-            row["tokens"] += e.num_tokens
-            row["cut"] += e.finish_reason == "length"
-        done = [row for part in all_gather(run.accelerator, list(rows.values())) for row in part]
-        known |= {row["question"]: row for row in done}
-        if run.main:
-            append_jsonl(path, {"round": done})
-    rates = {i: known[i]["correct"] / known[i]["n"] for i in needed}
-    run.lengths |= {i: known[i]["tokens"] / known[i]["n"] for i in needed}
-    run.say(f"pass rates of {len(rates)} questions from {path}: mean {sum(rates.values()) / len(rates):.3f}")
-    return rates
+    write_bytes_atomic(path, save(tensors, {"answers": json.dumps(rows)}))
 
 
-def read_authors_table(path: str, questions: dict[int, Question]) -> dict[int, float]:
-    """Return {question index: reference accuracy} from the authors' JSON list, looked up by the problem's text.
-
-    Rows are {"problem", "answer", "metrics": {"avg_acc_thinking", ...}}; the first, "__OVERALL__", holds means.
+def rows_of(path: Path) -> list[dict]:
+    """Return the rows in the header of a file.
 
     Raises:
-        UserError: the file cannot be read or has another layout, or a question is not in it.
+        UserError: it cannot be read.
     """
     try:
-        table = {
-            row["problem"].strip(): row["metrics"]["avg_acc_thinking"] for row in json.loads(Path(path).read_text())
-        }
-        if wrong := [v for v in table.values() if not isinstance(v, (int, float)) or not 0 <= v <= 1]:
-            raise TypeError(f"an accuracy of {wrong[0]!r}")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--ref_results {path}: cannot be read as JSON: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--ref_results {path}: expected a list of {{problem, answer, metrics: {{avg_acc_thinking}}}}, "
-            f"stumbled over {error}."
-        ) from error
-    missing = [q for q in questions.values() if q.problem.strip() not in table]
-    if missing:
-        raise UserError(
-            f"--ref_results {path}: {len(missing)} of {len(questions)} questions are not in it, the first is "
-            f"{missing[0].id}: {missing[0].problem[:80]!r}. Measure them instead: leave --ref_results empty."
-        )
-    return {i: float(table[q.problem.strip()]) for i, q in questions.items()}
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["answers"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}. Delete it: its questions are then sampled again.") from error
 
 
 def describe(request: Request) -> tuple:
     """Return what about a request changes its responses, its prompt left out (the questions are in the key)."""
-    return (
-        request.max_new_tokens, request.stop_ids, request.forced, request.allowed_first, request.closer, request.seed,
-        len(request.prompt_ids),
-    )  # fmt: skip
+    return request.max_new_tokens, request.stop_ids, request.forced, request.seed, len(request.prompt_ids)
 
 
 def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def fingerprint(model: str) -> str:
-    """Return what identifies the weights: the name on the hub, or a hash over the files of a local folder."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return model
-    state = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-        state.update(file.name.encode())
-        with open(file, "rb") as opened:
-            while block := opened.read(1 << 24):
-                state.update(block)
-    return state.hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

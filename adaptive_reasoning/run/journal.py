@@ -1,252 +1,218 @@
-"""What a run writes down: the folder it owns, and one row of metrics a step from what every process saw."""
+"""Journal: the folder of a run, from its lock to its summary. It needs no rollout, so every method has one.
 
-import dataclasses
-import fcntl
-import hashlib
-import os
-import socket
+    journal = Journal(args, "grpo", METRICS, accelerator)
+    journal.open(inputs)                            # lock, options, newest whole checkpoint
+    learner = Learner(...)
+    journal.restore(learner)                        # where a killed run stopped
+    for step in journal.steps():
+        ...
+        journal.write({"step": step, ...}, samples)
+        journal.save_if_due(learner, tokenizer)
+    journal.finish()
+
+Every random number of a run is a function of (seed, step, question, sample), so what continues it is weights,
+optimiser, step number and `state`.
+"""
+
+import shutil
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
-import yaml
+from accelerate import Accelerator
 
-from adaptive_reasoning.core.episode import pick
 from adaptive_reasoning.core.errors import UserError, say
-from adaptive_reasoning.core.files import write_text_atomic
-from adaptive_reasoning.learner.checkpoint import newest_checkpoint
+from adaptive_reasoning.core.files import append_jsonl, load_json, read_jsonl, truncate_jsonl, write_json_atomic
+from adaptive_reasoning.core.metric import Metric
+from adaptive_reasoning.learner.checkpoint import checkpoints, load_checkpoint, prune, save_checkpoint, whole_checkpoint
+from adaptive_reasoning.learner.learner import Learner
+from adaptive_reasoning.learner.runtime import on_main
+from adaptive_reasoning.report.console import Console
+from adaptive_reasoning.report.page import write_page, write_report
+from adaptive_reasoning.run.folder import MAY_CHANGE, check_inputs, check_reached, open_folder
 
-# Options that a continued run may have other values of: how long it is, what it writes down, and what fits the machine.
-# All others decide what is sampled or learnt, and a run has one value of each. `eval_every` decides neither, as the
-# random numbers of an evaluation are its own; where reference accuracies are kept (`ref_cache`) matters before step 1.
-MAY_CHANGE = {
-    "max_steps", "save_every", "keep_checkpoints", "grader_workers", "grader_timeout", "samples_per_step", "report_to",
-    "max_ungraded", "tokens_per_micro_batch", "rollout_rows", "gradient_checkpointing", "output_dir", "patience",
-    "eval_every", "ref_cache",
-}  # fmt: skip
-
-LOCK = ".lock"
-LOCK_SECONDS = 30.0  # for which a start waits for a killed predecessor, whose memory may take a while to be given back
-_locks: dict[Path, IO] = {}  # open files of the folders that this process writes, until it ends
+ROWS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
 
 
-def lock_folder(folder: Path) -> None:
-    """Keep every other process from writing a folder, for as long as this one lives: the kernel gives the lock back.
-
-    A run that was killed may not be dead: the ranks of a killed launcher go on for a while. Two that write one folder
-    would mix their rows and checkpoints without a word.
-
-    Raises:
-        UserError: another process holds it, and did for LOCK_SECONDS.
-    """
-    path = folder.resolve() / LOCK
-    if earlier := _locks.pop(path, None):  # of another run in this process, which is over
-        earlier.close()
-    file, end, told = open(path, "a+", encoding="utf-8"), time.monotonic() + LOCK_SECONDS, False
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            if time.monotonic() > end:
-                file.close()
-                raise UserError(
-                    f"{folder} is being written by {holder}. Wait until that run has ended, or end it with all its "
-                    "processes and start the same command again; or choose another --output_dir."
-                ) from None
-            if not told:
-                say(f"waiting for {holder} to end, which still writes {folder}")
-                told = True
-            time.sleep(0.1)
-        except OSError as error:
-            say(f"warning: {folder}: this file system has no locks ({error}): start no second run in this folder")
-            break
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    _locks[path] = file
-
-
-def open_folder(folder: Path, algorithm: str, args, begun: bool | None = None, may_change=MAY_CHANGE) -> None:
-    """Create the folder of a run with its config.yaml, or check that what is in it is this run; take its lock.
+class Journal:
+    """What a run writes down, and where it continues.
 
     Args:
-        algorithm: name of what runs there; an evaluation and a cold start have one too.
-        begun: whether the folder holds anything that would be continued; None: a checkpoint.
-        may_change: options that it may be continued with other values of.
-
-    Raises:
-        UserError: it holds a run of another algorithm or with other options, or a finished one without checkpoints;
-            its config.yaml is damaged, another process writes it, or it cannot be written to.
+        args: the options of the run.
+        algorithm: its name, in config.yaml and summary.json.
+        metrics: what the method's own metrics mean.
+        may_change: options that a continued run may have other values of.
     """
-    path, config = folder / "config.yaml", dataclasses.asdict(args)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock_folder(folder)
-        if begun is None:
-            begun = newest_checkpoint(folder / "checkpoints") is not None
-            if not begun and (folder / "summary.json").is_file():
-                raise UserError(
-                    f"{folder} holds a finished run without any checkpoint, which cannot be continued; a new one would "
-                    "replace its results. Choose another --output_dir, or delete the folder."
-                )
-        if path.is_file() and begun:
-            check_same(folder, read_config(path), algorithm, config, may_change)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot write there: {error}") from error
-    write_text_atomic(path, yaml.safe_dump({"algorithm": algorithm, **config}, sort_keys=False))
 
+    def __init__(
+        self, args, algorithm: str, metrics: dict[str, Metric], accelerator: Accelerator, may_change=MAY_CHANGE
+    ):
+        self.args, self.algorithm, self.accelerator, self.may_change = args, algorithm, accelerator, may_change
+        self.folder, self.main = Path(args.output_dir), accelerator.is_main_process
+        self.metrics = metrics
+        self.step = self.continued = 0  # step reached, and the step at which this process continued
+        self.started, self.spent = time.perf_counter(), 0.0  # spent: seconds of earlier parts of a resumed run
+        self.state: dict = {}  # JSON values that are saved with every checkpoint, and come back from it
+        self.inputs: dict[str, str] = {}
+        self.checkpoint: Path | None = None
 
-def read_config(path: Path) -> dict:
-    """Return the options in the config.yaml of a run."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged, it is not valid YAML: {error}. {DAMAGED}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged, it holds no options but {type(config).__name__}. {DAMAGED}")
-    return config
+    @property
+    def root(self) -> Path:
+        return self.folder / "checkpoints"
 
+    # ------------------------------------------------------------------------------------------------- begin, continue
 
-BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a file of weights
-DAMAGED = "Delete it to continue with the options of this command, or choose another --output_dir."
+    def open(self, inputs: dict[str, str]) -> None:
+        """Take the folder and find the newest whole checkpoint. `inputs`: digests of what is read (`inputs_of`).
 
-
-def check_same(folder: Path, old: dict, algorithm: str, new: dict, may_change=MAY_CHANGE) -> None:
-    """Raise UserError if the folder holds a run with other options; those in `may_change` may differ."""
-    if (found := old.pop("algorithm", algorithm)) != algorithm:
-        raise UserError(f"{folder} holds a run of {found}, not of {algorithm}. Choose another --output_dir.")
-    differ = [k for k in new if k in old and old[k] != new[k] and k not in may_change]
-    if differ:
-        k = differ[0]
-        raise UserError(
-            f"{folder} holds a run with {k} = {old[k]!r}, now it is {new[k]!r}. Choose another --output_dir, "
-            "or give the old value to continue that run."
+        Raises:
+            UserError: another run's folder, another process writes it, or it has gone further than --max_steps.
+        """
+        self.inputs = inputs
+        on_main(
+            self.accelerator,
+            lambda: open_folder(self.folder, self.algorithm, self.args, may_change=self.may_change),
         )
+        self.checkpoint, damaged = whole_checkpoint(self.root, self.accelerator)
+        for line in damaged:
+            self.say(f"warning: {line}")
+        if self.checkpoint is not None:
+            check_reached(self.checkpoint, self.args.max_steps)
 
+    def restore(self, learner: Learner, critic: Learner | None = None) -> None:
+        """Continue from the checkpoint, if there is one, and forget the rows behind it: they are written again."""
+        if self.checkpoint is not None:
+            saved = load_checkpoint(self.checkpoint, learner, critic)
+            self.step, self.spent, self.state = saved["step"], saved["wall_s"], saved["state"]
+            check_inputs(self.folder, saved["inputs"], self.inputs)
+            self.continued = self.step
+            self.say(f"continuing {self.folder} after step {self.step}")
+        last = self.step if self.checkpoint else -1
+        on_main(self.accelerator, lambda: [truncate_jsonl(self.folder / name, last) for name in ROWS])
+        rows = read_jsonl(self.folder / "metrics.jsonl") if self.checkpoint and self.main else []
+        self.console = Console(self.args.max_steps, rows)
+        if self.args.report_to:
+            options = {k: v for k, v in vars(self.args).items() if isinstance(v, (int, float, str, bool))}
+            self.accelerator.init_trackers(self.algorithm, config=options)
 
-def picked(groups: list[list[int]], batch: list[int], n: int, step: int) -> list[tuple[int, int]]:
-    """Return (process, place among its episodes) of the n episodes of a step that are written down.
+    def steps(self) -> Iterator[int]:
+        """Yield the numbers of the steps still to do."""
+        while self.step < self.args.max_steps:
+            self.step += 1
+            yield self.step
 
-    Args:
-        groups: of each process the question of every episode.
-        batch: the questions of the step in order; which process has which makes no difference to the choice.
-    """
-    place = {question: i for i, question in enumerate(batch)}
-    every = [(place[q], j, rank) for rank, part in enumerate(groups) for j, q in enumerate(part)]
-    return [(rank, j) for _, j, rank in pick(sorted(every), n, step)]
+    @property
+    def last(self) -> bool:
+        """Whether the run has reached its last step."""
+        return self.step == self.args.max_steps
 
+    # ------------------------------------------------------------------------------------------------- rows
 
-def data_of(task) -> dict[str, list[str]]:
-    """Return {what: texts} of the questions of a task, by where they come from."""
-    parts: dict[str, list[str]] = {}
-    for q in task.questions:
-        parts.setdefault(f"the training data {q.source or q.id.split('/')[0]}", []).append(text_of(q))
-    for benchmark in task.benchmarks:
-        parts[f"the evaluation data {benchmark.name}"] = [text_of(q) for q in benchmark.questions]
-    return parts
+    def write(self, row: dict, samples: Sequence[dict] = (), show: bool = True) -> None:
+        """Write and print (`show`) the metrics of a step ("step" in `row`), and sample rows."""
 
+        def write():
+            append_jsonl(self.folder / "metrics.jsonl", row)
+            for sample in samples:
+                append_jsonl(self.folder / "samples.jsonl", sample)
+            if row["step"]:
+                self.console.step(row, show)
+            if self.args.report_to:
+                self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
 
-def text_of(question) -> str:
-    return f"{question.problem}\0{question.answer}\0{question.difficulty}"
+        on_main(self.accelerator, write)
 
+    def write_evaluation(self, rows: list[dict], samples: list[dict]) -> None:
+        """Write and print the results of one evaluation, and show them on the page."""
 
-def inputs_of(data: dict[str, list[str]], tokenizer, model: str | None = None) -> dict[str, str]:
-    """Return {what: digest} of what a run reads beside its options, saved with every checkpoint.
+        def write():
+            for sample in samples:
+                append_jsonl(self.folder / "samples.jsonl", {"step": self.step, "split": "eval", **sample})
+            for row in rows:
+                append_jsonl(self.folder / "evaluations.jsonl", row)
+            self.console.evaluation(rows)
+            if not self.last:
+                write_page(self.folder)
 
-    Data counts by its content: a file may be written again as it was. `model` is given where its weights are read again
-    by a continued run, as those of a reference policy are; what is trained comes from the checkpoint.
-    """
-    parts = dict(data)
-    if model:
-        parts[f"the model {model}"] = weights_of(model)
-    parts["the tokenizer"] = [f"{text}\0{i}" for text, i in sorted(tokenizer.get_vocab().items())]
-    parts["the chat template"] = [str(tokenizer.chat_template)]
-    return {
-        what: hashlib.sha256("\1".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
-        for what, texts in parts.items()
-    }
+        on_main(self.accelerator, write)
 
+    def evaluations(self, step: int | None = None) -> list[dict]:
+        """Return the rows of evaluations.jsonl of one step, or of the newest one."""
+        rows = read_jsonl(self.folder / "evaluations.jsonl")
+        step = rows[-1]["step"] if step is None and rows else step
+        return [row for row in rows if row["step"] == step]
 
-def check_inputs(folder: Path, old: dict[str, str], new: dict[str, str]) -> None:
-    """Raise UserError where data, tokenizer, chat template or model are no longer what the run was begun with."""
-    changed = [what for what in dict.fromkeys([*old, *new]) if old.get(what) != new.get(what)]
-    if old and changed:
-        raise UserError(
-            f"{changed[0]} has changed since {folder} was begun, and a continued run would mix two. Put back what it "
-            "was, or start a new run with another --output_dir."
-        )
+    def keep(self, name: str, needed: list[int], measure: Callable[[], dict[int, float]]) -> dict[int, float]:
+        """Return {question index: number} as it was before step 1: measured by a new run, read by a resumed one.
 
+        Raises:
+            UserError: a resumed run lacks the file, or asks for questions that were not measured.
+        """
+        path = self.folder / name
+        if self.step == 0:
+            values = measure()
+            on_main(self.accelerator, lambda: write_json_atomic(path, values))
+        elif not path.is_file():
+            raise UserError(f"{path} is missing: it holds numbers measured before step 1. Start the run anew.")
+        values = {int(i): value for i, value in load_json(path).items()}
+        if missing := [i for i in needed if i not in values]:
+            raise UserError(
+                f"{path} lacks {len(missing)} of the questions that --max_steps {self.args.max_steps} would meet, and "
+                "they have to be measured before step 1. Give the old --max_steps, or start a new run."
+            )
+        return values
 
-def check_reached(checkpoint: Path, max_steps: int) -> None:
-    """Raise UserError where a run would end before the step that its newest checkpoint has reached."""
-    if max_steps < (reached := int(checkpoint.name.split("_")[1])):
-        raise UserError(
-            f"--max_steps {max_steps}: the run in {checkpoint.parent.parent} has reached step {reached} already. Give "
-            f"--max_steps {reached} or more, or choose another --output_dir for a shorter run."
-        )
+    # ------------------------------------------------------------------------------------------------- keeping
 
+    def save_if_due(self, learner: Learner, tokenizer, critic: Learner | None = None) -> None:
+        """Write a checkpoint every `save_every` steps and after the last one."""
+        if not (self.last or (self.args.save_every and self.step % self.args.save_every == 0)):
+            return
+        on_main(self.accelerator, lambda: self.root.mkdir(exist_ok=True))
+        wall = self.spent + time.perf_counter() - self.started
+        saved = {"step": self.step, "wall_s": wall, "state": self.state, "inputs": self.inputs}
+        save_checkpoint(self.root / f"step_{self.step:06d}", learner, tokenizer, saved, critic)
+        on_main(self.accelerator, lambda: prune(self.root, self.args.keep_checkpoints))
 
-def weights_of(model: str) -> list[str]:
-    """Return texts that differ where the weights of a model do, in no time at any size; a hub's name is its own.
+    def finish(self) -> None:
+        """Write summary.json, the curves and the page."""
+        on_main(self.accelerator, self._summarise)
 
-    Of every file its size and 64 blocks spread over it, which training changes even where single layers are frozen.
-    """
-    texts = [] if Path(model).is_dir() else [model]
-    for path in sorted(Path(model).glob("*.safetensors")):
-        size, state = path.stat().st_size, hashlib.sha256()
-        with open(path, "rb") as file:
-            for i in range(BLOCKS):
-                file.seek(max(0, size - BLOCK_BYTES) * i // (BLOCKS - 1))
-                state.update(file.read(BLOCK_BYTES))
-        texts.append(f"{path.name}\0{size}\0{state.hexdigest()}")
-    return texts
+    def _summarise(self) -> None:
+        summary = {
+            "algorithm": self.algorithm,
+            "task": self.args.task,
+            "seed": self.args.seed,
+            "steps": self.step,
+            "wall_s": round(self.spent + time.perf_counter() - self.started, 1),
+            "before": self._adaptive(0),
+            "after": self._adaptive(self.args.max_steps),
+        }
+        write_json_atomic(self.folder / "summary.json", summary)
+        write_report(self.folder)
+        say(f"wrote {self.folder / 'summary.json'} and {self.folder / 'report.html'}")
 
+    def _adaptive(self, step: int) -> dict | None:
+        """Return the adaptive result of the first benchmark at a step."""
+        rows = [row for row in self.evaluations(step) if row["setting"] == "adaptive"]
+        return rows[0]["result"] if rows else None
 
-def sums_of(shares: list[dict]) -> dict[str, float]:
-    """Return the sum of each key over the additive shares of the micro-batches."""
-    sums: dict[str, float] = {}
-    for share in shares:
-        for key, value in share.items():
-            sums[key] = sums.get(key, 0.0) + float(value)
-    return sums
+    def close(self) -> None:
+        """End the trackers. Not accelerator.end_training: it would take the process group away first."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
+    def on_disk(self) -> dict:
+        """Return what a new checkpoint has to find room beside: free bytes, steps done, checkpoints there."""
+        there = checkpoints(self.root)
+        parent = next(p for p in (self.folder, *self.folder.parents) if p.exists())
+        return {
+            "disk_free": shutil.disk_usage(parent).free,
+            "steps_done": int(there[-1].name.split("_")[1]) if there else 0,
+            "checkpoints_there": len(there),
+        }
 
-def over_processes(parts: list[dict], updates: int) -> dict[str, float | None]:
-    """Return the metrics of a step that every algorithm has.
-
-    Args:
-        parts: of each process: numbers of "tokens", "episodes", "cut" and "correct" episodes, the sum of "reward",
-            "gap" and "ratio" as (sum, number, maximum) of |learner - sampler log-prob| and of the tokens' ratios, "kl",
-            the sum of ratio - 1 - log ratio over the same tokens,
-            "grader" rates with the number of answers that they are over, "grader/graded", and "losses" (`sums_of`).
-        updates: optimiser steps the losses are a mean over.
-    """
-
-    def over(key):
-        return sum(part[key] for part in parts)
-
-    n = over("episodes")
-    row = {
-        "reward/accuracy": over("correct") / n,
-        "reward/mean": over("reward") / n,
-        "rollout/response_tokens_mean": over("tokens") / n,
-        "rollout/truncated_share": over("cut") / n,
-        "rollout/tokens": over("tokens"),
-    }
-    for key in sorted(set().union(*(part["losses"] for part in parts))):
-        row[key] = sum(part["losses"].get(key, 0.0) for part in parts) / updates
-    for what, name in (("gap", "check/logprob_gap"), ("ratio", "check/ratio")):
-        sums = [part[what] for part in parts]
-        if compared := sum(number for _, number, _ in sums):
-            row[f"{name}_mean"] = sum(total for total, _, _ in sums) / compared
-            row[f"{name}_max"] = max(largest for _, _, largest in sums)
-    if compared := sum(part["ratio"][1] for part in parts):
-        row["check/approx_kl"] = over("kl") / compared
-    rates = [part["grader"] for part in parts if part["grader"].get("grader/graded")]
-    graded = sum(part["grader/graded"] for part in rates)
-    for key in (key for key in parts[0]["grader"] if key != "grader/graded"):  # some processes grade more than others
-        row[key] = sum(part[key] * part["grader/graded"] for part in rates) / graded if graded else None
-    return row
+    def say(self, text: str) -> None:
+        """Print a line, once."""
+        if self.main:
+            say(text)

@@ -24,8 +24,9 @@ def stage_rows(dialogues: list, episodes: list | None = None) -> list[dict]:
                 "answer": turn.answer if stage == "verify" else None,
             }
             if episodes:
-                info, here = episodes[i].info, slice(turn.start, turn.start + len(turn.ids))
-                returns, missed = info["returns"][here].double(), (info["returns"] - info["values"])[here].double()
+                columns, here = episodes[i].columns, slice(turn.start, turn.start + len(turn.ids))
+                returns = columns["returns"][here].double()
+                missed = (columns["returns"] - columns["values"])[here].double()
                 moments = torch.stack([x for v in (returns, missed) for x in (v.sum(), v.square().sum())]).tolist()
                 stages[stage] |= {"reward": turn.reward, "logprob": turn.logprob, "moments": moments}
         rows.append({"stages": stages})
