@@ -13,8 +13,8 @@ from adaptive_reasoning.learner.checkpoint import load_checkpoint, save_checkpoi
 from adaptive_reasoning.learner.critic import Critic, load_critic
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import load_model
-from adaptive_reasoning.learner.ppo import normalise, value_loss
-from adaptive_reasoning.learner.runtime import end, make_accelerator
+from adaptive_reasoning.learner.runtime import all_reduce, end, make_accelerator
+from adaptive_reasoning.thinker import normalise, value_loss
 
 SHARES = [[0, 3], [1, 2, 4, 5, 6, 7, 8, 9]]  # how the ten episodes are dealt to two ranks
 
@@ -40,27 +40,30 @@ def make_pair(path, folder, accelerator):
 def fresh_episodes(ranks) -> list:
     episodes = [make_episodes()[i] for i in ranks]
     for e in episodes:
-        e.info = {}
+        e.forced = torch.zeros(e.num_tokens, dtype=torch.bool)
     return episodes
+
+
+def total_of(critic):
+    """Return the function that sums numbers over all processes."""
+    return lambda values: all_reduce(critic.accelerator, values, "sum").tolist()
 
 
 def learn(critic, episodes, steps, first=0) -> list[float]:
     """Train towards returns that differ between episodes, two updates a step; return the losses over all ranks."""
     losses = []
     for e, v in zip(episodes, critic.values(episodes)):
-        e.info["values"] = v
-        e.info["returns"] = torch.full((e.num_tokens,), e.advantage)
+        e.columns |= {"values": v, "returns": torch.full((e.num_tokens,), e.advantage)}
     for step in range(first, first + steps):
         for minibatch in critic.minibatches(episodes, 2, seed=step):
             total = 0.0
             for mb in minibatch:
                 values, _ = critic.score(mb)
-                old, returns = (mb.flatten([e.info[k] for e in mb.episodes]) for k in ("values", "returns"))
-                value, _ = value_loss(values, old, returns, minibatch.counts, Settings)
+                value, _ = value_loss(values, mb, minibatch.counts, Settings)
                 critic.backward(value)
                 total += float(value.detach()) * mb.weight
-            critic.step()
-            losses += critic.sum([total])
+            critic.step(critic.args.critic_learning_rate)
+            losses += total_of(critic)([total])
     return losses
 
 
@@ -69,7 +72,9 @@ def check(folder: Path, accelerator, mine: list) -> dict:
     learner, critic = make_pair(str(folder / "model"), folder, accelerator)
     found = {"first": learn(critic, mine, 2), "policy": [s["loss"] for s in train(learner, mine, 1)]}
     found["values"] = critic.values(mine)
-    found["normalised"] = normalise(torch.cat([v[e.action_mask] for e, v in zip(mine, found["values"])]), critic.sum)
+    found["normalised"] = normalise(
+        torch.cat([v[e.action_mask] for e, v in zip(mine, found["values"])]), total_of(critic)
+    )
     tokenizer = load_model(str(folder / "model"), learner.args)[1]
     save_checkpoint(folder / "step_000001", learner, tokenizer, {"step": 1}, critic)
     found["after"] = learn(critic, mine, 1, first=2) + [s["loss"] for s in train(learner, mine, 1, first=1)]

@@ -74,7 +74,7 @@ def make_episodes(number: int = 10, groups: int = 5, seed: int = 0) -> list[Epis
             advantage=0.0 if i % 3 == 2 else float(torch.randn((), generator=g)),
         )
         if i % 2:
-            episode.info["forced"] = 1
+            episode.forced[0] = True
             episode.behaviour_logprobs[0] = -0.6931
         episodes.append(episode)
     return episodes
@@ -110,7 +110,7 @@ def train(learner, episodes, steps: int, minibatches: int = 1, first: int = 0, *
         for minibatch in learner.minibatches(episodes, minibatches, seed=step, **options):
             loss = accumulate(learner, minibatch)
             loss = float(learner._reduce([loss], "sum"))
-            stats.append({"loss": loss, "micro_batches": len(minibatch)} | learner.step())
+            stats.append({"loss": loss, "micro_batches": len(minibatch)} | learner.step(learner.args.learning_rate))
     return stats
 
 
@@ -158,7 +158,7 @@ def main(folder: Path) -> None:
         (minibatch,) = learner.minibatches(mine, 1, seed=0)
         found["loss"] = float(learner._reduce([accumulate(learner, minibatch)], "sum"))
         found["gradients"] = gradients(learner)
-        found["first"] = learner.step()
+        found["first"] = learner.step(learner.args.learning_rate)
         found["stats"] = train(learner, mine, 2, minibatches=2, first=1, skip_zero_advantage=True)
         found["weights"] = weights(learner)
         if not tied:  # save, go on, and go on again from what was saved
@@ -182,7 +182,7 @@ def main(folder: Path) -> None:
             (minibatch,) = learner.minibatches(mine, 1, seed=0)
             accumulate(learner, minibatch)
             try:
-                learner.step()
+                learner.step(learner.args.learning_rate)
                 message = "no error"
             except NonFiniteError as error:
                 message = str(error)

@@ -162,7 +162,7 @@ def episode(mode, reward, group=0, tokens=4, first=None):
     e = Episode(
         Question(f"q{group}", "1+1", "2"), group, torch.tensor([1, 2]), torch.tensor(ids), logprobs,
         torch.ones(tokens, dtype=torch.bool), "stop", mode=mode, reward=float(reward),
-        info={"forced": 1, "correct": bool(reward)},
+        correct=bool(reward),
     )  # fmt: skip
     if first is not None:
         e.info["first_logprob"] = first

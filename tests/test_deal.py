@@ -5,7 +5,7 @@ import random
 import pytest
 
 from adaptive_reasoning.run.balance import deal, expected_tokens
-from adaptive_reasoning.run.journal import picked
+from adaptive_reasoning.run.metrics import picked
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])

@@ -200,7 +200,7 @@ def episode(mode, tokens, advantage=0.0, reward=0.0, group=0, text="", correct=F
     e = Episode(
         Question(f"q{group}", "1+1", "2"), group, torch.tensor([1, 2]), torch.tensor([ids] + [9] * (tokens - 1)),
         -torch.rand(tokens, generator=rng), torch.ones(tokens, dtype=torch.bool), "stop", mode=mode, reward=reward,
-        advantage=advantage, text=text, info={"forced": 0, "correct": correct},
+        advantage=advantage, text=text, correct=correct,
     )  # fmt: skip
     if first is not None:
         e.behaviour_logprobs[0] = first

@@ -16,7 +16,7 @@ import pytest
 
 from adaptive_reasoning.core.errors import UserError, run_cli
 from adaptive_reasoning.core.files import append_jsonl, read_jsonl
-from adaptive_reasoning.run import bank as pass_rate
+from adaptive_reasoning.run import bank
 
 ROOT = Path(__file__).parent.parent
 CHAIN = (
@@ -82,7 +82,7 @@ def test_a_cold_start_continues_to_the_same_weights(go, tmp_path, lora):
     options = [*SFT, "--lora_rank", lora]
     assert go("sft", *options, "--output_dir", tmp_path / "whole") == (0, "")
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    (tmp_path / "killed" / "done.json").unlink()
+    (tmp_path / "killed" / "summary.json").unlink()
     with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "loss/po')
     assert go("sft", *options, "--output_dir", tmp_path / "killed") == (0, "")
@@ -116,18 +116,23 @@ def test_an_evaluation_measures_only_what_is_not_finished(go, model, tmp_path, m
     assert code == 2 and "holds a run with chain_mix" in error
 
 
-def test_presampling_continues_with_the_same_rounds(go, model, tmp_path, monkeypatch):
-    """P6: rows used to be appended one by one, so a kill within a round changed which questions met in later ones."""
-    monkeypatch.setattr(pass_rate, "QUESTIONS_PER_ROUND", 3)
+def test_presampling_continues_with_the_rounds_that_are_missing(go, model, tmp_path, monkeypatch):
+    """P6: a round is a file, written whole or not at all; what is sampled again is what was there, token for token."""
+    monkeypatch.setattr(bank, "QUESTIONS_PER_ROUND", 3)
     assert go("adaptthink", *training(model, tmp_path)) == (0, "")
     (kept,) = (tmp_path / "ref").iterdir()
-    whole, first = kept.read_bytes(), comparable(tmp_path / "run" / "metrics.jsonl")
-    lines = whole.splitlines(keepends=True)
-    assert len(lines) == 1 + 3 and all(len(json.loads(line)["round"]) <= 3 for line in lines[1:])
-    kept.write_bytes(b"".join(lines[:2]) + lines[2][:40])
+    whole, first = {p.name: p.read_bytes() for p in kept.iterdir()}, comparable(tmp_path / "run" / "metrics.jsonl")
+    rounds = sorted(kept.glob("*.safetensors"))
+    assert len(rounds) == 3 and all(len({row["question"] for row in bank.rows_of(p)}) <= 3 for p in rounds)
+    rounds[1].unlink()
     shutil.rmtree(tmp_path / "run")
     assert go("adaptthink", *training(model, tmp_path)) == (0, "")
-    assert kept.read_bytes() == whole and comparable(tmp_path / "run" / "metrics.jsonl") == first
+    assert {p.name: p.read_bytes() for p in kept.iterdir()} == whole
+    assert comparable(tmp_path / "run" / "metrics.jsonl") == first
+    rounds[2].write_bytes(rounds[2].read_bytes()[:40])
+    shutil.rmtree(tmp_path / "run")
+    code, error = go("adaptthink", *training(model, tmp_path))
+    assert code == 2 and f"{rounds[2]} is damaged" in error
 
 
 def test_a_run_shortened_to_its_checkpoint_is_evaluated_as_a_whole_one(go, model, tmp_path):

@@ -37,7 +37,7 @@ def episode(mode, reward, group=0, tokens=4, advantage=0.0, text=""):
     return Episode(
         Question(f"q{group}", "1+1", "2"), group, torch.tensor([1, 2]), torch.arange(tokens), torch.zeros(tokens),
         torch.ones(tokens, dtype=torch.bool), "stop", mode=mode, reward=float(reward), advantage=advantage, text=text,
-        info={"forced": 0, "correct": bool(reward)},
+        correct=bool(reward),
     )  # fmt: skip
 
 

@@ -142,7 +142,7 @@ def test_step_without_any_advantage_still_is_a_step(models, tmp_path):
     for mb in minibatch:
         logprobs, _ = learner.score(mb)
         learner.backward(logprobs.mean())  # nan
-    assert learner.step()["grad_norm"] == 0.0 and learner.steps == 1
+    assert learner.step(learner.args.learning_rate)["grad_norm"] == 0.0 and learner.steps == 1
 
 
 def test_more_minibatches_than_questions_is_an_error(models, tmp_path):
@@ -168,7 +168,7 @@ def test_first_update_has_ratio_one_except_for_forced_tokens(models, tmp_path):
         kept = ~e.action_mask
         assert torch.equal(e.old_logprobs[kept], e.behaviour_logprobs[kept])
         assert not torch.equal(e.old_logprobs[e.action_mask][1:], e.behaviour_logprobs[e.action_mask][1:])
-    assert any(e.info.get("forced") for e in episodes)
+    assert any(e.forced.any() for e in episodes)
 
 
 def test_warm_up_clipping_and_adam_are_the_textbook_ones(models, tmp_path):
@@ -182,7 +182,7 @@ def test_warm_up_clipping_and_adam_are_the_textbook_ones(models, tmp_path):
     parameter = dict(other.model.named_parameters())["lm_head.weight"]
     norm = torch.cat([p.grad.flatten() for p in other.model.parameters()]).norm()
     gradient, before = parameter.grad * (0.05 / norm), parameter.detach().clone()
-    assert other.step()["grad_norm"] == pytest.approx(float(norm), rel=1e-5) and norm > 0.05
+    assert other.step(other.args.learning_rate)["grad_norm"] == pytest.approx(float(norm), rel=1e-5) and norm > 0.05
     expected = before * (1 - 2.5e-4 * 0.01) - 2.5e-4 * gradient / (gradient.abs() + 1e-8)
     torch.testing.assert_close(parameter.detach(), expected, atol=2e-6, rtol=0)
 
@@ -217,7 +217,7 @@ def test_nonfinite_stops_before_the_update(models, tmp_path, where):
                 value.register_hook(lambda g: g * float("inf"))
         learner.backward(value)
     with pytest.raises(NonFiniteError, match=f"the {where} of optimiser step 1 is not finite"):
-        learner.step()
+        learner.step(learner.args.learning_rate)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(learner).values()))
     (entry,) = json.loads((tmp_path / "run" / "nonfinite_step_0001.json").read_text())["micro_batches"]
     assert entry["questions"] == (names if where == "loss" else ["q0", "q1", "q2", "q3", "q4"])
@@ -403,7 +403,7 @@ def test_nonfinite_stops_an_offloaded_optimiser_too(models, tmp_path):
     for mb in minibatch:
         learner.backward(toy_loss(learner.score(mb)[0], mb, minibatch.counts) * float("nan"))
     with pytest.raises(NonFiniteError):
-        learner.step()
+        learner.step(learner.args.learning_rate)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(learner).values()))
 
 

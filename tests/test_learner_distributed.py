@@ -69,7 +69,7 @@ def one_process(tmp_path_factory):
         (minibatch,) = learner.minibatches(episodes, 1, seed=0)
         found["loss"] = accumulate(learner, minibatch)
         found["gradients"] = gradients(learner)
-        found["first"] = learner.step()
+        found["first"] = learner.step(learner.args.learning_rate)
         found["stats"] = train(learner, episodes, 2, minibatches=2, first=1, skip_zero_advantage=True)
         found["weights"] = weights(learner)
         found["after"] = train(learner, episodes, 2, first=3)

@@ -26,7 +26,7 @@ def tiny(prompt, response, **changes):
 def test_pack_by_hand():
     """The example of the docstring, with one token that is no action and one that was forced."""
     first = tiny([5], [8, 9, 3], advantage=2.0, action_mask=torch.tensor([True, False, True]))
-    second = tiny([6, 7], [1], advantage=-1.0, info={"forced": 1}, old_logprobs=torch.tensor([-0.5]))
+    second = tiny([6, 7], [1], advantage=-1.0, forced=torch.tensor([True]), old_logprobs=torch.tensor([-0.5]))
     mb = pack([first, second])
     assert mb.input_ids.tolist() == [[5, 8, 9, 3], [6, 7, 1, 0]] and mb.position_ids is None
     assert mb.predict_index.tolist() == [0, 2, 5] and mb.targets.tolist() == [8, 3, 1]
@@ -34,7 +34,6 @@ def test_pack_by_hand():
     assert mb.lengths.tolist() == [2, 1] and mb.forced.tolist() == [False, False, True]
     assert mb.behaviour_logprobs.tolist() == [-1.0, -3.0, -1.0] and mb.old_logprobs.tolist() == [-1.0, -3.0, -0.5]
     assert mb.advantages.tolist() == [2.0, 2.0, -1.0] and mb.sequence_advantages.tolist() == [2.0, -1.0]
-    assert mb.flatten([torch.tensor([10.0, 11.0, 12.0]), torch.tensor([13.0])]).tolist() == [10.0, 12.0, 13.0]
     assert mb.weight == 1.0
 
     row = pack([first, second], one_row=True)
@@ -91,19 +90,19 @@ def test_filler_has_no_tokens_and_sums_to_zero():
     assert mb.weight == 0.0 and mb.input_ids.shape == (1, 1)
     mean = torch.zeros(0).index_add(0, mb.sequence, mb.old_logprobs) / mb.lengths
     assert float((mean.exp() * mb.sequence_advantages).sum()) == 0.0
-    assert mb.flatten([]).shape == (0,)
+    assert mb.column("values").shape == (0,)
     assert [float(x) for x in logprob_gap(mb, mb.old_logprobs)] == [0.0, 0.0, 0.0]
 
 
 def test_logprob_gap_leaves_forced_tokens_out():
-    mb = pack([tiny([5], [8, 9, 3], info={"forced": 1})])
+    mb = pack([tiny([5], [8, 9, 3], forced=torch.tensor([True, False, False]))])
     total, number, largest = logprob_gap(mb, torch.tensor([50.0, -2.25, -2.5]))
     assert (float(total), number, float(largest)) == (0.75, 2, 0.5)
 
 
 def test_ratios_and_divergence_leave_forced_tokens_out():
     """A first token forced against p = 0.005 had raised the alarm of a policy that moves too far, from step 1."""
-    mb = pack([tiny([5], [8, 9, 3], info={"forced": 1})])
+    mb = pack([tiny([5], [8, 9, 3], forced=torch.tensor([True, False, False]))])
     logprobs = mb.old_logprobs + torch.tensor([-4.6, math.log(2), -math.log(2)])
     total, number, largest, kl = (float(x) for x in token_ratios(mb, logprobs))
     assert (total, number, largest) == pytest.approx((2.5, 2, 2.0))

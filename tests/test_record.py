@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from adaptive_reasoning.core.errors import UserError
-from adaptive_reasoning.run import journal as record
+from adaptive_reasoning.run import folder as record
+from adaptive_reasoning.run.metrics import Drift, over_processes
 
 HOLDER = """
 import fcntl, sys, time
@@ -69,16 +70,17 @@ def test_grader_rates_count_answers_and_not_processes():
 
     def part(graded, slow, seconds):
         rates = {"grader/timeout_rate": slow, "grader/seconds_mean": seconds, "grader/graded": graded}
-        same = {"tokens": 8, "episodes": 2, "cut": 0, "correct": 1, "reward": 1.0, "losses": {}}
-        return same | {"gap": [0.0, 0, 0.0], "ratio": [0.0, 0, 0.0], "kl": 0.0, "grader": rates}
+        return {"tokens": 8, "episodes": 2, "cut": 0, "correct": 1, "reward": 1.0, "grader": rates}
 
-    row = record.over_processes([part(99, 0.0, 1.0), part(1, 1.0, 3.0), part(0, None, None)], 1)
-    assert (row["grader/timeout_rate"], row["grader/seconds_mean"]) == (0.01, 1.02)
-    assert "grader/graded" not in row and "check/approx_kl" not in row, "no token was compared"
-    three, one = (
-        part(1, 0.0, 1.0) | {"ratio": [3.3, 3, 1.2], "kl": 0.06},
-        part(1, 0.0, 1.0) | {"ratio": [0.9, 1, 0.9], "kl": 0.02},
-    )
-    assert record.over_processes([three, one], 1)["check/approx_kl"] == pytest.approx(0.02), "over tokens"
-    row = record.over_processes([part(0, None, None)] * 2, 1)
+    row = over_processes([part(99, 0.0, 1.0), part(1, 1.0, 3.0), part(0, None, None)])
+    assert (row["grader/timeout_rate"], row["grader/seconds_mean"]) == (0.01, 1.02) and "grader/graded" not in row
+    row = over_processes([part(0, None, None)] * 2)
     assert row["grader/timeout_rate"] is None and row["grader/seconds_mean"] is None
+
+
+def test_the_drift_of_all_processes_is_a_mean_over_tokens():
+    three, one = Drift(ratio_sum=3.3, ratio_tokens=3, ratio_max=1.2, kl=0.06), Drift(0.5, 2, 0.4, 0.9, 1, 0.9, 0.02)
+    row = Drift.over([three, one]).metrics()
+    assert row["check/approx_kl"] == pytest.approx(0.02) and row["check/ratio_mean"] == pytest.approx(1.05)
+    assert (row["check/ratio_max"], row["check/logprob_gap_mean"], row["check/logprob_gap_max"]) == (1.2, 0.25, 0.4)
+    assert Drift().metrics() == {}, "no token was compared"

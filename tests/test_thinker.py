@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from adaptive_reasoning.learner.ppo import gae, normalise, policy_loss, value_loss
 from small_model import make_folder, make_tokenizer
 from test_end_to_end import ROOT, comparable, run_module
 
@@ -31,7 +30,17 @@ from adaptive_reasoning.run.stages import stage_rows, stage_table, verification
 from adaptive_reasoning.sft import episodes_of
 from adaptive_reasoning.tasks import chain
 from adaptive_reasoning.tasks.task import Benchmark, ExactGrader
-from adaptive_reasoning.thinker import Args, control_tokens, extract_answer, final, reward
+from adaptive_reasoning.thinker import (
+    Args,
+    control_tokens,
+    extract_answer,
+    final,
+    gae,
+    normalise,
+    policy_loss,
+    reward,
+    value_loss,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER = formats.tokenizer("dialogue")
@@ -85,7 +94,8 @@ def test_value_loss_equals_verl(inputs, expected, dtype):
     values, old, returns = (torch.tensor(inputs[k], dtype=dtype) for k in ("value_preds", "old_values", "returns"))
     values.requires_grad_()
     settings, counts = SimpleNamespace(value_clip=inputs["cliprange_value"]), Counts(int(mask.sum()), 1)
-    loss, stats = value_loss(values[mask], old[mask], returns[mask], counts, settings)
+    mb = SimpleNamespace(column={"values": old[mask], "returns": returns[mask]}.get)
+    loss, stats = value_loss(values[mask], mb, counts, settings)
     loss.backward()
     tolerance = 1e-9 if dtype == torch.float64 else 1e-6
     assert loss.item() == pytest.approx(expected["loss"], rel=tolerance, abs=tolerance)
@@ -100,13 +110,12 @@ def clipped(inputs, dtype, names, mask=None):
     mask = torch.ones_like(old, dtype=torch.bool) if mask is None else mask
     logprobs.requires_grad_()
     settings = SimpleNamespace(
-        clip_low=inputs["clip"], clip_high=inputs["clip"], dual_clip=inputs.get("dual_clip") or 0.0, fused=False
+        clip_low=inputs["clip"], clip_high=inputs["clip"], dual_clip=inputs.get("dual_clip") or 0.0
     )
     n = Counts(int(mask.sum()), 1)
     entropy = torch.zeros_like(old)[mask]
-    value, stats = policy_loss(
-        logprobs[mask], entropy, advantages[mask], SimpleNamespace(old_logprobs=old[mask]), n, settings
-    )
+    mb = SimpleNamespace(old_logprobs=old[mask], advantages=advantages[mask])
+    value, stats = policy_loss(logprobs[mask], entropy, mb, n, settings)
     value.backward()
     return value.item(), logprobs.grad, stats
 
@@ -150,7 +159,8 @@ def test_normalisation_equals_open_reasoner_zero(inputs, expected):
 def test_value_loss_equals_open_reasoner_zero(inputs, expected):
     values, old, returns = (torch.tensor(inputs[k], dtype=torch.float64) for k in ("values", "old_values", "returns"))
     values.requires_grad_()
-    loss, _ = value_loss(values, old, returns, Counts(len(old), 1), SimpleNamespace(value_clip=inputs["clip"] or 0.0))
+    mb = SimpleNamespace(column={"values": old, "returns": returns}.get)
+    loss, _ = value_loss(values, mb, Counts(len(old), 1), SimpleNamespace(value_clip=inputs["clip"] or 0.0))
     loss.backward()
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-9)
     torch.testing.assert_close(
@@ -426,12 +436,12 @@ def test_the_return_of_every_token_of_a_stage_is_its_own_reward():
     d, e, V = credited()
     for turn in d.turns.values():
         here = slice(turn.start, turn.start + len(turn.ids))
-        torch.testing.assert_close(e.info["returns"][here], torch.full((len(turn.ids),), turn.reward))
-        torch.testing.assert_close(e.info["advantages"][here], turn.reward - V[here])
-    assert e.info["advantages"][~e.action_mask].eq(0).all()
+        torch.testing.assert_close(e.columns["returns"][here], torch.full((len(turn.ids),), turn.reward))
+        torch.testing.assert_close(e.advantages[here], turn.reward - V[here])
+    assert e.advantages[~e.action_mask].eq(0).all()
     _, other, _ = credited(rewards=(0.0, 0.4, 0.0, 0.9))
     start, stop = d.turns["slow"].start, d.turns["summary"].start
-    changed = e.info["advantages"] != other.info["advantages"]
+    changed = e.advantages != other.advantages
     assert (
         changed[start:stop][e.action_mask[start:stop]].all() and not changed[:start].any() and not changed[stop:].any()
     )
@@ -440,14 +450,14 @@ def test_the_return_of_every_token_of_a_stage_is_its_own_reward():
 def test_propagate_lets_rewards_flow_to_earlier_stages():
     d, e, V = credited(propagate=True)
     total = 0.0 + 0.4 + 1.0 + 0.9
-    assert e.info["returns"][0] == pytest.approx(total, abs=1e-5)
+    assert e.columns["returns"][0] == pytest.approx(total, abs=1e-5)
     last = d.turns["summary"]
-    torch.testing.assert_close(e.info["returns"][last.start :][: len(last.ids)], torch.full((len(last.ids),), 0.9))
+    torch.testing.assert_close(e.columns["returns"][last.start :][: len(last.ids)], torch.full((len(last.ids),), 0.9))
     # Within a stage gamma and lambda hold, at a border they do not.
     _, e, _ = credited(propagate=True, gamma=0.9)
     summary = 0.9 * 0.9 ** (len(last.ids) - 1)
     slow = d.turns["slow"]
-    assert e.info["returns"][slow.start + len(slow.ids) - 1] == pytest.approx(1.0 + summary, abs=1e-5)
+    assert e.columns["returns"][slow.start + len(slow.ids) - 1] == pytest.approx(1.0 + summary, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["pooled", "per_stage", "none"])
@@ -462,7 +472,7 @@ def test_normalisation_over_all_tokens_or_by_stage(kind):
     parts = {}
     for d, e in zip(dialogues, episodes):
         for stage, t in d.turns.items():
-            parts.setdefault(stage, []).append(e.info["advantages"][t.start : t.start + len(t.ids)])
+            parts.setdefault(stage, []).append(e.advantages[t.start : t.start + len(t.ids)])
     groups = (
         [torch.cat([x for part in parts.values() for x in part])]
         if kind == "pooled"
