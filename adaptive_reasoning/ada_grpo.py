@@ -29,22 +29,21 @@ Where paper [P] and code [C] disagree, and what we do (specification, section 9)
 """
 
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode, by_group
 from adaptive_reasoning.core.errors import UserError, run_cli
+from adaptive_reasoning.core.metric import Alarm, Metric
+from adaptive_reasoning.formats.statistics import mean, mode_metrics, mode_rows, mode_statistics
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, request_seed
-from adaptive_reasoning.run.evaluation import Protocol
 from adaptive_reasoning.run.options import RunArgs, parse_args
 from adaptive_reasoning.run.run import Run
-from adaptive_reasoning.tasks import prompts
-from adaptive_reasoning.tasks.answers import verified_answer
 
 STD_EPS = 1e-6
 PER_MICRO_BATCH = ("micro_batch",)  # aggregations that depend on which sequences are together
@@ -54,6 +53,8 @@ PER_MICRO_BATCH = ("micro_batch",)  # aggregations that depend on which sequence
 class Args(RunArgs):
     """Options of Ada-GRPO. The defaults are ARM's run."""
 
+    answer_format: str = "arm"
+    """"arm": ARM's four formats, with its gate. Or a format of your own, "module.Class", with another mode."""
     std: str = "shaped"
     """Divide the advantage by the standard deviation of the "shaped" rewards, of the "raw" ones, or by "none"."""
     drop_all_correct: bool = False
@@ -105,80 +106,16 @@ class Args(RunArgs):
             raise UserError(f"--max_steps {self.max_steps}: must be less than --total_steps {self.total_steps}, T.")
 
 
-# ------------------------------------------------------------------------------------------ control tokens and prompts
-
-TAGS = {"direct": "ANSWER", "cot": "COT", "code": "CODE", "long_cot": "LONG_COT"}  # ordinary text, several tokens each
-
-
-def format_of(response: str) -> str:
-    """Return the format a response opens with, else "unknown"."""
-    return next((mode for mode, tag in TAGS.items() if response.startswith(f"<{tag}>")), "unknown")
-
-
-def passes_gate(response: str) -> bool:
-    """Return whether a response opens with a tag and holds no rationale tag of another format (official code)."""
-    mode = format_of(response)
-    others = [tag for other, tag in TAGS.items() if other not in (mode, "direct")]
-    return mode != "unknown" and not any(f"<{tag}>" in response or f"</{tag}>" in response for tag in others)
-
-
-def extract_answer(response: str) -> str | None:
-    """Return the text from the first <ANSWER> to the last </ANSWER>; None, so r = 0, without it or outside the gate."""
-    start, end = response.find("<ANSWER>"), response.rfind("</ANSWER>")
-    if not passes_gate(response) or start < 0 or end < start:
-        return None
-    return response[start + len("<ANSWER>") : end].strip()
-
-
-def empty_rationale(response: str) -> bool | None:
-    """Return whether the rationale is a shell, with nothing in it but "The answer is X"; None without a rationale."""
-    mode = format_of(response)
-    if mode in ("direct", "unknown"):
-        return None
-    text = response[len(TAGS[mode]) + 2 :].split(f"</{TAGS[mode]}>")[0].strip()
-    return not re.sub(r"^(so |thus,? |therefore,? )?the (correct |final )?answer is[^\n]*", "", text, flags=re.I)
-
-
-METRICS = {}
-
-
-@dataclass
-class Control:
-    """How a response says which mode it is in."""
-
-    tokenizer: object
-    prompt_end: str = ""
-    modes: tuple[str, ...] = (*TAGS, "unknown")
-    extract_answer = staticmethod(extract_answer)
-
-    check = staticmethod(verified_answer)
-
-    def mode_of(self, response_ids) -> str:
-        """Return the mode of a response from its own first tokens."""
-        opening = self.tokenizer.decode(list(response_ids[:16]), clean_up_tokenization_spaces=False)
-        return format_of(opening)
-
-    def opening(self, mode: str) -> tuple[tuple[int, float], ...]:
-        """Return the tokens that force a format: its tag and the newline after it."""
-        ids = self.tokenizer.encode(f"<{TAGS[mode]}>\n", add_special_tokens=False)
-        return tuple((i, 1.0) for i in ids)
-
-    def findings(self) -> dict[str, str]:
-        """Return the lines of the preflight table about the formats."""
-        return {"formats": ", ".join(f"<{tag}>" for tag in TAGS.values()), "prompt ends in": repr(self.prompt_end)}
-
-    def eval_spec(self) -> Protocol:
-        """Return how evaluation forces and tells modes apart."""
-        forced = {mode: self.opening(mode) for mode in TAGS}
-        return Protocol(
-            {"adaptive": (), **forced}, self.mode_of, extract_answer, self.modes, verified_answer,
-            consensus=tuple(forced),
-        )  # fmt: skip
-
-
-def control_tokens(tokenizer, args) -> Control:
-    """Look up what the modes need; UserError if the tokenizer does not fit the method."""
-    return Control(tokenizer, prompts.check_ends_at_assistant(tokenizer))
+# What the metrics of this file mean; those of modes and groups are in formats/statistics.py.
+METRICS = {
+    "loss/ref_kl": Metric(
+        "Divergence of the policy from the starting model: k3 estimate, clamped to [-10, 10], weighted like the loss.",
+        "nats", "small",
+        alarms=(Alarm("the policy is far from the starting model: raise --kl_coef or lower the rate", above=5.0),)),
+    "rollout/empty_rationale_share": Metric(
+        'Share of the rationales that hold nothing but "The answer is X".', "share",
+        "low: else the modes are labels alone"),
+}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- the method
@@ -271,45 +208,17 @@ def loss(logprobs, entropy, mb: MicroBatch, counts: Counts, args) -> tuple[torch
     return value, {"loss/policy": policy.detach(), **{key: x.detach() for key, x in stats.items()}}
 
 
-def metric_rows(episodes: list[Episode]) -> list[dict]:
-    """Return what `metrics` needs of each episode, as plain numbers that can travel between processes."""
-    return [
-        {"group": e.group, "mode": e.mode, "accuracy": float(e.correct), "tokens": e.num_tokens,
-         "advantage": e.advantage, "empty": empty_rationale(e.text)}
-        for e in episodes
-    ]  # fmt: skip
-
-
-def metrics(rows: list[dict], modes: tuple[str, ...]) -> dict[str, float | None]:
-    """Return share, accuracy, length and advantage of each mode, and what shows a collapse or an empty diversity."""
-
-    def mean(values):
-        values = list(values)
-        return sum(values) / len(values) if values else None
-
-    out, groups = {}, {}
-    for row in rows:
-        groups.setdefault(row["group"], []).append(row)
-    solved = [{row["mode"] for row in g} for g in groups.values() if all(row["accuracy"] for row in g)]
-    for mode in modes:
-        mine = [row for row in rows if row["mode"] == mode]
-        out[f"mode/{mode}_share"] = len(mine) / len(rows)
-        for key in ("accuracy", "tokens", "advantage"):
-            out[f"mode/{mode}_{key}"] = mean(row[key] for row in mine)
-        out[f"mode/{mode}_all_correct_groups"] = sum(found == {mode} for found in solved)
-    out["group/all_wrong_share"] = mean(not any(row["accuracy"] for row in g) for g in groups.values())
-    out["group/all_correct_share"] = len(solved) / len(groups)
-    out["group/all_correct_mixed_share"] = sum(len(found) > 1 for found in solved) / len(groups)
-    out["reward/correct_negative_share"] = mean(row["advantage"] < 0 for row in rows if row["accuracy"])
-    out["rollout/empty_rationale_share"] = mean(row["empty"] for row in rows if row["empty"] is not None)
-    return out
+def empty_rationales(episodes: list[Episode], form) -> list[bool]:
+    """Return whether each rationale of these episodes is a shell: modes that are labels alone teach nothing."""
+    found = [form.empty_rationale(e.text) for e in episodes]
+    return [empty for empty in found if empty is not None]
 
 
 def main() -> None:
     args = parse_args(Args)
-    run = Run(args, "ada_grpo", METRICS, reference=args.kl_coef > 0)
-    control = control_tokens(run.tokenizer, args)
-    with run.start(control):
+    run = Run(args, "ada_grpo", reference=args.kl_coef > 0)
+    form = formats.load(args.answer_format).of(run.tokenizer, args)
+    with run.start(form, METRICS | mode_metrics(form)):
         learner = run.learner
         run.evaluate_if_due()
 
@@ -346,7 +255,9 @@ def main() -> None:
             run.refresh()
 
             # --- log, evaluate, save
-            run.log(episodes, metrics(run.gather(metric_rows(episodes)), control.modes), losses, updates, minibatches)
+            own = mode_statistics(run.gather(mode_rows(episodes)), form.modes)
+            own["rollout/empty_rationale_share"] = mean(run.gather(empty_rationales(episodes, form)))
+            run.log(episodes, own, losses, updates, minibatches)
             run.evaluate_if_due()
             run.save_if_due()
         run.finish()

@@ -25,7 +25,7 @@ Where paper and official code disagree (default first; every switch is an option
    probability near 0.5: once p(</think>) passes 0.6 every good NoThinking response is clipped. `ratio`.
  - forcing: the code's exact half per question; the paper's coin flip per sample. `forcing`.
  - NoThinking is cut at 4096 tokens in training; the paper says 16K for both. `nothinking_max_new_tokens`.
- - a right answer needs exactly one `</think>`, no `<think>`, and a literal \\boxed{} after it (code). `extract_answer`.
+ - a right answer needs exactly one `</think>`, no `<think>`, and a literal \\boxed{} after it (code). formats/think.py.
  - delta is paid to wrong NoThinking answers too, so giving up on what the reference never solves has advantage +delta;
    `delta_on` "correct" withholds it (neither paper nor code).
  - reference samples: nucleus 0.95 and a free first token in the code, unlike the rollouts they are compared with.
@@ -44,17 +44,17 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import UserError, run_cli
+from adaptive_reasoning.core.metric import Alarm, Metric
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.formats.think import Think
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, Sampling, request_seed
 from adaptive_reasoning.run.bank import Bank
-from adaptive_reasoning.run.evaluation import Protocol
 from adaptive_reasoning.run.options import RunArgs, parse_args
 from adaptive_reasoning.run.run import Run
-from adaptive_reasoning.tasks import prompts
-from adaptive_reasoning.tasks.answers import boxed_answer, same_answer
 
 REFERENCE_STREAM = 104_729  # keeps the random numbers of the reference samples apart from those of training
 
@@ -63,6 +63,8 @@ REFERENCE_STREAM = 104_729  # keeps the random numbers of the reference samples 
 class Args(RunArgs):
     """Options of AdaptThink. The defaults are the official 1.5B run."""
 
+    answer_format: str = "think"
+    """"think": R1's thinking block. Or a subclass of it of your own, "module.Class"."""
     delta: float = 0.05
     """delta of Eq. 4: how much accuracy one skipped thinking may cost."""
     prompts_per_step: int = 128
@@ -112,64 +114,65 @@ class Args(RunArgs):
     }
 
 
-# ------------------------------------------------------------------------------------------ control tokens and prompts
-
-
-METRICS = {}
-
-
-@dataclass
-class Control:
-    """The tokens that decide the mode."""
-
-    eot: int  # `</think>`
-    word: list[int]  # w_start; its first token is the choice, the others (if any) follow from it
-    ends_in: str = ""  # how the prompt ends
-    first_word: str = ""
-
-    def forced(self, mode: str, share: float = 0.5) -> tuple[tuple[int, float], ...]:
-        """Return the first tokens of a mode with their behaviour probabilities (Eq. 8); `share` is NoThinking's."""
-        if mode == "nothinking":
-            return ((self.eot, share),)
-        return ((self.word[0], 1 - share), *((token, 1.0) for token in self.word[1:]))
-
-    def mode_of(self, response_ids) -> str:
-        """Return the mode of a response from its first token."""
-        return "nothinking" if response_ids[0] == self.eot else "thinking"
-
-    check = staticmethod(same_answer)
-
-    def extract_answer(self, response: str) -> str | None:
-        return extract_answer(response)
-
-    def findings(self) -> dict[str, str]:
-        """Return the lines of the preflight table about the control tokens."""
-        word = f"{self.first_word!r}, token {self.word[0]}" + f" and {len(self.word) - 1} more" * (len(self.word) > 1)
-        return {"template": f"ends in {self.ends_in!r}", "</think>": f"token {self.eot}", "w_start": word}
-
-    def eval_spec(self) -> Protocol:
-        """Return how evaluation forces and tells modes apart."""
-        settings = {
-            "adaptive": (),
-            "always_think": self.forced("thinking"),
-            "never_think": self.forced("nothinking"),
-        }
-        return Protocol(settings, self.mode_of, extract_answer, ("thinking", "nothinking"))
-
-
-def control_tokens(tokenizer, args) -> Control:
-    """Look the control tokens up; UserError if the template or the vocabulary does not fit the method."""
-    ends_in = prompts.check_opens_thinking(tokenizer)
-    word = tokenizer.encode(args.first_word, add_special_tokens=False)
-    if not word:
-        raise UserError(f"--first_word {args.first_word!r} has no token.")
-    return Control(prompts.control_token(tokenizer, "</think>"), word, ends_in, args.first_word)
+MODES = "Responses of this step, by the mode they were sampled in."
+ACCURACY, TOKENS = f"Accuracy per mode in training | {MODES}", f"Tokens per mode in training | {MODES}"
+METRICS = {
+    "adapt_think/forced_nothinking_share": Metric(
+        "Share of the responses that start with </think>, forced to or (with forcing off) by choice.", "share",
+        "exactly what was asked for"),
+    "adapt_think/forced_share_gap": Metric(
+        "Distance of that share from the one asked for.", "share", "0; coin flips scatter by a few points",
+        alarms=(Alarm("the forced share is not the one asked for: check --forcing, and the first tokens in the samples",
+                      above=0.1),)),
+    "adapt_think/nothinking_accuracy": Metric(
+        "Share of the forced NoThinking responses that are right.", "share", panel=ACCURACY, line="nothinking"),
+    "adapt_think/thinking_accuracy": Metric(
+        "Share of the forced Thinking responses that are right.", "share", panel=ACCURACY, line="thinking"),
+    "adapt_think/nothinking_reward": Metric("Mean reward of the NoThinking responses, delta not included."),
+    "adapt_think/thinking_reward": Metric("Mean reward of the Thinking responses."),
+    "adapt_think/reward_gap": Metric(
+        "NoThinking reward minus Thinking reward. A question moves to NoThinking where this gap is above -delta.", "",
+        "rises towards 0"),
+    "adapt_think/nothinking_tokens": Metric(
+        "Mean length of the NoThinking responses.", "tokens", panel=TOKENS, line="nothinking"),
+    "adapt_think/thinking_tokens": Metric(
+        "Mean length of the Thinking responses.", "tokens", panel=TOKENS, line="thinking"),
+    "adapt_think/first_eot_prob": Metric(
+        "Mean probability of </think> as the first token, over the NoThinking responses of this step that get gradient "
+        "(step 0: over the evaluation questions): the first sign of progress. The share of NoThinking in the "
+        "evaluations stays at 0 for long, because the nucleus cuts improbable tokens.", "share",
+        "rises, then settles between 0 and 1", "p(</think>)",
+        alarms=(
+            Alarm("</think> is almost certain on every question for twenty steps: the model has stopped thinking "
+                  "altogether; lower --delta", above=0.995, steps=20),
+            Alarm("</think> is still below 0.0001 after a hundred steps: check that forced first tokens get gradient "
+                  "and that nothinking_accuracy is above 0", below=1e-4, steps=100))),
+    "adapt_think/first_eot_logprob": Metric(
+        "Mean log-probability of </think> as the first token: shows movement while the probability still reads 0.",
+        "nats", "rises"),
+    "adapt_think/first_ratio_mean": Metric(
+        "Mean ratio of the first token, policy over the probability it was forced with. Not 1 even before the first "
+        "update.", "", "between 0 and 2"),
+    "adapt_think/advantage_mean": Metric(
+        "Mean advantage, delta * 1(NoThinking) + reward - reference accuracy. Not centred, by design.", "", "rises"),
+    "adapt_think/ref_accuracy_mean": Metric(
+        "Mean reference accuracy of the questions of this step, measured once before training.", "share"),
+}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- the method
 
 
-def plan_rollouts(questions, control: Control, args, stop_ids, step: int) -> list[Request]:
+def forced(form, mode: str, share: float) -> tuple[tuple[int, float], ...]:
+    """Return the first tokens of a mode with their behaviour probabilities (Eq. 8); `share` is NoThinking's.
+
+    The first token is the choice; where w_start has more, the others follow from it.
+    """
+    first, *others = form.opening(mode)
+    return ((first, share if mode == "nothinking" else 1 - share), *((token, 1.0) for token in others))
+
+
+def plan_rollouts(questions, form, args, stop_ids, step: int) -> list[Request]:
     """Return the requests of one step: for every question, some samples forced to skip thinking, the others to think.
 
     `questions` holds (index in the task, question, prompt ids); the index is the group of the samples.
@@ -181,18 +184,11 @@ def plan_rollouts(questions, control: Control, args, stop_ids, step: int) -> lis
         for k in range(n):
             skip = bool(coins[k]) if args.forcing == "coin" else k < round(n * args.nothinking_share)
             mode = "nothinking" if skip else "thinking"
-            forced = () if args.forcing == "off" else control.forced(mode, args.nothinking_share)
-            limit = min(args.nothinking_max_new_tokens, args.max_new_tokens) if skip and forced else args.max_new_tokens
+            first = () if args.forcing == "off" else forced(form, mode, args.nothinking_share)
+            limit = min(args.nothinking_max_new_tokens, args.max_new_tokens) if skip and first else args.max_new_tokens
             seed = request_seed(args.seed, step, i, k)
-            requests.append(Request(prompt_ids, limit, stop_ids, seed, forced, tag=(question, i)))
+            requests.append(Request(prompt_ids, limit, stop_ids, seed, first, tag=(question, i)))
     return requests
-
-
-def extract_answer(response: str) -> str | None:
-    """Return the answer to grade, None if the response breaks the format: then R = 0 (official adapt_think_rm)."""
-    if "<think>" in response or response.count("</think>") != 1:
-        return None
-    return boxed_answer(response.split("</think>")[1])
 
 
 def reward(e: Episode) -> float:
@@ -347,18 +343,18 @@ def read_authors_table(path: str, questions: dict[int, Question]) -> dict[int, f
 
 def main() -> None:
     args = parse_args(Args)
-    run = Run(args, "adaptthink", METRICS)
-    control = control_tokens(run.tokenizer, args)
-    with run.start(control):
+    run = Run(args, "adaptthink")
+    form = formats.load(args.answer_format, Think).of(run.tokenizer, args)
+    with run.start(form, METRICS):
         learner = run.learner
         reference = reference_accuracy(run, args)
-        run.log_first_token("adapt_think/first_eot", control.eot)
+        run.log_first_token("adapt_think/first_eot", form.eot)
         run.evaluate_if_due()
 
         for step in run.steps():
             # --- roll out: half of the samples forced into each mode; grading overlaps decoding
             questions = run.next_questions()
-            episodes = run.rollout(plan_rollouts(questions, control, args, run.stop_ids, step))
+            episodes = run.rollout(plan_rollouts(questions, form, args, run.stop_ids, step))
 
             # --- reward and advantage
             for e in episodes:

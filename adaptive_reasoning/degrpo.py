@@ -31,15 +31,16 @@ from typing import ClassVar
 
 import torch
 
+from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode, by_group
 from adaptive_reasoning.core.errors import run_cli
+from adaptive_reasoning.core.metric import Alarm, Metric
+from adaptive_reasoning.formats.statistics import mode_metrics, mode_rows, mode_statistics
+from adaptive_reasoning.formats.thinkless import MALFORMED, Thinkless
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, request_seed
-from adaptive_reasoning.run.evaluation import Protocol
 from adaptive_reasoning.run.options import RunArgs, parse_args, parse_schedule
 from adaptive_reasoning.run.run import Run
-from adaptive_reasoning.tasks import prompts
-from adaptive_reasoning.tasks.answers import boxed_answer, same_answer
 
 STD_EPS = 1e-6
 PER_MICRO_BATCH = ("code",)  # here an episode with A = 0 still enters a denominator
@@ -49,6 +50,8 @@ PER_MICRO_BATCH = ("code",)  # here an episode with A = 0 still enters a denomin
 class Args(RunArgs):
     """Options of DeGRPO. The defaults are the official 1.5B run, with Eq. 4 as the paper has it."""
 
+    answer_format: str = "thinkless"
+    """"thinkless": `<think>` and `<short>`. Or a subclass of it, "module.Class", with one more control token."""
     gamma: float = 0.5
     """gamma of the reward: what a right answer loses by having thought."""
     gamma_schedule: str = ""
@@ -95,72 +98,23 @@ class Args(RunArgs):
     }
 
 
-# ------------------------------------------------------------------------------------------ control tokens and prompts
-
-TAGS = {"think": "think", "short": "short"}  # one token each, and </think>
-
-
-def format_of(response: str) -> str:
-    """Return the mode a response opens with, else "malformed"."""
-    return next((mode for mode, tag in TAGS.items() if response.startswith(f"<{tag}>")), "malformed")
-
-
-def extract_answer(response: str, mode_rule: str = "first_token") -> str | None:
-    """Return the last box after the thinking; None, so r = -1, if it or the format is missing.
-
-    "substring" (official code): after the first </think>, else after the first <short>, up to a second one.
-    """
-    tags = tuple(response.count(tag) for tag in ("<think>", "<short>", "</think>"))
-    if mode_rule == "substring":
-        mark = "</think>" if tags[0] and tags[2] else "<short>"
-        return boxed_answer(response.split(mark)[1]) if mark in response else None
-    if tags != {"think": (1, 0, 1), "short": (0, 1, 0)}.get(format_of(response)):
-        return None
-    return boxed_answer(response.split("</think>")[-1])
-
-
-METRICS = {}
-
-
-@dataclass
-class Control:
-    """How a response says which mode it is in."""
-
-    tokens: dict[str, int]  # mode -> its control token
-    mode_rule: str = "first_token"
-
-    check = staticmethod(same_answer)
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        return (*TAGS, "malformed")
-
-    def mode_of(self, response_ids) -> str:
-        """Return the mode of a response from its own first tokens."""
-        return next((mode for mode, token in self.tokens.items() if token == response_ids[0]), "malformed")
-
-    def extract_answer(self, response: str) -> str | None:
-        return extract_answer(response, self.mode_rule)
-
-    def opening(self, mode: str) -> tuple[tuple[int, float], ...]:
-        """Return the token that forces a mode."""
-        return ((self.tokens[mode], 1.0),)
-
-    def findings(self) -> dict[str, str]:
-        """Return the lines of the preflight table about the formats."""
-        return {"formats": ", ".join(f"<{TAGS[mode]}> token {token}" for mode, token in self.tokens.items())}
-
-    def eval_spec(self) -> Protocol:
-        """Return how evaluation forces and tells modes apart."""
-        forced = {"always_think": self.opening("think"), "never_think": self.opening("short")}
-        return Protocol({"adaptive": (), **forced}, self.mode_of, self.extract_answer, self.modes, same_answer)
-
-
-def control_tokens(tokenizer, args) -> Control:
-    """Look up what the modes need; UserError if the tokenizer does not fit the method."""
-    prompts.check_ends_at_assistant(tokenizer)
-    think, short, _ = (prompts.control_token(tokenizer, tag) for tag in ("<think>", "<short>", "</think>"))
-    return Control({"think": think, "short": short}, getattr(args, "mode_rule", "first_token"))
+# What the metrics of this file mean; those of modes and groups are in formats/statistics.py.
+METRICS = {
+    "loss/ref_kl": Metric(
+        "Divergence of the policy from the starting model: k3 estimate, clamped to [-10, 10], weighted like the loss.",
+        "nats", "small",
+        alarms=(Alarm("the policy is far from the starting model: raise --kl_coef or lower the rate", above=5.0),)),
+    "degrpo/first_think_prob": Metric(
+        "Mean probability of <think> as the first token, as the responses of this step show it (a short one: 1 - "
+        "P(<short>)); step 0: over the evaluation questions.", "share",
+        "about 0.5 after the warm-up; rises, then falls as the short answers improve", "p(<think>)",
+        alarms=(
+            Alarm("the model takes <think> on every question for twenty steps: raise --alpha or --gamma, or give it "
+                  "more easy questions", above=0.995, steps=20),
+            Alarm("the model takes <short> on every question for twenty steps: lower --gamma (a --gamma_schedule), as "
+                  "the authors did after 300 steps", below=0.005, steps=20))),
+    "degrpo/first_think_logprob": Metric("Mean log-probability of <think> as the first token, at step 0.", "nats"),
+}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- the method
@@ -180,11 +134,13 @@ def plan_rollouts(questions, args, stop_ids, step: int) -> list[Request]:
 
 
 def reward(e: Episode, gamma: float, args) -> float:
-    """Return r: 1 for a right short answer, 1 - gamma for a right thinking one, -1 for a wrong or malformed one."""
+    """Return r: 1 - gamma for a right thinking answer, 1 for any other right one, -1 for a wrong or malformed one."""
     mode = e.mode
     if args.mode_rule == "substring":
         mode = "short" if "<short>" in e.text else "think"
-    return {"short": 1.0, "think": 1.0 - gamma}.get(mode, -1.0) if e.correct else -1.0
+    if not e.correct or mode == MALFORMED:
+        return -1.0
+    return 1.0 - gamma if mode == "think" else 1.0
 
 
 def advantages(group: list[Episode], args) -> list[float]:
@@ -206,17 +162,21 @@ def token_weights(mb: MicroBatch, counts: Counts, args) -> tuple[torch.Tensor, t
 
     T counts response tokens: the control token is none of them, a first token that is no control token is one.
     """
-    led = torch.tensor([e.mode in TAGS for e in mb.episodes], dtype=torch.bool, device=mb.lengths.device)[mb.sequence]
-    control, L, S = led & (mb.position == 0), mb.lengths[mb.sequence].to(mb.advantages.dtype), counts.sequences
-    T = (L - led.to(L.dtype)).clamp(min=1)  # [N] of the token's own response; 0 only where there is nothing to weigh
-    n, N = (part.to(L.dtype).sum().clamp(min=1) for part in (control, ~control))  # of this micro-batch
-    per_sequence, per_token = 1 / (L * S), torch.full_like(L, 1 / counts.tokens)
-    return {
-        "paper": (torch.where(control, args.alpha / S, 1 / (T * S)), per_sequence),  # Eq. 4
-        "code": (torch.where(control, args.alpha / n, 1 / N), torch.full_like(L, 1 / max(len(L), 1))),
-        "vanilla": (per_sequence, per_sequence),  # Eq. 1
-        "vanilla_code": (per_token, per_token),
-    }[args.aggregation]
+    S, length = counts.sequences, mb.lengths[mb.sequence].to(mb.advantages.dtype)  # [N] of the token's own response
+    per_sequence = 1 / (length * S)
+    if args.aggregation == "vanilla":  # Eq. 1
+        return per_sequence, per_sequence
+    if args.aggregation == "vanilla_code":
+        per_token = torch.full_like(length, 1 / counts.tokens)
+        return per_token, per_token
+    opened = torch.tensor([e.mode != MALFORMED for e in mb.episodes], dtype=torch.bool, device=length.device)
+    opened = opened[mb.sequence]  # [N] whether the token's response has a control token
+    control = opened & (mb.position == 0)
+    if args.aggregation == "paper":  # Eq. 4; T is 0 only where there is nothing to weigh
+        T = (length - opened.to(length.dtype)).clamp(min=1)
+        return torch.where(control, args.alpha / S, 1 / (T * S)), per_sequence
+    n, N = (part.to(length.dtype).sum().clamp(min=1) for part in (control, ~control))  # "code": of this micro-batch
+    return torch.where(control, args.alpha / n, 1 / N), torch.full_like(length, 1 / max(len(length), 1))
 
 
 def loss(logprobs, entropy, mb: MicroBatch, counts: Counts, args) -> tuple[torch.Tensor, dict]:
@@ -245,50 +205,41 @@ def loss(logprobs, entropy, mb: MicroBatch, counts: Counts, args) -> tuple[torch
     return value, {"loss/policy": policy.detach(), **{key: x.detach() for key, x in stats.items()}}
 
 
-def metric_rows(episodes: list[Episode]) -> list[dict]:
-    """Return what `metrics` needs of each episode, as plain numbers that can travel between processes."""
-    return [
-        {"group": e.group, "mode": e.mode, "accuracy": float(e.correct), "tokens": e.num_tokens,
-         "advantage": e.advantage, "first_prob": math.exp(e.behaviour_logprobs[0])}
-        for e in episodes
-    ]  # fmt: skip
+def numbers(form) -> dict[str, Metric]:
+    """Return what the numbers of responses mean."""
+    good = {"short": "not 0 for long", MALFORMED: "0"}
+    return {
+        f"degrpo/num_{mode}": Metric(f"Responses of this step in mode {name}.", "count", good.get(mode, ""))
+        for mode, name in form.modes.items()
+    }
 
 
-def metrics(rows: list[dict], modes: tuple[str, ...]) -> dict[str, float | None]:
-    """Return share, accuracy, length and advantage of each mode, and what shows a collapse or an empty diversity."""
+def first_tokens(episodes: list[Episode]) -> list[dict]:
+    """Return mode and probability of the first token of each episode, as numbers that can travel between processes."""
+    return [{"mode": e.mode, "first_prob": math.exp(e.behaviour_logprobs[0])} for e in episodes]
 
-    def mean(values):
-        values = list(values)
-        return sum(values) / len(values) if values else None
 
-    out, groups = {}, {}
-    for row in rows:
-        groups.setdefault(row["group"], []).append(row)
-    solved = [{row["mode"] for row in g} for g in groups.values() if all(row["accuracy"] for row in g)]
-    for mode in modes:
-        mine = [row for row in rows if row["mode"] == mode]
-        out[f"mode/{mode}_share"] = len(mine) / len(rows)
-        out[f"degrpo/num_{mode}"] = len(mine)
-        for key in ("accuracy", "tokens", "advantage"):
-            out[f"mode/{mode}_{key}"] = mean(row[key] for row in mine)
-        out[f"mode/{mode}_all_correct_groups"] = sum(found == {mode} for found in solved)
-    out["group/all_wrong_share"] = mean(not any(row["accuracy"] for row in g) for g in groups.values())
-    out["group/all_correct_share"] = len(solved) / len(groups)
-    out["group/all_correct_mixed_share"] = sum(len(found) > 1 for found in solved) / len(groups)
-    out["reward/correct_negative_share"] = mean(row["advantage"] < 0 for row in rows if row["accuracy"])
-    first = {"think": lambda p: p, "short": lambda p: 1 - p}  # P(<think>): all but P(<short>)
-    out["degrpo/first_think_prob"] = mean(first[r["mode"]](r["first_prob"]) for r in rows if r["mode"] in TAGS)
-    return out
+def metrics(rows: list[dict], modes) -> dict[str, float | None]:
+    """Return the number of responses of each mode, and P(<think>) as they show it: all but P(<short>) of a short one.
+
+    With more than two modes only the responses that think say what P(<think>) is.
+    """
+    out = {f"degrpo/num_{mode}": sum(row["mode"] == mode for row in rows) for mode in modes}
+    first = {"think": lambda p: p, "short": lambda p: 1 - p}
+    if not set(modes) <= {*first, MALFORMED}:
+        del first["short"]
+    known = [first[row["mode"]](row["first_prob"]) for row in rows if row["mode"] in first]
+    return out | {"degrpo/first_think_prob": sum(known) / len(known) if known else None}
 
 
 def main() -> None:
     args = parse_args(Args)
     gammas = parse_schedule("gamma_schedule", args.gamma_schedule or f"0:{args.gamma}", below=1.0)
-    run = Run(args, "degrpo", METRICS, reference=args.kl_coef > 0)
-    control = control_tokens(run.tokenizer, args)
-    with run.start(control):
+    run = Run(args, "degrpo", reference=args.kl_coef > 0)
+    form = formats.load(args.answer_format, Thinkless)(run.tokenizer, args.mode_rule)
+    with run.start(form, METRICS | mode_metrics(form) | numbers(form)):
         learner = run.learner
-        run.log_first_token("degrpo/first_think", control.tokens["think"])
+        run.log_first_token("degrpo/first_think", form.tokens["think"])
         run.evaluate_if_due()
 
         for step in run.steps():
@@ -324,7 +275,9 @@ def main() -> None:
             run.refresh()
 
             # --- log, evaluate, save
-            run.log(episodes, metrics(run.gather(metric_rows(episodes)), control.modes), losses, updates, minibatches)
+            own = mode_statistics(run.gather(mode_rows(episodes)), form.modes)
+            own |= metrics(run.gather(first_tokens(episodes)), form.modes)
+            run.log(episodes, own, losses, updates, minibatches)
             run.evaluate_if_due()
             run.save_if_due()
         run.finish()

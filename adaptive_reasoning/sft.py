@@ -26,7 +26,8 @@ from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import UserError, run_cli, say
 from adaptive_reasoning.core.question import Question
-from adaptive_reasoning.formats import NAMES, Row, control_slot, load
+from adaptive_reasoning.formats import Row, control_slot, load
+from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.packing import Counts
@@ -39,7 +40,7 @@ from adaptive_reasoning.tasks import chain, prompts
 
 SHOW_EVERY = 50  # steps
 CONTINUES = MAY_CHANGE - {"max_steps"}  # the schedule of the learning rate and the rows depend on how long it is
-TEMPLATES = {"arm": load("arm").TEMPLATE}
+TEMPLATES = {"arm": Arm.TEMPLATE}
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Args(RunArgs):
     """Options of supervised fine-tuning."""
 
     formats: str = "think"
-    """Recipe for chain rows: "think", "arm", "thinkless" or "dialogue"."""
+    """Recipe for chain rows: "think", "arm", "thinkless", "dialogue", or a class of your own, "module.Class"."""
     batch_size: int = 128
     """Rows per optimiser step, over all processes."""
     lr_schedule: str = "cosine"
@@ -87,7 +88,6 @@ class Args(RunArgs):
     """Share of the rows with 1, 2, ... operations (task "chain")."""
 
     CHOICES: ClassVar = {
-        "formats": NAMES,
         "lr_schedule": ("cosine", "constant"),
         "chat_template": ("", *TEMPLATES, "thinkless"),
     }
@@ -257,7 +257,7 @@ def train(args, file_rows: list[Row] | None, accelerator) -> Learner:
     model, tokenizer = start_model(args, accelerator)
     data = {f"the training data {args.data}": [f"{r.question.problem}\0{r.response}" for r in file_rows or []]}
     frozen = args.model if args.lora_rank else None  # whose weights are read again
-    journal = Journal(args, "sft", {}, accelerator, may_change=CONTINUES)
+    journal = Journal(args, "sft", accelerator, may_change=CONTINUES)
     journal.open(inputs_of(data, tokenizer, frozen))
     learner = Learner(args, model, accelerator, trainable="marked" if args.lora_rank else "all")
     journal.restore(learner)

@@ -1,11 +1,11 @@
-"""Alarms: metrics that crossed the bounds written beside their meaning in the glossary.
+"""Alarms: metrics that crossed the bounds written beside their meaning.
 
 The console raises them while the run goes on, the page lists them afterwards; both look through `Alarms`.
 """
 
 from dataclasses import dataclass
 
-from adaptive_reasoning.report import glossary
+from adaptive_reasoning.core.metric import Alarm, Metric
 
 
 @dataclass
@@ -13,7 +13,7 @@ class Raised:
     """One alarm: `key` broke its rule from `first_step` to `last_step`; `value` is the newest one (None: null)."""
 
     key: str
-    rule: glossary.Alarm
+    rule: Alarm
     first_step: int
     last_step: int
     value: float | None
@@ -31,7 +31,8 @@ class Raised:
 class Alarms:
     """Looks at the metric rows in order of their steps and remembers every alarm raised."""
 
-    def __init__(self, rows: list[dict] = ()):
+    def __init__(self, declared: dict[str, Metric], rows: list[dict] = ()):
+        self.declared = declared
         self.raised: list[Raised] = []
         self._going_on: dict[tuple, Raised] = {}  # broken in the newest row, long enough or not yet
         self._lengths: dict[tuple, int] = {}
@@ -42,10 +43,10 @@ class Alarms:
     def see(self, row: dict) -> list[Raised]:
         """Take the next row; return the alarms that begin with it. Raised once, not again while they last."""
         new = []
-        for key in [key for key in row if key in glossary.METRICS]:
+        for key in [key for key in row if key in self.declared]:
             if row[key] is not None:
                 self._start.setdefault(key, row[key])
-            for number, rule in enumerate(glossary.METRICS[key].alarms):
+            for number, rule in enumerate(self.declared[key].alarms):
                 name = (key, number)
                 if not _broken(rule, row[key], self._start.get(key)):
                     self._going_on.pop(name, None)
@@ -60,7 +61,7 @@ class Alarms:
         return new
 
 
-def _broken(rule: glossary.Alarm, value: float | None, start: float | None) -> bool:
+def _broken(rule: Alarm, value: float | None, start: float | None) -> bool:
     if value is None:
         return rule.null
     if rule.of_start is not None and value < rule.of_start * start:

@@ -11,7 +11,7 @@ import sys
 from collections import deque
 
 from adaptive_reasoning.core.errors import say
-from adaptive_reasoning.report import glossary
+from adaptive_reasoning.core.metric import Metric
 from adaptive_reasoning.report.alarms import Alarms, Raised
 from adaptive_reasoning.report.run_folder import difficulty_order
 
@@ -20,11 +20,16 @@ LAST = ("loss/policy", "loss/grad_norm", "rollout/tokens_per_s")
 
 
 class Console:
-    """Follows one run. `rows` are the metric rows of the part before a resume: old alarms are not raised again."""
+    """Follows one run.
 
-    def __init__(self, max_steps: int, rows: list[dict] = ()):
-        self.max_steps = max_steps
-        self.alarms = Alarms(rows)
+    Args:
+        declared: what its metrics mean.
+        rows: metrics of the part before a resume: old alarms are not raised again.
+    """
+
+    def __init__(self, max_steps: int, declared: dict[str, Metric], rows: list[dict] = ()):
+        self.max_steps, self.declared = max_steps, declared
+        self.alarms = Alarms(declared, rows)
         self.seconds = deque(maxlen=20)  # of the newest steps, evaluation included: what the ETA is made from
 
     def step(self, row: dict, show: bool = True) -> None:
@@ -35,7 +40,7 @@ class Console:
         self.seconds.append(spent)
         left = max(self.max_steps - row["step"], 0) * sum(self.seconds) / len(self.seconds)
         if show:
-            say(step_line(row, self.max_steps, left))
+            say(step_line(row, self.max_steps, self.declared, left))
         for alarm in self.alarms.see(row):
             say(alarm_line(alarm))
 
@@ -44,13 +49,12 @@ class Console:
         say(evaluation_table(rows))
 
 
-def step_line(row: dict, max_steps: int, eta_s: float | None = None) -> str:
-    """Return the one line of a metric row. Metrics with a `short` label in the glossary appear, in its order."""
-    middle = [key for key, metric in glossary.METRICS.items() if metric.short and key not in FIRST + LAST]
+def step_line(row: dict, max_steps: int, declared: dict[str, Metric], eta_s: float | None = None) -> str:
+    """Return the one line of a metric row. Metrics that declare a `short` label appear, in their order."""
+    middle = [key for key, metric in declared.items() if metric.short and key not in FIRST + LAST]
     cells = [f"step {row['step']:>{len(str(max_steps))}}/{max_steps}"]
     for key in (*FIRST, *middle, *LAST):
-        if key in row:
-            metric = glossary.METRICS[key]
+        if key in row and (metric := declared.get(key)):
             text = number(row[key], metric.unit).rjust(5 if metric.unit == "share" else 6)
             cells.append(f"{text} tok/s" if metric.unit == "tokens/s" else f"{metric.short} {text}")
     if row.get("time/step_s") is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from adaptive_reasoning.core.files import write_text_atomic
-from adaptive_reasoning.report import glossary
+from adaptive_reasoning.core.metric import SHARED
 from adaptive_reasoning.report.alarms import Alarms
 from adaptive_reasoning.report.console import duration
 from adaptive_reasoning.report.curves import write_curves
@@ -81,7 +81,7 @@ def render(run: Run, samples: dict) -> str:
         evaluation_charts=figures(evaluation_panels(run)),
         training_charts=figures(training_panels(run)),
         smoothing=smoothing_width(run),
-        alarms=Alarms(run.metrics).raised,
+        alarms=Alarms(run.declared, run.metrics).raised,
         samples=samples,
         mode_colours=mode_colours(run.modes),
         metrics=glossary_rows(run),
@@ -226,8 +226,8 @@ def signs(run: Run) -> list[dict]:
     """Return the early signs of progress an algorithm logs: mean of the first and of the last smoothed steps."""
     out, width = [], smoothing_width(run)
     for key in run.metric_keys():
-        metric = glossary.METRICS.get(key)
-        if metric and metric.short and key not in glossary.SHARED and run.points(key):
+        metric = run.declared.get(key)
+        if metric and metric.short and key not in SHARED and run.points(key):
             values = [value for _, value in run.points(key)]
             first, last = values[:width], values[-width:]
             out.append(
@@ -246,15 +246,15 @@ def signs(run: Run) -> list[dict]:
 def glossary_rows(run: Run) -> list[dict]:
     """Return key, meaning, unit, what is good, first and last value and a small picture of every metric logged."""
     rows = []
-    place = {key: i for i, key in enumerate(glossary.METRICS)}
+    place = {key: i for i, key in enumerate(run.declared)}
     for key in sorted(run.metric_keys(), key=lambda key: place.get(key, len(place))):
-        metric = glossary.METRICS.get(key)
+        metric = run.declared.get(key)
         values = run.points(key)
         unit = metric.unit if metric else ""
         rows.append(
             {
                 "key": key,
-                "meaning": metric.meaning if metric else "The algorithm that logged it adds its meaning when it runs.",
+                "meaning": metric.meaning if metric else "Declared nowhere: add it to METRICS of the method.",
                 "good": advice(metric.good) if metric else "",
                 "unit": unit,
                 "first": show(values[0][1], unit) if values else NONE,

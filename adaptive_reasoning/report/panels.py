@@ -6,7 +6,7 @@ Colours are safe for colour-blind readers: modes have those of Okabe and Ito, di
 
 from dataclasses import dataclass
 
-from adaptive_reasoning.report import glossary
+from adaptive_reasoning.core.metric import SHARED
 from adaptive_reasoning.report.run_folder import Run, shown_modes
 
 # name -> (on a light page, on a dark page). m: modes, d: difficulties from easy to hard.
@@ -45,7 +45,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart over the training steps. `unit` is that of the glossary; `bounds` fixes the y axis."""
+    """One chart over the training steps. `unit` is that of the metric; `bounds` fixes the y axis."""
 
     title: str
     note: str
@@ -137,11 +137,9 @@ def evaluation_panels(run: Run) -> list[Panel]:
 
 
 def sign_panels(run: Run) -> list[Panel]:
-    """The early sign of progress an algorithm logs, such as p(</think>), beside the share the evaluations sample."""
-    signs = [key for key in run.metric_keys() if key in glossary.METRICS and _is_sign(key)]
-    lines = [
-        line for key, c in zip(signs, MODE_COLOURS[1:]) for line in _noisy(run, key, glossary.METRICS[key].short, c)
-    ]
+    """The early sign of progress a method logs, such as p(</think>), beside the share the evaluations sample."""
+    signs = [key for key in run.metric_keys() if _is_sign(run, key)]
+    lines = [line for key, c in zip(signs, MODE_COLOURS[1:]) for line in _noisy(run, key, run.declared[key].short, c)]
     if not lines:
         return []
     modes = shown_modes(run.modes, "nothinking")
@@ -155,40 +153,28 @@ def sign_panels(run: Run) -> list[Panel]:
 
 
 def training_panels(run: Run) -> list[Panel]:
-    """The training metrics worth a chart: the modes apart, loss, gradient, entropy, checks, time."""
-    panels = []
-    for ending, title in (
-        ("share", "Share of the modes in training"),
-        ("accuracy", "Accuracy per mode in training"),
-        ("tokens", "Tokens per mode in training"),
-        ("all_correct_groups", "Questions all right in one mode"),
-    ):
+    """The training metrics worth a chart, as the method declares them: its own first, then those of every method."""
+    titles: dict[str, list[str]] = {}
+    logged = {key for key in run.metric_keys()}
+    for key in sorted((key for key in run.declared if key in logged), key=lambda key: key in SHARED):
+        if run.declared[key].panel:
+            titles.setdefault(run.declared[key].panel, []).append(key)
+    panels, colours = [], mode_colours(run.modes)
+    for title, keys in titles.items():
+        title, _, note = title.partition(" | ")
         lines = []
-        for mode, colour in mode_colours(run.modes).items():
-            for key in run.metric_keys():
-                if key.endswith(f"/{mode}_{ending}") and not key.startswith("eval/"):
-                    lines += _noisy(run, key, mode, colour)
-        unit = {"tokens": "tokens", "all_correct_groups": "count"}.get(ending, "share")
-        bounds = (0.0, 1.0) if ending == "share" else None
-        panels.append(Panel(title, "Responses of this step, by the mode they were sampled in.", lines, unit, bounds))
-    for keys, title, note in (
-        (["loss/policy"], "Policy loss", "Its size means little; jumps do."),
-        (["loss/grad_norm"], "Gradient norm", "Before clipping."),
-        (["loss/entropy"], "Entropy", "Over the response tokens, at the sampling temperature."),
-        (["check/logprob_gap_mean"], "Sampler against learner", "Mean distance of their log-probs."),
-    ):
-        lines = [line for key in keys for line in _noisy(run, key, title.lower(), "m0")]
-        panels.append(Panel(title, note, lines, glossary.unit_of(keys[0])))
-    times = [("time/rollout_s", "rollout", "m0"), ("time/update_s", "update", "m1"), ("time/step_s", "step", "ink")]
-    lines = [line for key, label, colour in times for line in _noisy(run, key, label, colour)]
-    panels.append(Panel("Seconds per step", "Where the time goes; evaluation not included.", lines, "seconds"))
+        for key, colour in zip(keys, MODE_COLOURS * len(keys)):
+            label = run.declared[key].line or title.lower()
+            lines += _noisy(run, key, label, "ink" if label == "step" else colours.get(label, colour))
+        unit = run.declared[keys[0]].unit
+        panels.append(Panel(title, note, lines, unit, (0.0, 1.0) if title.startswith("Share") else None))
     return _filled(panels)
 
 
-def _is_sign(key: str) -> bool:
-    """Metrics an algorithm wants on the console as shares: its early signs of progress."""
-    metric = glossary.METRICS[key]
-    return bool(metric.short) and metric.unit == "share" and key not in glossary.SHARED
+def _is_sign(run: Run, key: str) -> bool:
+    """Metrics a method wants on the console as shares: its early signs of progress."""
+    metric = run.declared.get(key)
+    return metric is not None and bool(metric.short) and metric.unit == "share" and key not in SHARED
 
 
 def _noisy(run: Run, key: str, label: str, colour: str) -> list[Line]:

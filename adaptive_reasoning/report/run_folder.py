@@ -2,13 +2,14 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
 from adaptive_reasoning.core.errors import UserError
-from adaptive_reasoning.core.files import read_jsonl
+from adaptive_reasoning.core.files import load_json, read_jsonl
+from adaptive_reasoning.core.metric import Metric, from_json
 
 ADAPTIVE = "adaptive"  # the setting in which nothing is forced
 DEAR = ("thinking", "think", "long_cot", "slow")  # modes that think, whatever the algorithm calls them
@@ -28,6 +29,7 @@ class Run:
     samples: list[dict]
     evaluations: list[dict]  # {"step", "setting", "benchmark", "result": E}
     summary: dict | None  # None while the run goes on
+    declared: dict[str, Metric] = field(default_factory=dict)  # what its metrics mean, as metrics.json has it
 
     @property
     def last_step(self) -> int:
@@ -114,6 +116,7 @@ def load_run(folder: Path) -> Run:
         samples=read_jsonl(folder / "samples.jsonl"),
         evaluations=_evaluations(folder),
         summary=_summary(folder / "summary.json"),
+        declared=from_json(load_json(folder / "metrics.json")) if (folder / "metrics.json").is_file() else {},
     )
 
 

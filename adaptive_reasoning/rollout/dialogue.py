@@ -10,7 +10,7 @@ What is asked, in which order, and what an answer has to be is the business of t
     script.ids(stage, problem)                  tokens before the response of a stage; `problem` None in later turns
     script.budget(stage)                        most tokens of its response
     script.read(stage, text, cut)               the answer to grade, or None
-    script.gold(stage, dialogue)                what that answer has to equal
+    script.target(stage, dialogue)               what that answer has to equal
 """
 
 import re
@@ -84,7 +84,7 @@ class Turn:
     cut: bool  # at its budget
     text: str
     answer: str | None
-    correct: bool = False  # whether the answer is what script.gold says
+    correct: bool = False  # whether the answer is what script.target says
     logprob: float = 0.0  # of the response in another context, where a reward asks for it
     reward: float = 0.0
 
@@ -159,7 +159,7 @@ def converse(engine, grader, dialogues, script, sampling: Sampling, setting: str
                 start = len(completion.context_ids) - len(d.prompt_ids)
                 d.turns[stage] = Turn(start, ids, completion.logprobs, cut, text, answer)
                 if answer is not None:
-                    grader.submit(answer, script.gold(stage, d), i)
+                    grader.submit(answer, script.target(stage, d), i)
 
             requests = [next_request(d, stage, script) for d, stage in live]
             engine.run(requests, sampling, on_finish, progress and f"{progress}: {live[0][1]}")

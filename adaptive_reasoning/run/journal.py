@@ -1,6 +1,6 @@
 """Journal: the folder of a run, from its lock to its summary. It needs no rollout, so every method has one.
 
-    journal = Journal(args, "grpo", METRICS, accelerator)
+    journal = Journal(args, "grpo", accelerator)
     journal.open(inputs)                            # lock, options, newest whole checkpoint
     learner = Learner(...)
     journal.restore(learner)                        # where a killed run stopped
@@ -23,7 +23,7 @@ from accelerate import Accelerator
 
 from adaptive_reasoning.core.errors import UserError, say
 from adaptive_reasoning.core.files import append_jsonl, load_json, read_jsonl, truncate_jsonl, write_json_atomic
-from adaptive_reasoning.core.metric import Metric
+from adaptive_reasoning.core.metric import SHARED, Metric, eval_metrics, to_json
 from adaptive_reasoning.learner.checkpoint import checkpoints, load_checkpoint, prune, save_checkpoint, whole_checkpoint
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.runtime import on_main
@@ -40,16 +40,14 @@ class Journal:
     Args:
         args: the options of the run.
         algorithm: its name, in config.yaml and summary.json.
-        metrics: what the method's own metrics mean.
         may_change: options that a continued run may have other values of.
     """
 
-    def __init__(
-        self, args, algorithm: str, metrics: dict[str, Metric], accelerator: Accelerator, may_change=MAY_CHANGE
-    ):
+    def __init__(self, args, algorithm: str, accelerator: Accelerator, may_change=MAY_CHANGE):
         self.args, self.algorithm, self.accelerator, self.may_change = args, algorithm, accelerator, may_change
         self.folder, self.main = Path(args.output_dir), accelerator.is_main_process
-        self.metrics = metrics
+        self.metrics = dict(SHARED)  # what they mean
+        self.unknown: set[str] = set()  # metrics that nobody declared
         self.step = self.continued = 0  # step reached, and the step at which this process continued
         self.started, self.spent = time.perf_counter(), 0.0  # spent: seconds of earlier parts of a resumed run
         self.state: dict = {}  # JSON values that are saved with every checkpoint, and come back from it
@@ -61,6 +59,10 @@ class Journal:
         return self.folder / "checkpoints"
 
     # ------------------------------------------------------------------------------------------------- begin, continue
+
+    def declare(self, metrics: dict[str, Metric], modes: dict[str, str]) -> None:
+        """Declare what the method's own metrics mean, and those of evaluations. `modes`: mode -> its name in tables."""
+        self.metrics |= {**metrics, **eval_metrics(modes)}
 
     def open(self, inputs: dict[str, str]) -> None:
         """Take the folder and find the newest whole checkpoint. `inputs`: digests of what is read (`inputs_of`).
@@ -90,7 +92,8 @@ class Journal:
         last = self.step if self.checkpoint else -1
         on_main(self.accelerator, lambda: [truncate_jsonl(self.folder / name, last) for name in ROWS])
         rows = read_jsonl(self.folder / "metrics.jsonl") if self.checkpoint and self.main else []
-        self.console = Console(self.args.max_steps, rows)
+        on_main(self.accelerator, lambda: write_json_atomic(self.folder / "metrics.json", to_json(self.metrics)))
+        self.console = Console(self.args.max_steps, self.metrics, rows)
         if self.args.report_to:
             options = {k: v for k, v in vars(self.args).items() if isinstance(v, (int, float, str, bool))}
             self.accelerator.init_trackers(self.algorithm, config=options)
@@ -112,6 +115,9 @@ class Journal:
         """Write and print (`show`) the metrics of a step ("step" in `row`), and sample rows."""
 
         def write():
+            for key in row.keys() - self.metrics.keys() - self.unknown - {"step"}:
+                self.unknown.add(key)
+                say(f"warning: metric {key} is declared nowhere: add it to METRICS of the method")
             append_jsonl(self.folder / "metrics.jsonl", row)
             for sample in samples:
                 append_jsonl(self.folder / "samples.jsonl", sample)

@@ -3,9 +3,9 @@
 A method file decides what to sample, what it is worth and what to minimise; a run carries that out. Nothing here knows
 any method: what a run needs besides the policy, a frozen reference or a critic, is said by the method.
 
-    run = Run(args, "grpo", METRICS, reference=args.kl_coef > 0)
+    run = Run(args, "grpo", reference=args.kl_coef > 0)
     form = ResponseFormat(run.tokenizer)
-    with run.start(form):
+    with run.start(form, METRICS):
         run.evaluate_if_due()
         for step in run.steps():
             episodes = run.rollout(requests)
@@ -48,7 +48,7 @@ from adaptive_reasoning.rollout import Request, Sampling
 from adaptive_reasoning.rollout.dialogue import Dialogue
 from adaptive_reasoning.rollout.engine import CPU_CACHE_BYTES
 from adaptive_reasoning.run.balance import deal, expected_tokens
-from adaptive_reasoning.run.evaluation import evaluate
+from adaptive_reasoning.run.evaluation import Evaluator
 from adaptive_reasoning.run.folder import data_of, inputs_of
 from adaptive_reasoning.run.journal import Journal
 from adaptive_reasoning.run.metrics import Drift, counts_of, mean_losses, over_processes, picked, sums_of
@@ -64,7 +64,6 @@ class Run:
     Args:
         args: the method's options (RunArgs and its own).
         algorithm: name for config.yaml and summary.json.
-        metrics: what the method's own metrics mean.
         reference: keep a frozen copy of the starting model, for `score_reference`.
         critic: have a critic beside the policy.
 
@@ -72,13 +71,13 @@ class Run:
         UserError: whatever is wrong with model, data or folder, before anything heavy starts.
     """
 
-    def __init__(self, args, algorithm: str, metrics: dict[str, Metric], reference: bool = False, critic: bool = False):
+    def __init__(self, args, algorithm: str, reference: bool = False, critic: bool = False):
         self.args, self.has_reference, self.has_critic = args, reference, critic
         self.accelerator = make_accelerator(args)
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self.watch = Watch(self.accelerator, args.patience)
-        self.journal = Journal(args, algorithm, metrics, self.accelerator)
+        self.journal = Journal(args, algorithm, self.accelerator)
         with self.watch.telling():
             self.config = load_config(args.model)
             self.tokenizer = load_tokenizer(args.model)
@@ -99,14 +98,16 @@ class Run:
         """What a method keeps from step to step: JSON values, saved with every checkpoint."""
         return self.journal.state.setdefault("memory", {})
 
-    def start(self, form) -> "Run":
+    def start(self, form, metrics: dict[str, Metric]) -> "Run":
         """Print what was found and what memory it will take; stop with a fix where something will not work.
 
         Args:
             form: the response format. Sampling, grading and evaluation all take it from here.
+            metrics: what the method's own metrics mean.
         """
         with self.watch.telling():
             self.form, self.spec = form, form.eval_spec()
+            self.journal.declare(metrics, form.modes)
             device = self.accelerator.device
             cuda = device.type == "cuda"
             plan = preflight(
@@ -162,6 +163,17 @@ class Run:
             )
             self.sampler.refresh(self.learner.named_weights())
             self.sampler.__enter__()
+            self.evaluator = Evaluator(
+                self.sampler.engine,
+                self.sampler.grader,
+                self.tokenizer,
+                self.stop_ids,
+                self.spec,
+                Sampling(args.temperature, args.eval_top_p),
+                args.max_new_tokens,
+                args.seed,
+                self.accelerator,
+            )
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -325,10 +337,8 @@ class Run:
         for benchmark in self.task.benchmarks:
             for setting in (s for s in settings if (benchmark.name, s) not in known):
                 self.watch.phase(f"evaluate {benchmark.name} {setting}", self.step)
-                result, samples = evaluate(
-                    self.sampler.engine, self.sampler.grader, self.tokenizer, self.stop_ids, benchmark, self.spec,
-                    setting, self.args, self.accelerator, progress=f"evaluate {benchmark.name} {setting}",
-                )  # fmt: skip
+                title = f"evaluate {benchmark.name} {setting}"
+                result, samples = self.evaluator.measure(benchmark, setting, progress=title)
                 rows.append({"step": self.step, "setting": setting, "benchmark": benchmark.name, "result": result})
                 samples_of_all += samples
         if not rows:

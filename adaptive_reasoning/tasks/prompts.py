@@ -61,7 +61,7 @@ def check_ends_at_assistant(tokenizer) -> str:
             f"the chat template of {tokenizer.name_or_path!r} must end right at the assistant's mark with "
             f"add_generation_prompt, without {THINK_OPEN!r} or a newline, as it stands before an answer "
             f"({finished[-40:]!r}); found {text[-40:]!r}. Change chat_template in the tokenizer's folder; the "
-            "supervised start does it (sft --chat_template arm, or thinkless)."
+            "supervised start does it (--chat_template arm, or thinkless)."
         )
     return text.rpartition("1+1")[2]
 
