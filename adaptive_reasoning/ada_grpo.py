@@ -35,11 +35,12 @@ from typing import ClassVar
 
 import torch
 
-from adaptive_reasoning import formats
-from adaptive_reasoning.core.episode import Episode, by_group
+from adaptive_reasoning import formats, kernels
+from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import UserError, run_cli
 from adaptive_reasoning.core.metric import Alarm, Metric
 from adaptive_reasoning.formats.statistics import mean, mode_metrics, mode_rows, mode_statistics
+from adaptive_reasoning.kernels.group_advantage import Groups
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, request_seed
 from adaptive_reasoning.run.options import RunArgs, parse_args
@@ -139,32 +140,30 @@ def reward(e: Episode, args) -> float:
     return float(e.correct)
 
 
-def advantages(group: list[Episode], args, step: int) -> list[float]:
-    """Return A_i = (r'_i - mean r') / (std r' + 1e-6) of the G samples of one question, r'_i = alpha_i(t) r_i.
+def advantages(episodes: list[Episode], args, step: int) -> list[float]:
+    """Return A_i = (r'_i - mean r') / (std r' + 1e-6) of each episode, over the G samples of its question.
 
-    alpha_i(t) = 1 + (G/F_i - 1) w(t) is the paper's G/F [F/G + (1 - F/G) (1 + cos(pi t/T))/2], Eq. 2-4. A wrong answer
-    has r' = 0 whatever its alpha; the format it opened counts all the same. The std is the unbiased one. Group of one:
-    not centred (official code: mean 0, std 1). In float64, and 0 where all shaped rewards are equal: in fp32 the mean
-    misses them by one unit in the last place, and 1e-6 does not hide that.
+    r'_i = alpha_i(t) r_i, and alpha_i(t) = 1 + (G/F_i - 1) w(t) is the paper's G/F [F/G + (1 - F/G) (1 + cos(pi
+    t/T))/2], Eq. 2-4. A wrong answer has r' = 0 whatever its alpha; the format it opened counts all the same. The std
+    is the unbiased one. Group of one: not centred (official code: mean 0, std 1). In float64, and 0 where all shaped
+    rewards are equal: in fp32 the mean misses them by one unit in the last place, and 1e-6 does not hide that.
     """
-    t, T, G = step, args.total_steps, len(group)
+    t, T = step, args.total_steps
     assert 1 <= t < T, "w(t) never is exactly 1 or 0"
-    assert not any(e.reward and e.mode == "unknown" for e in group), "the gate gives no reward outside the formats"
-    F = Counter(e.mode for e in group)
     w = (1 + math.cos(math.pi * t / T)) / 2 if args.decay == "cosine" else 1.0
-    alpha = torch.tensor([1 + (G / F[e.mode] - 1) * w for e in group], dtype=torch.float64)  # [G]
-    r = torch.tensor([e.reward for e in group], dtype=torch.float64)  # [G]
-    shaped = alpha * r
-    dropped = args.drop_all_correct and bool(r.all())
-    if dropped or (G > 1 and shaped.max() - shaped.min() < STD_EPS):
-        return [0.0] * G
-    mean, std = (shaped.mean(), shaped.std()) if G > 1 else (0.0, 1.0)
-    if args.std == "raw":  # equal raw rewards are no unit to measure in: their group decays with w
-        std = r.std() if G > 1 and r.max() > r.min() else 1.0
-    A = shaped - mean
-    if args.std != "none":
-        A = A / (std + STD_EPS)
-    return A.tolist()
+    G = Counter(e.group for e in episodes)
+    F = Counter((e.group, e.mode) for e in episodes)
+    alpha = [1 + (G[e.group] / F[e.group, e.mode] - 1) * w for e in episodes]
+    r = torch.tensor([e.reward for e in episodes], dtype=torch.float64, device=kernels.device())  # [B]
+    shaped = torch.tensor(alpha, dtype=torch.float64, device=r.device) * r
+    groups = Groups.of(torch.tensor([e.group for e in episodes], device=r.device))
+    # "raw": the std of the unshaped rewards; where they are equal it is no unit to measure in, and A decays with w.
+    base, std = r if args.std == "raw" else None, "none" if args.std == "none" else "unbiased"
+    A = kernels.group_advantage(shaped, groups, std, STD_EPS, spread=STD_EPS, base=base).samples.tolist()
+    if args.drop_all_correct:
+        missed = {e.group for e in episodes if not e.reward}
+        A = [a if e.group in missed else 0.0 for e, a in zip(episodes, A)]
+    return A
 
 
 def token_weights(mb: MicroBatch, counts: Counts, args) -> torch.Tensor:
@@ -230,9 +229,8 @@ def main() -> None:
             # --- reward and advantage
             for e in episodes:
                 e.reward = reward(e, args)
-            for group in by_group(episodes):
-                for e, a in zip(group, advantages(group, args, step)):
-                    e.advantage = a
+            for e, a in zip(episodes, advantages(episodes, args, step)):
+                e.advantage = a
 
             # --- update: one optimiser step per minibatch
             on_policy = args.minibatches_per_step == 1

@@ -31,12 +31,13 @@ from typing import ClassVar
 
 import torch
 
-from adaptive_reasoning import formats
-from adaptive_reasoning.core.episode import Episode, by_group
+from adaptive_reasoning import formats, kernels
+from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import run_cli
 from adaptive_reasoning.core.metric import Alarm, Metric
 from adaptive_reasoning.formats.statistics import mode_metrics, mode_rows, mode_statistics
 from adaptive_reasoning.formats.thinkless import MALFORMED, Thinkless
+from adaptive_reasoning.kernels.group_advantage import Groups
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, request_seed
 from adaptive_reasoning.run.options import RunArgs, parse_args, parse_schedule
@@ -143,18 +144,16 @@ def reward(e: Episode, gamma: float, args) -> float:
     return 1.0 - gamma if mode == "think" else 1.0
 
 
-def advantages(group: list[Episode], args) -> list[float]:
-    """Return A_i = (r_i - mean r) / (std r + 1e-6) of the G samples of one question.
+def advantages(episodes: list[Episode], args) -> list[float]:
+    """Return A_i = (r_i - mean r) / (std r + 1e-6) of each episode, over the G samples of its question.
 
-    The std is the unbiased one. In float64: with equal rewards that fp32 cannot represent, mean and std miss by one
-    unit in the last place, and 1e-6 does not hide that. A group of one is not centred (official code: mean 0, std 1).
+    The std is the unbiased one; with --std none A_i = r_i - mean r. Sums are in float64: with equal rewards that fp32
+    cannot represent, mean and std miss by one unit in the last place, and 1e-6 does not hide that. A group of one is
+    not centred (official code: mean 0, std 1).
     """
-    r = torch.tensor([e.reward for e in group], dtype=torch.float64)  # [G]
-    mean, std = (r.mean(), r.std()) if len(r) > 1 else (0.0, 1.0)
-    A = r - mean
-    if args.std == "unbiased":
-        A = A / (std + STD_EPS)
-    return A.tolist()
+    r = torch.tensor([e.reward for e in episodes], dtype=torch.float64, device=kernels.device())  # [B]
+    groups = Groups.of(torch.tensor([e.group for e in episodes], device=r.device))
+    return kernels.group_advantage(r, groups, std=args.std, eps=STD_EPS).samples.tolist()
 
 
 def token_weights(mb: MicroBatch, counts: Counts, args) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,9 +249,8 @@ def main() -> None:
             # --- reward and advantage
             for e in episodes:
                 e.reward = reward(e, [gamma for done, gamma in gammas if done < step][-1], args)
-            for group in by_group(episodes):
-                for e, a in zip(group, advantages(group, args)):
-                    e.advantage = a
+            for e, a in zip(episodes, advantages(episodes, args)):
+                e.advantage = a
 
             # --- update: one optimiser step per minibatch
             on_policy = args.minibatches_per_step == 1

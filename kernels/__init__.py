@@ -59,6 +59,11 @@ def triton_version(name: str) -> Callable:
     return getattr(import_module(f"{__name__}.{name}_triton"), name)
 
 
+def device() -> torch.device:
+    """Return where small tensors that no model holds are worked on: the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def torch_version(name: str) -> Callable:
     """Return the plain-torch twin of an operation."""
     return getattr(import_module(f"{__name__}.{name}"), name)

@@ -78,14 +78,6 @@ class Episode:
         return self.advantage != 0 if self.advantages is None else bool(self.advantages.any())
 
 
-def by_group(episodes: list[Episode]) -> list[list[Episode]]:
-    """Return the episodes of each question, in order of their first sample. A question's samples are on one process."""
-    groups: dict[int, list[Episode]] = {}
-    for episode in episodes:
-        groups.setdefault(episode.group, []).append(episode)
-    return list(groups.values())
-
-
 def pick(episodes: list, n: int, step: int) -> list:
     """Return n episodes spread over the step, other ones at every step."""
     if not episodes or n < 1:

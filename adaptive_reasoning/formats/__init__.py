@@ -150,7 +150,7 @@ class ResponseFormat:
         for i in range(n):
             if i % len(modes) == 0:
                 operations = int(rng.choice(len(shares), p=shares)) + 1
-                question = chain.make_question(rng, operations, f"chain/cold-start/{step}/{i}")
+                question = chain.make_question(rng, operations, f"chain/cold/{step}/{i}")
             out.append(Row(question, cls.response(question, modes[i % len(modes)], rng)))
         return out
 

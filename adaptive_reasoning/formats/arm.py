@@ -114,6 +114,6 @@ class Arm(ResponseFormat):
         """
         if step > PLAIN * args.max_steps:
             return cls.in_every_mode(args, rng, n, step)
-        known = [chain.make_question(rng, 1 if i % 4 else 1 + i // 4 % 6, f"chain/cold-start/{step}/{i}") for i in range(n)]
+        known = [chain.make_question(rng, 1 if i % 4 else 1 + i // 4 % 6, f"chain/cold/{step}/{i}") for i in range(n)]
         worked = ["\n".join(text for text, _ in chain.steps(q.problem)) for q in known]
         return [Row(q, cls.response(q, "direct", rng) if i % 4 else worked[i]) for i, q in enumerate(known)]

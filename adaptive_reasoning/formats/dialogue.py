@@ -212,7 +212,7 @@ class DialogueFormat(ResponseFormat):
         out = []
         for i in range(n):
             operations = int(rng.choice(len(shares), p=shares)) + 1
-            question = chain.make_question(rng, operations, f"chain/cold-start/{step}/{i}")
+            question = chain.make_question(rng, operations, f"chain/cold/{step}/{i}")
             kind = rng.random()
             if drills and kind < SINGLE:
                 question = chain.make_question(rng, 1, question.id)

@@ -97,7 +97,7 @@ class Think(ResponseFormat):
         for i in range(n):
             mode = "nothinking" if rng.random() < args.nothinking_rows else "thinking"
             operations = int(rng.choice(len(shares), p=shares)) + 1
-            question = chain.make_question(rng, operations, f"chain/cold-start/{step}/{i}")
+            question = chain.make_question(rng, operations, f"chain/cold/{step}/{i}")
             masked = mode == "nothinking" and rng.random() >= args.nothinking_supervised
             out.append(Row(question, cls.response(question, mode, rng), int(masked)))
         return out
