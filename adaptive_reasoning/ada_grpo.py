@@ -11,7 +11,7 @@ alpha_i(t) = 1 + (G/F_i - 1) w(t), where F_i of the G samples of its question sh
 w(t) = (1 + cos(pi t/T))/2 falls from 1 to 0. Nothing else.
 
 Where paper [P] and code [C] disagree, and what we do (specification, section 9):
-- Reward: [P] a right answer. [C] and a format gate: see `passes_gate`. We: [C].
+- Reward: [P] a right answer. [C] and a format gate: see `formats.arm`. We: [C].
 - Tags: [P] <Code>, <Long CoT>, "special tokens". [C] <CODE>, <LONG_COT>, ordinary text. We: [C].
 - Format: [P] the format of o_i. [C] the first tag found in prompt + response. We: what the response opens with, the
   same on clean data (the authors' next code does so too). No known tag: a fifth format, which carries no reward [C].
@@ -29,22 +29,20 @@ Where paper [P] and code [C] disagree, and what we do (specification, section 9)
 """
 
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode, by_group
 from adaptive_reasoning.core.errors import UserError, run_cli
+from adaptive_reasoning.formats import ResponseFormat
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, request_seed
-from adaptive_reasoning.run.evaluation import Protocol
 from adaptive_reasoning.run.options import RunArgs, parse_args
 from adaptive_reasoning.run.run import Run
-from adaptive_reasoning.tasks import prompts
-from adaptive_reasoning.tasks.answers import verified_answer
 
 STD_EPS = 1e-6
 PER_MICRO_BATCH = ("micro_batch",)  # aggregations that depend on which sequences are together
@@ -54,6 +52,8 @@ PER_MICRO_BATCH = ("micro_batch",)  # aggregations that depend on which sequence
 class Args(RunArgs):
     """Options of Ada-GRPO. The defaults are ARM's run."""
 
+    answer_format: str = "arm"
+    """Response format: "arm", or a class of your own as module.Class."""
     std: str = "shaped"
     """Divide the advantage by the standard deviation of the "shaped" rewards, of the "raw" ones, or by "none"."""
     drop_all_correct: bool = False
@@ -105,80 +105,7 @@ class Args(RunArgs):
             raise UserError(f"--max_steps {self.max_steps}: must be less than --total_steps {self.total_steps}, T.")
 
 
-# ------------------------------------------------------------------------------------------ control tokens and prompts
-
-TAGS = {"direct": "ANSWER", "cot": "COT", "code": "CODE", "long_cot": "LONG_COT"}  # ordinary text, several tokens each
-
-
-def format_of(response: str) -> str:
-    """Return the format a response opens with, else "unknown"."""
-    return next((mode for mode, tag in TAGS.items() if response.startswith(f"<{tag}>")), "unknown")
-
-
-def passes_gate(response: str) -> bool:
-    """Return whether a response opens with a tag and holds no rationale tag of another format (official code)."""
-    mode = format_of(response)
-    others = [tag for other, tag in TAGS.items() if other not in (mode, "direct")]
-    return mode != "unknown" and not any(f"<{tag}>" in response or f"</{tag}>" in response for tag in others)
-
-
-def extract_answer(response: str) -> str | None:
-    """Return the text from the first <ANSWER> to the last </ANSWER>; None, so r = 0, without it or outside the gate."""
-    start, end = response.find("<ANSWER>"), response.rfind("</ANSWER>")
-    if not passes_gate(response) or start < 0 or end < start:
-        return None
-    return response[start + len("<ANSWER>") : end].strip()
-
-
-def empty_rationale(response: str) -> bool | None:
-    """Return whether the rationale is a shell, with nothing in it but "The answer is X"; None without a rationale."""
-    mode = format_of(response)
-    if mode in ("direct", "unknown"):
-        return None
-    text = response[len(TAGS[mode]) + 2 :].split(f"</{TAGS[mode]}>")[0].strip()
-    return not re.sub(r"^(so |thus,? |therefore,? )?the (correct |final )?answer is[^\n]*", "", text, flags=re.I)
-
-
 METRICS = {}
-
-
-@dataclass
-class Control:
-    """How a response says which mode it is in."""
-
-    tokenizer: object
-    prompt_end: str = ""
-    modes: tuple[str, ...] = (*TAGS, "unknown")
-    extract_answer = staticmethod(extract_answer)
-
-    check = staticmethod(verified_answer)
-
-    def mode_of(self, response_ids) -> str:
-        """Return the mode of a response from its own first tokens."""
-        opening = self.tokenizer.decode(list(response_ids[:16]), clean_up_tokenization_spaces=False)
-        return format_of(opening)
-
-    def opening(self, mode: str) -> tuple[tuple[int, float], ...]:
-        """Return the tokens that force a format: its tag and the newline after it."""
-        ids = self.tokenizer.encode(f"<{TAGS[mode]}>\n", add_special_tokens=False)
-        return tuple((i, 1.0) for i in ids)
-
-    def findings(self) -> dict[str, str]:
-        """Return the lines of the preflight table about the formats."""
-        return {"formats": ", ".join(f"<{tag}>" for tag in TAGS.values()), "prompt ends in": repr(self.prompt_end)}
-
-    def eval_spec(self) -> Protocol:
-        """Return how evaluation forces and tells modes apart."""
-        forced = {mode: self.opening(mode) for mode in TAGS}
-        return Protocol(
-            {"adaptive": (), **forced}, self.mode_of, extract_answer, self.modes, verified_answer,
-            consensus=tuple(forced),
-        )  # fmt: skip
-
-
-def control_tokens(tokenizer, args) -> Control:
-    """Look up what the modes need; UserError if the tokenizer does not fit the method."""
-    return Control(tokenizer, prompts.check_ends_at_assistant(tokenizer))
 
 
 # --------------------------------------------------------------------------------------------------------- the method
@@ -271,16 +198,16 @@ def loss(logprobs, entropy, mb: MicroBatch, counts: Counts, args) -> tuple[torch
     return value, {"loss/policy": policy.detach(), **{key: x.detach() for key, x in stats.items()}}
 
 
-def metric_rows(episodes: list[Episode]) -> list[dict]:
+def metric_rows(episodes: list[Episode], form: ResponseFormat) -> list[dict]:
     """Return what `metrics` needs of each episode, as plain numbers that can travel between processes."""
     return [
         {"group": e.group, "mode": e.mode, "accuracy": float(e.correct), "tokens": e.num_tokens,
-         "advantage": e.advantage, "empty": empty_rationale(e.text)}
+         "advantage": e.advantage, "empty": form.empty_rationale(e.text)}
         for e in episodes
     ]  # fmt: skip
 
 
-def metrics(rows: list[dict], modes: tuple[str, ...]) -> dict[str, float | None]:
+def metrics(rows: list[dict], modes: dict[str, str]) -> dict[str, float | None]:
     """Return share, accuracy, length and advantage of each mode, and what shows a collapse or an empty diversity."""
 
     def mean(values):
@@ -308,8 +235,8 @@ def metrics(rows: list[dict], modes: tuple[str, ...]) -> dict[str, float | None]
 def main() -> None:
     args = parse_args(Args)
     run = Run(args, "ada_grpo", METRICS, reference=args.kl_coef > 0)
-    control = control_tokens(run.tokenizer, args)
-    with run.start(control):
+    form = formats.load(args.answer_format)(run.tokenizer, args)
+    with run.start(form):
         learner = run.learner
         run.evaluate_if_due()
 
@@ -346,7 +273,8 @@ def main() -> None:
             run.refresh()
 
             # --- log, evaluate, save
-            run.log(episodes, metrics(run.gather(metric_rows(episodes)), control.modes), losses, updates, minibatches)
+            own = metrics(run.gather(metric_rows(episodes, form)), form.modes)
+            run.log(episodes, own, losses, updates, minibatches)
             run.evaluate_if_due()
             run.save_if_due()
         run.finish()

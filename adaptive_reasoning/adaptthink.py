@@ -25,7 +25,7 @@ Where paper and official code disagree (default first; every switch is an option
    probability near 0.5: once p(</think>) passes 0.6 every good NoThinking response is clipped. `ratio`.
  - forcing: the code's exact half per question; the paper's coin flip per sample. `forcing`.
  - NoThinking is cut at 4096 tokens in training; the paper says 16K for both. `nothinking_max_new_tokens`.
- - a right answer needs exactly one `</think>`, no `<think>`, and a literal \\boxed{} after it (code). `extract_answer`.
+ - a right answer needs exactly one `</think>`, no `<think>`, and a literal \\boxed{} after it (code). `formats.think`.
  - delta is paid to wrong NoThinking answers too, so giving up on what the reference never solves has advantage +delta;
    `delta_on` "correct" withholds it (neither paper nor code).
  - reference samples: nucleus 0.95 and a free first token in the code, unlike the rollouts they are compared with.
@@ -44,25 +44,26 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import UserError, run_cli
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.formats.think import Think, ThinkArgs
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, Sampling, request_seed
 from adaptive_reasoning.run.bank import Bank
-from adaptive_reasoning.run.evaluation import Protocol
 from adaptive_reasoning.run.options import RunArgs, parse_args
 from adaptive_reasoning.run.run import Run
-from adaptive_reasoning.tasks import prompts
-from adaptive_reasoning.tasks.answers import boxed_answer, same_answer
 
 REFERENCE_STREAM = 104_729  # keeps the random numbers of the reference samples apart from those of training
 
 
 @dataclass
-class Args(RunArgs):
+class Args(ThinkArgs, RunArgs):
     """Options of AdaptThink. The defaults are the official 1.5B run."""
 
+    answer_format: str = "think"
+    """Response format: "think", or a subclass of it as module.Class."""
     delta: float = 0.05
     """delta of Eq. 4: how much accuracy one skipped thinking may cost."""
     prompts_per_step: int = 128
@@ -73,8 +74,6 @@ class Args(RunArgs):
     """Share of the responses forced into NoThinking, and the behaviour probability of that first token (Eq. 8)."""
     forcing: str = "exact"
     """"exact" (code): the same number for every question. "coin" (Eq. 8): drawn per sample. "off": first token free."""
-    first_word: str = "Alright"
-    """w_start of Eq. 8: the word that forced Thinking responses start with."""
     nothinking_max_new_tokens: int = 4096
     """Longest NoThinking response in training."""
     baseline: str = "reference"
@@ -112,64 +111,22 @@ class Args(RunArgs):
     }
 
 
-# ------------------------------------------------------------------------------------------ control tokens and prompts
-
-
 METRICS = {}
-
-
-@dataclass
-class Control:
-    """The tokens that decide the mode."""
-
-    eot: int  # `</think>`
-    word: list[int]  # w_start; its first token is the choice, the others (if any) follow from it
-    ends_in: str = ""  # how the prompt ends
-    first_word: str = ""
-
-    def forced(self, mode: str, share: float = 0.5) -> tuple[tuple[int, float], ...]:
-        """Return the first tokens of a mode with their behaviour probabilities (Eq. 8); `share` is NoThinking's."""
-        if mode == "nothinking":
-            return ((self.eot, share),)
-        return ((self.word[0], 1 - share), *((token, 1.0) for token in self.word[1:]))
-
-    def mode_of(self, response_ids) -> str:
-        """Return the mode of a response from its first token."""
-        return "nothinking" if response_ids[0] == self.eot else "thinking"
-
-    check = staticmethod(same_answer)
-
-    def extract_answer(self, response: str) -> str | None:
-        return extract_answer(response)
-
-    def findings(self) -> dict[str, str]:
-        """Return the lines of the preflight table about the control tokens."""
-        word = f"{self.first_word!r}, token {self.word[0]}" + f" and {len(self.word) - 1} more" * (len(self.word) > 1)
-        return {"template": f"ends in {self.ends_in!r}", "</think>": f"token {self.eot}", "w_start": word}
-
-    def eval_spec(self) -> Protocol:
-        """Return how evaluation forces and tells modes apart."""
-        settings = {
-            "adaptive": (),
-            "always_think": self.forced("thinking"),
-            "never_think": self.forced("nothinking"),
-        }
-        return Protocol(settings, self.mode_of, extract_answer, ("thinking", "nothinking"))
-
-
-def control_tokens(tokenizer, args) -> Control:
-    """Look the control tokens up; UserError if the template or the vocabulary does not fit the method."""
-    ends_in = prompts.check_opens_thinking(tokenizer)
-    word = tokenizer.encode(args.first_word, add_special_tokens=False)
-    if not word:
-        raise UserError(f"--first_word {args.first_word!r} has no token.")
-    return Control(prompts.control_token(tokenizer, "</think>"), word, ends_in, args.first_word)
 
 
 # --------------------------------------------------------------------------------------------------------- the method
 
 
-def plan_rollouts(questions, control: Control, args, stop_ids, step: int) -> list[Request]:
+def forced(form: Think, mode: str, share: float) -> tuple[tuple[int, float], ...]:
+    """Return the first tokens of a mode with their behaviour probabilities (Eq. 8); `share` is NoThinking's.
+
+    Of a w_start of several tokens only the first is a choice.
+    """
+    first, *others = form.opening(mode)
+    return ((first, share if mode == "nothinking" else 1 - share), *((token, 1.0) for token in others))
+
+
+def plan_rollouts(questions, form: Think, args, stop_ids, step: int) -> list[Request]:
     """Return the requests of one step: for every question, some samples forced to skip thinking, the others to think.
 
     `questions` holds (index in the task, question, prompt ids); the index is the group of the samples.
@@ -181,18 +138,11 @@ def plan_rollouts(questions, control: Control, args, stop_ids, step: int) -> lis
         for k in range(n):
             skip = bool(coins[k]) if args.forcing == "coin" else k < round(n * args.nothinking_share)
             mode = "nothinking" if skip else "thinking"
-            forced = () if args.forcing == "off" else control.forced(mode, args.nothinking_share)
-            limit = min(args.nothinking_max_new_tokens, args.max_new_tokens) if skip and forced else args.max_new_tokens
+            first = () if args.forcing == "off" else forced(form, mode, args.nothinking_share)
+            limit = min(args.nothinking_max_new_tokens, args.max_new_tokens) if skip and first else args.max_new_tokens
             seed = request_seed(args.seed, step, i, k)
-            requests.append(Request(prompt_ids, limit, stop_ids, seed, forced, tag=(question, i)))
+            requests.append(Request(prompt_ids, limit, stop_ids, seed, first, tag=(question, i)))
     return requests
-
-
-def extract_answer(response: str) -> str | None:
-    """Return the answer to grade, None if the response breaks the format: then R = 0 (official adapt_think_rm)."""
-    if "<think>" in response or response.count("</think>") != 1:
-        return None
-    return boxed_answer(response.split("</think>")[1])
 
 
 def reward(e: Episode) -> float:
@@ -348,17 +298,17 @@ def read_authors_table(path: str, questions: dict[int, Question]) -> dict[int, f
 def main() -> None:
     args = parse_args(Args)
     run = Run(args, "adaptthink", METRICS)
-    control = control_tokens(run.tokenizer, args)
-    with run.start(control):
+    form = formats.load(args.answer_format, Think)(run.tokenizer, args)
+    with run.start(form):
         learner = run.learner
         reference = reference_accuracy(run, args)
-        run.log_first_token("adapt_think/first_eot", control.eot)
+        run.log_first_token("adapt_think/first_eot", form.eot)
         run.evaluate_if_due()
 
         for step in run.steps():
             # --- roll out: half of the samples forced into each mode; grading overlaps decoding
             questions = run.next_questions()
-            episodes = run.rollout(plan_rollouts(questions, control, args, run.stop_ids, step))
+            episodes = run.rollout(plan_rollouts(questions, form, args, run.stop_ids, step))
 
             # --- reward and advantage
             for e in episodes:

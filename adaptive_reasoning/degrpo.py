@@ -31,32 +31,31 @@ from typing import ClassVar
 
 import torch
 
+from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode, by_group
 from adaptive_reasoning.core.errors import run_cli
+from adaptive_reasoning.formats.thinkless import Thinkless, ThinklessArgs
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, request_seed
-from adaptive_reasoning.run.evaluation import Protocol
 from adaptive_reasoning.run.options import RunArgs, parse_args, parse_schedule
 from adaptive_reasoning.run.run import Run
-from adaptive_reasoning.tasks import prompts
-from adaptive_reasoning.tasks.answers import boxed_answer, same_answer
 
 STD_EPS = 1e-6
 PER_MICRO_BATCH = ("code",)  # here an episode with A = 0 still enters a denominator
 
 
 @dataclass
-class Args(RunArgs):
+class Args(ThinklessArgs, RunArgs):
     """Options of DeGRPO. The defaults are the official 1.5B run, with Eq. 4 as the paper has it."""
 
+    answer_format: str = "thinkless"
+    """Response format: "thinkless", or a subclass of it as module.Class."""
     gamma: float = 0.5
     """gamma of the reward: what a right answer loses by having thought."""
     gamma_schedule: str = ""
     """Another gamma after so many steps: "0:0.5,300:0.2" is 0.5 for 300 steps, then 0.2 (empty: --gamma)."""
     alpha: float = 0.001
     """alpha of Eq. 4: weight of the control token."""
-    mode_rule: str = "first_token"
-    """What the reward takes for the mode: "first_token" (paper), or "substring": `<short>` anywhere (code)."""
     std: str = "none"
     """Divide the advantage by the group's standard deviation: "unbiased", or "none" (Dr. GRPO)."""
     aggregation: str = "paper"
@@ -89,78 +88,13 @@ class Args(RunArgs):
     """Training steps: one rollout batch each."""
 
     CHOICES: ClassVar = {
-        "mode_rule": ("first_token", "substring"),
+        **ThinklessArgs.CHOICES,
         "std": ("unbiased", "none"),
         "aggregation": ("paper", "code", "vanilla", "vanilla_code"),
     }
 
 
-# ------------------------------------------------------------------------------------------ control tokens and prompts
-
-TAGS = {"think": "think", "short": "short"}  # one token each, and </think>
-
-
-def format_of(response: str) -> str:
-    """Return the mode a response opens with, else "malformed"."""
-    return next((mode for mode, tag in TAGS.items() if response.startswith(f"<{tag}>")), "malformed")
-
-
-def extract_answer(response: str, mode_rule: str = "first_token") -> str | None:
-    """Return the last box after the thinking; None, so r = -1, if it or the format is missing.
-
-    "substring" (official code): after the first </think>, else after the first <short>, up to a second one.
-    """
-    tags = tuple(response.count(tag) for tag in ("<think>", "<short>", "</think>"))
-    if mode_rule == "substring":
-        mark = "</think>" if tags[0] and tags[2] else "<short>"
-        return boxed_answer(response.split(mark)[1]) if mark in response else None
-    if tags != {"think": (1, 0, 1), "short": (0, 1, 0)}.get(format_of(response)):
-        return None
-    return boxed_answer(response.split("</think>")[-1])
-
-
 METRICS = {}
-
-
-@dataclass
-class Control:
-    """How a response says which mode it is in."""
-
-    tokens: dict[str, int]  # mode -> its control token
-    mode_rule: str = "first_token"
-
-    check = staticmethod(same_answer)
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        return (*TAGS, "malformed")
-
-    def mode_of(self, response_ids) -> str:
-        """Return the mode of a response from its own first tokens."""
-        return next((mode for mode, token in self.tokens.items() if token == response_ids[0]), "malformed")
-
-    def extract_answer(self, response: str) -> str | None:
-        return extract_answer(response, self.mode_rule)
-
-    def opening(self, mode: str) -> tuple[tuple[int, float], ...]:
-        """Return the token that forces a mode."""
-        return ((self.tokens[mode], 1.0),)
-
-    def findings(self) -> dict[str, str]:
-        """Return the lines of the preflight table about the formats."""
-        return {"formats": ", ".join(f"<{TAGS[mode]}> token {token}" for mode, token in self.tokens.items())}
-
-    def eval_spec(self) -> Protocol:
-        """Return how evaluation forces and tells modes apart."""
-        forced = {"always_think": self.opening("think"), "never_think": self.opening("short")}
-        return Protocol({"adaptive": (), **forced}, self.mode_of, self.extract_answer, self.modes, same_answer)
-
-
-def control_tokens(tokenizer, args) -> Control:
-    """Look up what the modes need; UserError if the tokenizer does not fit the method."""
-    prompts.check_ends_at_assistant(tokenizer)
-    think, short, _ = (prompts.control_token(tokenizer, tag) for tag in ("<think>", "<short>", "</think>"))
-    return Control({"think": think, "short": short}, getattr(args, "mode_rule", "first_token"))
 
 
 # --------------------------------------------------------------------------------------------------------- the method
@@ -180,11 +114,14 @@ def plan_rollouts(questions, args, stop_ids, step: int) -> list[Request]:
 
 
 def reward(e: Episode, gamma: float, args) -> float:
-    """Return r: 1 for a right short answer, 1 - gamma for a right thinking one, -1 for a wrong or malformed one."""
+    """Return r: 1 - gamma for a right thinking answer, 1 for a right one in any other mode, -1 for a wrong or malformed
+    one."""
     mode = e.mode
     if args.mode_rule == "substring":
         mode = "short" if "<short>" in e.text else "think"
-    return {"short": 1.0, "think": 1.0 - gamma}.get(mode, -1.0) if e.correct else -1.0
+    if not e.correct or mode == Thinkless.malformed:
+        return -1.0
+    return 1.0 - gamma if mode == "think" else 1.0
 
 
 def advantages(group: list[Episode], args) -> list[float]:
@@ -206,7 +143,8 @@ def token_weights(mb: MicroBatch, counts: Counts, args) -> tuple[torch.Tensor, t
 
     T counts response tokens: the control token is none of them, a first token that is no control token is one.
     """
-    led = torch.tensor([e.mode in TAGS for e in mb.episodes], dtype=torch.bool, device=mb.lengths.device)[mb.sequence]
+    led = torch.tensor([e.mode != Thinkless.malformed for e in mb.episodes], dtype=torch.bool)
+    led = led.to(mb.lengths.device)[mb.sequence]
     control, L, S = led & (mb.position == 0), mb.lengths[mb.sequence].to(mb.advantages.dtype), counts.sequences
     T = (L - led.to(L.dtype)).clamp(min=1)  # [N] of the token's own response; 0 only where there is nothing to weigh
     n, N = (part.to(L.dtype).sum().clamp(min=1) for part in (control, ~control))  # of this micro-batch
@@ -245,16 +183,27 @@ def loss(logprobs, entropy, mb: MicroBatch, counts: Counts, args) -> tuple[torch
     return value, {"loss/policy": policy.detach(), **{key: x.detach() for key, x in stats.items()}}
 
 
-def metric_rows(episodes: list[Episode]) -> list[dict]:
+def think_prob(e: Episode, form: Thinkless) -> float | None:
+    """Return P(<think>) as the first token, from the one that was sampled: with two modes, all but P(the other).
+
+    None where that token does not tell: it is no control token, or there are more modes. Step 0 has it in any case.
+    """
+    if e.mode == Thinkless.malformed or len(form.tokens) != 2:
+        return None
+    p = math.exp(e.behaviour_logprobs[0])
+    return p if e.mode == "think" else 1 - p
+
+
+def metric_rows(episodes: list[Episode], form: Thinkless) -> list[dict]:
     """Return what `metrics` needs of each episode, as plain numbers that can travel between processes."""
     return [
         {"group": e.group, "mode": e.mode, "accuracy": float(e.correct), "tokens": e.num_tokens,
-         "advantage": e.advantage, "first_prob": math.exp(e.behaviour_logprobs[0])}
+         "advantage": e.advantage, "think_prob": think_prob(e, form)}
         for e in episodes
     ]  # fmt: skip
 
 
-def metrics(rows: list[dict], modes: tuple[str, ...]) -> dict[str, float | None]:
+def metrics(rows: list[dict], modes: dict[str, str]) -> dict[str, float | None]:
     """Return share, accuracy, length and advantage of each mode, and what shows a collapse or an empty diversity."""
 
     def mean(values):
@@ -276,8 +225,7 @@ def metrics(rows: list[dict], modes: tuple[str, ...]) -> dict[str, float | None]
     out["group/all_correct_share"] = len(solved) / len(groups)
     out["group/all_correct_mixed_share"] = sum(len(found) > 1 for found in solved) / len(groups)
     out["reward/correct_negative_share"] = mean(row["advantage"] < 0 for row in rows if row["accuracy"])
-    first = {"think": lambda p: p, "short": lambda p: 1 - p}  # P(<think>): all but P(<short>)
-    out["degrpo/first_think_prob"] = mean(first[r["mode"]](r["first_prob"]) for r in rows if r["mode"] in TAGS)
+    out["degrpo/first_think_prob"] = mean(row["think_prob"] for row in rows if row["think_prob"] is not None)
     return out
 
 
@@ -285,10 +233,10 @@ def main() -> None:
     args = parse_args(Args)
     gammas = parse_schedule("gamma_schedule", args.gamma_schedule or f"0:{args.gamma}", below=1.0)
     run = Run(args, "degrpo", METRICS, reference=args.kl_coef > 0)
-    control = control_tokens(run.tokenizer, args)
-    with run.start(control):
+    form = formats.load(args.answer_format, Thinkless)(run.tokenizer, args)
+    with run.start(form):
         learner = run.learner
-        run.log_first_token("degrpo/first_think", control.tokens["think"])
+        run.log_first_token("degrpo/first_think", form.tokens["think"])
         run.evaluate_if_due()
 
         for step in run.steps():
@@ -324,7 +272,8 @@ def main() -> None:
             run.refresh()
 
             # --- log, evaluate, save
-            run.log(episodes, metrics(run.gather(metric_rows(episodes)), control.modes), losses, updates, minibatches)
+            own = metrics(run.gather(metric_rows(episodes, form)), form.modes)
+            run.log(episodes, own, losses, updates, minibatches)
             run.evaluate_if_due()
             run.save_if_due()
         run.finish()

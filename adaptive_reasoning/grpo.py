@@ -10,21 +10,19 @@ standard deviation. No critic. The model answers in one of ARM's four formats an
 any, and whichever is right most often takes all. With --answer_format boxed it is plain GRPO on boxed answers.
 """
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode, by_group
 from adaptive_reasoning.core.errors import run_cli
+from adaptive_reasoning.formats import ResponseFormat
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, request_seed
-from adaptive_reasoning.run.evaluation import Protocol
 from adaptive_reasoning.run.options import RunArgs, parse_args
 from adaptive_reasoning.run.run import Run
-from adaptive_reasoning.tasks import prompts
-from adaptive_reasoning.tasks.answers import boxed_answer, verified_answer
 
 STD_EPS = 1e-6
 PER_MICRO_BATCH = ("micro_batch",)  # aggregations that depend on which sequences are together
@@ -34,8 +32,8 @@ PER_MICRO_BATCH = ("micro_batch",)  # aggregations that depend on which sequence
 class Args(RunArgs):
     """Options of GRPO. The defaults are ARM's baseline run."""
 
-    answer_format: str = "tags"
-    """"tags": ARM's four formats, with its format gate. "boxed": one mode, the answer in the last \\\\boxed{}."""
+    answer_format: str = "arm"
+    """"arm": ARM's four modes, with its format gate. "boxed": one mode. Or a class of your own as module.Class."""
     std: str = "unbiased"
     """Divide the advantage by the group's standard deviation: "unbiased", or "none" (Dr. GRPO)."""
     aggregation: str = "token_mean"
@@ -70,96 +68,12 @@ class Args(RunArgs):
     """Training steps: one rollout batch each."""
 
     CHOICES: ClassVar = {
-        "answer_format": ("tags", "boxed"),
         "std": ("unbiased", "none"),
         "aggregation": ("token_mean", "sequence_mean", "constant", "micro_batch"),
     }
 
 
-# ------------------------------------------------------------------------------------------ control tokens and prompts
-
-TAGS = {"direct": "ANSWER", "cot": "COT", "code": "CODE", "long_cot": "LONG_COT"}  # ordinary text, several tokens each
-
-
-def format_of(response: str) -> str:
-    """Return the format a response opens with, else "unknown"."""
-    return next((mode for mode, tag in TAGS.items() if response.startswith(f"<{tag}>")), "unknown")
-
-
-def passes_gate(response: str) -> bool:
-    """Return whether a response opens with a tag and holds no rationale tag of another format (official code)."""
-    mode = format_of(response)
-    others = [tag for other, tag in TAGS.items() if other not in (mode, "direct")]
-    return mode != "unknown" and not any(f"<{tag}>" in response or f"</{tag}>" in response for tag in others)
-
-
-def extract_answer(response: str) -> str | None:
-    """Return the text from the first <ANSWER> to the last </ANSWER>; None, so r = 0, without it or outside the gate."""
-    start, end = response.find("<ANSWER>"), response.rfind("</ANSWER>")
-    if not passes_gate(response) or start < 0 or end < start:
-        return None
-    return response[start + len("<ANSWER>") : end].strip()
-
-
-def empty_rationale(response: str) -> bool | None:
-    """Return whether the rationale is a shell, with nothing in it but "The answer is X"; None without a rationale."""
-    mode = format_of(response)
-    if mode in ("direct", "unknown"):
-        return None
-    text = response[len(TAGS[mode]) + 2 :].split(f"</{TAGS[mode]}>")[0].strip()
-    return not re.sub(r"^(so |thus,? |therefore,? )?the (correct |final )?answer is[^\n]*", "", text, flags=re.I)
-
-
 METRICS = {}
-
-
-@dataclass
-class Control:
-    """How a response says which mode it is in."""
-
-    tokenizer: object
-    prompt_end: str = ""
-    answer_format: str = "tags"
-
-    check = staticmethod(verified_answer)
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        return (*TAGS, "unknown") if self.answer_format == "tags" else ("response",)
-
-    def mode_of(self, response_ids) -> str:
-        """Return the mode of a response from its own first tokens."""
-        opening = self.tokenizer.decode(list(response_ids[:16]), clean_up_tokenization_spaces=False)
-        return format_of(opening) if self.answer_format == "tags" else "response"
-
-    def extract_answer(self, response: str) -> str | None:
-        return extract_answer(response) if self.answer_format == "tags" else boxed_answer(response)
-
-    def opening(self, mode: str) -> tuple[tuple[int, float], ...]:
-        """Return the tokens that force a format: its tag and the newline after it."""
-        ids = self.tokenizer.encode(f"<{TAGS[mode]}>\n", add_special_tokens=False)
-        return tuple((i, 1.0) for i in ids)
-
-    def findings(self) -> dict[str, str]:
-        """Return the lines of the preflight table about the formats."""
-        if self.answer_format == "boxed":
-            return {"formats": "boxed"}
-        return {"formats": ", ".join(f"<{tag}>" for tag in TAGS.values()), "prompt ends in": repr(self.prompt_end)}
-
-    def eval_spec(self) -> Protocol:
-        """Return how evaluation forces and tells modes apart."""
-        forced = {mode: self.opening(mode) for mode in TAGS} if self.answer_format == "tags" else {}
-        return Protocol(
-            {"adaptive": (), **forced}, self.mode_of, self.extract_answer, self.modes, verified_answer,
-            consensus=tuple(forced),
-        )  # fmt: skip
-
-
-def control_tokens(tokenizer, args) -> Control:
-    """Look up what the modes need; UserError if the tokenizer does not fit the method."""
-    if args.answer_format == "boxed":
-        return Control(tokenizer, answer_format="boxed")
-    return Control(tokenizer, prompts.check_ends_at_assistant(tokenizer))
 
 
 # --------------------------------------------------------------------------------------------------------- the method
@@ -238,16 +152,16 @@ def loss(logprobs, entropy, mb: MicroBatch, counts: Counts, args) -> tuple[torch
     return value, {"loss/policy": policy.detach(), **{key: x.detach() for key, x in stats.items()}}
 
 
-def metric_rows(episodes: list[Episode]) -> list[dict]:
+def metric_rows(episodes: list[Episode], form: ResponseFormat) -> list[dict]:
     """Return what `metrics` needs of each episode, as plain numbers that can travel between processes."""
     return [
         {"group": e.group, "mode": e.mode, "accuracy": float(e.correct), "tokens": e.num_tokens,
-         "advantage": e.advantage, "empty": empty_rationale(e.text)}
+         "advantage": e.advantage, "empty": form.empty_rationale(e.text)}
         for e in episodes
     ]  # fmt: skip
 
 
-def metrics(rows: list[dict], modes: tuple[str, ...]) -> dict[str, float | None]:
+def metrics(rows: list[dict], modes: dict[str, str]) -> dict[str, float | None]:
     """Return share, accuracy, length and advantage of each mode, and what shows a collapse or an empty diversity."""
 
     def mean(values):
@@ -275,8 +189,8 @@ def metrics(rows: list[dict], modes: tuple[str, ...]) -> dict[str, float | None]
 def main() -> None:
     args = parse_args(Args)
     run = Run(args, "grpo", METRICS, reference=args.kl_coef > 0)
-    control = control_tokens(run.tokenizer, args)
-    with run.start(control):
+    form = formats.load(args.answer_format)(run.tokenizer, args)
+    with run.start(form):
         learner = run.learner
         run.evaluate_if_due()
 
@@ -313,7 +227,8 @@ def main() -> None:
             run.refresh()
 
             # --- log, evaluate, save
-            run.log(episodes, metrics(run.gather(metric_rows(episodes)), control.modes), losses, updates, minibatches)
+            own = metrics(run.gather(metric_rows(episodes, form)), form.modes)
+            run.log(episodes, own, losses, updates, minibatches)
             run.evaluate_if_due()
             run.save_if_due()
         run.finish()

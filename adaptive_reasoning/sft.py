@@ -26,7 +26,7 @@ from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import UserError, run_cli, say
 from adaptive_reasoning.core.question import Question
-from adaptive_reasoning.formats import NAMES, Row, control_slot, load
+from adaptive_reasoning.formats import Row, control_slot, load
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.packing import Counts
@@ -47,7 +47,7 @@ class Args(RunArgs):
     """Options of supervised fine-tuning."""
 
     formats: str = "think"
-    """Recipe for chain rows: "think", "arm", "thinkless" or "dialogue"."""
+    """Response format of chain rows: "think", "arm", "thinkless", "boxed", "dialogue", or your own as module.Class."""
     batch_size: int = 128
     """Rows per optimiser step, over all processes."""
     lr_schedule: str = "cosine"
@@ -87,7 +87,6 @@ class Args(RunArgs):
     """Share of the rows with 1, 2, ... operations (task "chain")."""
 
     CHOICES: ClassVar = {
-        "formats": NAMES,
         "lr_schedule": ("cosine", "constant"),
         "chat_template": ("", *TEMPLATES, "thinkless"),
     }

@@ -24,7 +24,7 @@ turns, the user's masked: with an episode per stage the learner would run the ea
 Evidence: [S] abstract, official README table or reviews; [R] remembered, not re-read; [O] ORZ; [D] our own choice.
 What is unknown about the paper, and what stands here for it (options in backticks):
 
-    U1   literal prompts              [D] after the figure as remembered; `PROMPTS`
+    U1   literal prompts              [D] after the figure as remembered; `formats.dialogue`
     U2   form of the log-prob term    [R] gate, sum, c = 1e-3; algebra [D]; `summary_logprob`, `logprob_coef`
     U3   which policy scores L        [D] the one that sampled, teacher-forced, at the sampling temperature (1)
     U4   window of p                  [D] 10 iterations before this one, clamped to [0.05, 0.95]; `accuracy_window`
@@ -43,49 +43,31 @@ What is unknown about the paper, and what stands here for it (options in backtic
     U17  ablations                    [D] the six switches from `unweighted_verify` to `propagate`
 """
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.errors import UserError, run_cli
-from adaptive_reasoning.formats import dialogue as chain_format
+from adaptive_reasoning.core.errors import run_cli
+from adaptive_reasoning.formats import dialogue
+from adaptive_reasoning.formats.dialogue import STAGES, DialogueArgs, DialogueFormat
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import request_seed
-from adaptive_reasoning.rollout.dialogue import Dialogue, Marks, Turn, turn_marks
-from adaptive_reasoning.run.evaluation import Protocol
+from adaptive_reasoning.rollout.dialogue import Dialogue, Turn
 from adaptive_reasoning.run.options import RunArgs, parse_args
 from adaptive_reasoning.run.run import Run
 from adaptive_reasoning.run.stages import stage_rows, stage_table
-from adaptive_reasoning.tasks import prompts
-from adaptive_reasoning.tasks.answers import boxed_answer, same_answer
-
-STAGES = ("fast", "verify", "slow", "summary", "qa")
 
 
 @dataclass
-class Args(RunArgs):
+class Args(DialogueArgs, RunArgs):
     """Options of Thinker. The defaults are the run with Qwen2.5-1.5B as far as it is known."""
 
-    environment: str = "thinker"
-    """"thinker": the dialogue. "qa": the baseline, the same PPO on one turn."""
-    fast_budget: int = 1000
-    """Most tokens of a Fast response; longer ones are cut."""
-    verify_budget: int = 6000
-    """Most tokens of a Verify response."""
-    slow_budget: int = 6000
-    """Most tokens of a Slow response."""
-    summary_budget: int = 1000
-    """Most tokens of a Summary."""
-    qa_budget: int = 8000
-    """Most tokens of the baseline's response."""
-    stage_prompts: str = "paper"
-    """The user's turns: "paper" (as far as they are known) or "chain" (the laboratory's)."""
-    template: str = "auto"
-    """Marks of a turn: "chatml", "own" (of the tokenizer's chat template), "auto": ChatML where it is known."""
+    answer_format: str = "dialogue"
+    """Response format: "dialogue", or a subclass of it as module.Class."""
     logprob_coef: float = 1e-3
     """c: weight of the log-prob term in the Summary's reward."""
     summary_logprob: str = "gated_sum"
@@ -94,16 +76,12 @@ class Args(RunArgs):
     """Iterations over which p, the accuracy of Fast, is taken."""
     unweighted_verify: bool = False
     """Pay every right verdict 1 instead of 1-p or p."""
-    skip_verify: bool = False
-    """Leave Verify out: Slow follows a wrong Fast answer, at inference every one."""
     skip_summary: bool = False
     """Leave the Summary out."""
     verdict_transition: bool = False
     """Let the model's own verdict, not the gold answer, decide in training who goes on to Slow."""
     propagate: bool = False
     """Let rewards flow back to earlier stages, undiscounted at their borders."""
-    require_stop: bool = False
-    """A response cut at its budget has no answer, even with a box before the cut."""
     gamma: float = 1.0
     """Discount per token within a stage."""
     lam: float = 1.0
@@ -143,92 +121,13 @@ class Args(RunArgs):
     max_steps: int = 1008
 
     CHOICES: ClassVar = {
-        "environment": ("thinker", "qa"),
-        "stage_prompts": ("paper", "chain"),
-        "template": ("auto", "chatml", "own"),
+        **DialogueArgs.CHOICES,
         "summary_logprob": ("gated_sum", "ungated_sum", "gated_mean", "off"),
         "adv_norm": ("pooled", "per_stage", "none"),
     }
 
 
-# ------------------------------------------------------------------------------------------ control tokens and prompts
-
-PROMPTS = {
-    "paper": {
-        "fast": "Answer the question below with concise steps and put the final answer in \\boxed{}. Keep the response "
-        "under 1000 words.\nQuestion: {q}",
-        "verify": "Is the answer above correct? Check each step carefully, then output \\boxed{Yes} if it is correct "
-        "or \\boxed{No} if it is not.",
-        "slow": "The initial answer is incorrect. Consider possible errors and alternative solutions, reason step by "
-        "step, and put the new final answer in \\boxed{}.",
-        "summary": "The final answer is correct. Summarise the steps that lead to it concisely and precisely, without "
-        "the internal reasoning, in 300 to 1000 words, ending with the final answer in \\boxed{}.",
-        "qa": "Reason step by step and put the final answer in \\boxed{}.\nQuestion: {q}",
-    },
-    "chain": chain_format.PROMPTS,
-}
-THINKING = ("verify", "slow", "qa")  # stages in which a model with a thinking block (R1) opens it
-
-
 METRICS = {}
-
-
-@dataclass
-class Control:
-    """The script of the dialogue (see `rollout.dialogue`)."""
-
-    tokenizer: object
-    args: object
-    marks: Marks
-
-    def __post_init__(self):
-        self.end, self.wave = self.marks.end, self.args.rollout_rows
-        self.stop_ids = tuple(dict.fromkeys((self.end, *prompts.stop_tokens(self.tokenizer))))
-        self.stages = ("qa",) if self.args.environment == "qa" else STAGES[:-1]
-
-    def ids(self, stage: str, problem: str | None) -> list[int]:
-        """Return the tokens before the response of a stage: the user's turn, and how the model's turn opens."""
-        message = PROMPTS[self.args.stage_prompts][stage].replace("{q}", problem or "")
-        text = (self.marks.user if problem is None else self.marks.start) + message + self.marks.header
-        text += self.marks.think if stage in THINKING else ""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def budget(self, stage: str) -> int:
-        return getattr(self.args, f"{stage}_budget")
-
-    def next_stage(self, turns: dict[str, Turn], setting: str) -> str | None:
-        return next_stage(turns, setting, self.args)
-
-    def read(self, stage: str, text: str, cut: bool) -> str | None:
-        return None if cut and self.args.require_stop else extract_answer(stage, text)
-
-    def gold(self, stage: str, d: Dialogue) -> str:
-        """Return what the answer of a stage has to equal: Summary the answer of Slow, Verify the truth about Fast."""
-        if stage == "verify":
-            return "yes" if d.turns["fast"].correct else "no"
-        return d.turns["slow"].answer if stage == "summary" else d.question.answer
-
-    check = staticmethod(same_answer)
-
-    def findings(self) -> dict[str, str]:
-        """Return the lines of the preflight table about the dialogue."""
-        m, end = self.marks, self.tokenizer.decode([self.end])
-        marks = " ... ".join(map(repr, (m.start, m.header + m.think, end + m.user)))
-        return {"turns": marks, "budgets": ", ".join(f"{stage} {self.budget(stage):,}" for stage in self.stages)}
-
-    def eval_spec(self) -> Protocol:
-        """Return how evaluation holds dialogues: the verdict decides ("adaptive"), Fast alone, Slow always, or QA."""
-        settings = ("adaptive",) if self.args.environment == "qa" else ("adaptive", "fast", "slow", "qa")
-        return Protocol(dict.fromkeys(settings, ()), final, boxed_answer, ("fast", "slow", "qa"), script=self)
-
-
-def control_tokens(tokenizer, args) -> Control:
-    """Look the marks of a turn up; UserError if the tokenizer or the budgets do not fit."""
-    control = Control(tokenizer, args, turn_marks(tokenizer, args.template))
-    longest = sum(map(control.budget, control.stages))
-    if args.max_new_tokens < longest:
-        raise UserError(f"--max_new_tokens {args.max_new_tokens}: the budgets of the stages add up to {longest}.")
-    return control
 
 
 # --------------------------------------------------------------------------------------------------------- the method
@@ -241,34 +140,17 @@ def plan_rollouts(questions, args, step: int) -> list[Dialogue]:
 
 
 def next_stage(turns: dict[str, Turn], setting: str, args) -> str | None:
-    """Return the stage that comes next, None at the end. `setting` is "train" or one of `Control.protocol`."""
-    if not turns:
-        return "qa" if "qa" in (setting, args.environment) else "fast"
-    last = list(turns)[-1]
-    if last in (setting, "summary", "qa"):  # the settings "fast", "slow" and "qa" end with the stage of that name
-        return None
-    if last == "fast" and not args.skip_verify:
-        return "verify"
-    if last == "slow":
-        return "summary" if setting == "train" and turns["slow"].correct and not args.skip_summary else None
-    if setting == "train" and (args.skip_verify or not args.verdict_transition):
-        return None if turns["fast"].correct else "slow"  # the gold answer decides
-    accepted = "verify" in turns and turns["verify"].answer == "yes"  # an unparsable verdict is a No
-    return None if accepted and setting != "slow" else "slow"
+    """Return the stage that comes next, None at the end. Training departs from inference in two places.
 
-
-def final(turns: dict[str, Turn]) -> str:
-    """Return the stage whose answer counts, the mode of a dialogue: the second answer where there is one."""
-    return next(stage for stage in ("slow", "fast", "qa") if stage in turns)
-
-
-def extract_answer(stage: str, text: str) -> str | None:
-    """Return what the last box holds; of Verify "yes" or "no", None for any other verdict (its reward is 0)."""
-    answer = boxed_answer(text)
-    if stage != "verify" or answer is None:
-        return answer
-    word = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", answer).strip().lower()
-    return word if word in ("yes", "no") else None
+    A right Slow answer goes to the Summary; and the gold answer, not the verdict, decides who goes to Slow.
+    """
+    last = list(turns)[-1] if turns else ""
+    if setting == "train" and last == "slow":
+        return "summary" if turns["slow"].correct and not args.skip_summary else None
+    verified = last == "verify" or (last == "fast" and args.skip_verify)
+    if setting == "train" and verified and (args.skip_verify or not args.verdict_transition):
+        return None if turns["fast"].correct else "slow"
+    return dialogue.next_stage(turns, setting, args)
 
 
 def reward(stage: str, turns: dict[str, Turn], p: float, args) -> float:
@@ -430,9 +312,9 @@ def metrics(rows: list[dict], p: float) -> dict[str, float | None]:
 
 def main() -> None:
     args = parse_args(Args)
-    run = Run(args, "thinker" if args.environment == "thinker" else "thinker-qa", METRICS, critic=True)
-    control = control_tokens(run.tokenizer, args)
-    with run.start(control):
+    run = Run(args, "thinker-qa" if args.environment == "qa" else "thinker", METRICS, critic=True)
+    form = formats.load(args.answer_format, DialogueFormat)(run.tokenizer, args, next_stage)
+    with run.start(form):
         learner, critic = run.learner, run.critic
         run.evaluate_if_due()
 
@@ -451,7 +333,7 @@ def main() -> None:
                 for stage, turn in d.turns.items():
                     turn.reward = reward(stage, d.turns, p, args)
                 e.reward = sum(turn.reward for turn in d.turns.values())
-                e.mode = final(d.turns)
+                e.mode = form.mode_of(d.turns)
                 e.correct = d.turns[e.mode].correct
             fill_advantages(episodes, dialogues, critic.values(episodes), args, run.sum)
 

@@ -1,23 +1,33 @@
-"""Formats: in which words a method's cold start answers an arithmetic chain; one file a method.
+"""Formats: how a response says its mode and its answer, one class a file.
 
-A format file has
-    TEMPLATE                chat template of the laboratory's tokenizer
-    SPECIAL, TOKENS         added tokens: marks of a turn (special), and marks inside a response (ordinary)
-    MODES                   ways of answering
-    response(question, mode, rng)       a correct response, without the end token
-    rows(args, rng, n, step)            n rows of the cold start
-and may have
-    finish(tokenizer)       what is done to the tokenizer once it is trained
+    arm.py          Arm             four tags in the text
+    think.py        Think           R1's template, in which `</think>` as the first token skips the thinking
+    thinkless.py    Thinkless       one control token in front
+    boxed.py        Boxed           one mode, the answer in a box
+    dialogue.py     DialogueFormat  turns of a dialogue
+
+A format of your own is a subclass anywhere on the Python path, named module.Class where a command asks for a format.
+One more mode is one more tag:
+
+    class WithSketch(Arm):                                              # --answer_format my_module.WithSketch
+        tags = {**Arm.tags, "sketch": "SKETCH"}
 """
 
 import importlib
-from dataclasses import dataclass
-from types import ModuleType
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
+import numpy as np
+
+from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.run.evaluation import EvalSpec
 from adaptive_reasoning.tasks import chain
+from adaptive_reasoning.tasks.answers import same_answer
 
-NAMES = ("think", "arm", "thinkless", "dialogue")
+NAMES = {"think": "Think", "arm": "Arm", "thinkless": "Thinkless", "boxed": "Boxed", "dialogue": "DialogueFormat"}
 
 
 @dataclass
@@ -36,10 +46,147 @@ class Row:
     prompt: str = ""  # the user's first message, where it is not the problem itself
 
 
-def load(name: str) -> ModuleType:
-    """Return the module of a format."""
-    assert name in NAMES, f"there is no format {name!r}"
-    return importlib.import_module(f"adaptive_reasoning.formats.{name}")
+@dataclass
+class NoOptions:
+    """Options of a format that has none."""
+
+
+class ResponseFormat(ABC):
+    """How a response says its mode and its answer.
+
+    Args:
+        tokenizer: of the model.
+        args: options of the command. Those of the format (`Options`) that the command does not have keep their default.
+
+    Raises:
+        UserError: the tokenizer does not fit the format.
+    """
+
+    tags: ClassVar[dict[str, str]] = {}  # mode -> what opens it
+    modes: ClassVar[dict[str, str]] = {}  # mode -> its name in tables, in their order; a tag without one gets one
+    malformed: ClassVar[str] = ""  # mode of a response that opens with no tag
+    check: ClassVar[Callable[[str, str], bool]] = staticmethod(same_answer)  # (answer, target); graders import it
+    consensus: ClassVar[tuple[str, ...]] = ()  # settings whose answers have to agree; else the fallback's answer counts
+    fallback: ClassVar[str] = ""
+    Options: ClassVar[type] = NoOptions  # a dataclass, from which the `Args` of a command may inherit
+
+    # The laboratory's tokenizer: chat template, marks of a turn (special tokens), marks inside a response.
+    TEMPLATE: ClassVar[str] = (
+        "<|begin|>{% for message in messages %}{% if message['role'] == 'user' %}<|User|>{{ message['content'] }}"
+        "{% else %}<|Assistant|>{{ message['content'] }}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|Assistant|>{% endif %}"
+    )
+    SPECIAL: ClassVar[tuple[str, ...]] = ("<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>")
+    TOKENS: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        names = {mode: mode.replace("_", " ").capitalize() for mode in cls.tags} | cls.modes
+        order = [*(mode for mode in (*cls.modes, *cls.tags) if mode != cls.malformed), *filter(None, [cls.malformed])]
+        cls.modes = {mode: names[mode] for mode in order}
+
+    def __init__(self, tokenizer, args):
+        self.tokenizer, self.args = tokenizer, args
+        given = {f.name: getattr(args, f.name, f.default) for f in fields(self.Options)}
+        self.options = self.Options(**given)
+
+    @abstractmethod
+    def mode_of(self, response_ids) -> str:
+        """Return the mode of a response from its own first tokens [T]."""
+
+    @abstractmethod
+    def extract_answer(self, response: str) -> str | None:
+        """Return the answer to grade, None where the response breaks the format."""
+
+    def opening(self, mode: str) -> tuple[int, ...]:
+        """Return the token ids that force a mode."""
+        raise UserError(f"{type(self).__name__} has no tokens that force the mode {mode!r}.")
+
+    def empty_rationale(self, response: str) -> bool | None:
+        """Return whether a rationale has nothing in it; None for a response without one."""
+        return None
+
+    def findings(self) -> dict[str, str]:
+        """Return the lines of the preflight table about the format."""
+        return {"formats": ", ".join(self.modes)}
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def forced_settings(self) -> dict[str, str]:
+        """Return {setting of an evaluation: mode that it forces}."""
+        return {mode: mode for mode in self.tags}
+
+    def eval_spec(self) -> EvalSpec:
+        """Return how evaluation forces and tells modes apart; the first setting forces nothing."""
+        forced = {name: tuple((i, 1.0) for i in self.opening(mode)) for name, mode in self.forced_settings().items()}
+        return EvalSpec(
+            {"adaptive": (), **forced}, self.mode_of, self.extract_answer, self.modes, self.check, self.consensus,
+            self.fallback,
+        )  # fmt: skip
+
+    def template_tokens(self) -> int | None:
+        """Return what published tables add to the tokens of prompt and response; None: they count responses alone."""
+        return None
+
+    # ------------------------------------------------------------------------------- cold start, on arithmetic chains
+
+    @classmethod
+    def cold_start_modes(cls) -> tuple[str, ...]:
+        """Return the ways of answering that `response` knows."""
+        return tuple(cls.tags) or tuple(cls.modes)
+
+    @classmethod
+    def response(cls, question: Question, mode: str, rng: np.random.Generator) -> str:
+        """Return a correct response to a chain in a mode, without the end token."""
+        raise UserError(f"{cls.__name__} has no cold start on chains: give it a method `response`.")
+
+    @classmethod
+    def rows(cls, args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
+        """Return n rows of a step of the cold start: every chain once in each mode, all in the same batch.
+
+        So the model starts with equal shares on every question, and the style of the text follows its first token.
+        """
+        shares, modes = chain.parse_mix(args.chain_mix), cls.cold_start_modes()
+        out = []
+        for i in range(n):
+            if i % len(modes) == 0:
+                operations = int(rng.choice(len(shares), p=shares)) + 1
+                question = chain.make_question(rng, operations, f"chain/sft/{step}/{i}")
+            out.append(Row(question, cls.response(question, modes[i % len(modes)], rng)))
+        return out
+
+    @classmethod
+    def finish(cls, tokenizer):
+        """Return the laboratory's tokenizer as the format needs it, once it is trained."""
+        return tokenizer
+
+
+def load(name: str, kind: type[ResponseFormat] = ResponseFormat) -> type[ResponseFormat]:
+    """Return a format by its short name, or a class of the user's own by "module.Class".
+
+    Args:
+        kind: what the format has to be a subclass of.
+
+    Raises:
+        UserError: there is none of that name, or one of another kind.
+    """
+    module, _, attribute = name.rpartition(".")
+    if name in NAMES:
+        module, attribute = f"{__name__}.{name}", NAMES[name]
+    if not module:
+        raise UserError(f"there is no response format {name!r}: take {', '.join(NAMES)}, or your own as module.Class.")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):  # a module that the user's module needs
+            raise
+        raise UserError(
+            f"response format {name!r}: there is no module {error.name!r} on the Python path. Start the command in its "
+            "folder, or set PYTHONPATH."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise UserError(f"response format {name!r}: {attribute!r} of {module} is no subclass of {kind.__name__}.")
+    return found
 
 
 def tokenizer(name: str):

@@ -1,73 +1,131 @@
-"""ARM's four formats on chains. The cheaper a format, the more of a long chain it has to do in its head.
+"""ARM's four formats: a tag opens the rationale, and the answer stands in <ANSWER>. Tags are ordinary text.
 
-The layout is that of the paper's responses: a tag opens the rationale, and the answer stands in <ANSWER>.
+On chains, the cheaper a mode, the more of a long chain it has to do in its head:
 
     direct      no rationale: all operations in the head
     cot         the first two operations worked out, the others in the head
     code        a call, and the output that the model believes it has: the first four operations
     long_cot    every operation in words, and all of it once more as a check; wordy, however easy the question is
+    any other   (of a subclass) every operation, one a line
 """
+
+import re
 
 import numpy as np
 
 from adaptive_reasoning.core.question import Question
-from adaptive_reasoning.formats import Row
-from adaptive_reasoning.tasks import chain
+from adaptive_reasoning.formats import ResponseFormat, Row
+from adaptive_reasoning.tasks import chain, prompts
+from adaptive_reasoning.tasks.answers import verified_answer
 
-# LLaMA-Factory's template "default", which ARM is trained with: EOS and a newline follow a finished answer.
-TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}Human: {{ message['content'] }}\n"
-    "{% else %}Assistant:{{ message['content'] }}{{ eos_token }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-SPECIAL = ("<|begin|>", "<|end|>")
-TOKENS = ("Human:", "Assistant:")  # the tags are ordinary text
-MODES = ("direct", "cot", "code", "long_cot")
 WRITTEN = {"cot": 2, "code": 4}  # operations that are worked out in writing; the others are done in the head
 PLAIN = 0.3  # share of the cold start's steps that comes before the formats
 
 
-def rationale(question: Question, mode: str) -> str:
-    """Return what stands between the tags of a format."""
-    problem, steps = question.problem, chain.steps(question.problem)
-    if mode == "cot":
-        return " ".join(text for text, _ in steps[: WRITTEN["cot"]])
-    if mode == "code":
-        shown = "\n".join(text for text, _ in steps[: WRITTEN["code"]])
-        return f">>> trace('{problem}')\n{shown}"
-    first = "\n".join(f"Now {text}." for text, _ in steps)
-    check = "\n".join(f"Check: {text}, yes." for text, _ in steps)
-    plan, answer = "I go from left to right and keep the last digit.", question.answer
-    return (
-        f"Okay, let me see. {plan}\n{first}\nWait, let me check. {plan}\n{check}\n"
-        f"So it is {answer}. Wait, is it {answer}? Yes, it is {answer}."
+class Arm(ResponseFormat):
+    """Four modes by the tag a response opens with."""
+
+    tags = {"direct": "ANSWER", "cot": "COT", "code": "CODE", "long_cot": "LONG_COT"}  # several tokens each
+    modes = {
+        "direct": "Direct Answer",
+        "cot": "Short CoT",
+        "code": "Code",
+        "long_cot": "Long CoT",
+        "unknown": "without a known opening",
+    }
+    malformed = "unknown"
+    check = staticmethod(verified_answer)
+    consensus, fallback = ("direct", "cot", "code"), "long_cot"
+
+    # LLaMA-Factory's template "default", which ARM is trained with: EOS and a newline follow a finished answer.
+    TEMPLATE = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}Human: {{ message['content'] }}\n"
+        "{% else %}Assistant:{{ message['content'] }}{{ eos_token }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}"
     )
+    SPECIAL = ("<|begin|>", "<|end|>")
+    TOKENS = ("Human:", "Assistant:")
 
+    def __init__(self, tokenizer, args):
+        super().__init__(tokenizer, args)
+        self.prompt_end = prompts.check_ends_at_assistant(tokenizer)
 
-def response(question: Question, mode: str, rng: np.random.Generator) -> str:
-    """Return a correct response in a format, without the end token."""
-    assert mode in MODES, f"ARM knows no format {mode!r}"
-    answer = f"<ANSWER>\n{question.answer}\n</ANSWER>"
-    if mode == "direct":
-        return answer
-    return f"<{mode.upper()}>\n{rationale(question, mode)}\n</{mode.upper()}>\n{answer}"
+    @classmethod
+    def format_of(cls, response: str) -> str:
+        """Return the mode a response opens with, else "unknown"."""
+        return next((mode for mode, tag in cls.tags.items() if response.startswith(f"<{tag}>")), "unknown")
 
+    @classmethod
+    def passes_gate(cls, response: str) -> bool:
+        """Return whether a response opens with a tag and holds no rationale tag of another mode (official code)."""
+        mode = cls.format_of(response)
+        others = [tag for other, tag in cls.tags.items() if other not in (mode, "direct")]
+        return mode != "unknown" and not any(f"<{tag}>" in response or f"</{tag}>" in response for tag in others)
 
-def rows(args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
-    """Return chains, each in all four formats, as in the paper: nothing in the prompt says which to use.
+    def mode_of(self, response_ids) -> str:
+        opening = self.tokenizer.decode(list(response_ids[:16]), clean_up_tokenization_spaces=False)
+        return self.format_of(opening)
 
-    The paper starts from a base model that can calculate. Ours starts from nothing, so it first learns to answer single
-    operations and to work chains out.
-    """
-    if step <= PLAIN * args.max_steps:
+    @classmethod
+    def extract_answer(cls, response: str) -> str | None:
+        """Return the text from the first <ANSWER> to the last </ANSWER>; None without it or outside the gate."""
+        start, end = response.find("<ANSWER>"), response.rfind("</ANSWER>")
+        if not cls.passes_gate(response) or start < 0 or end < start:
+            return None
+        return response[start + len("<ANSWER>") : end].strip()
+
+    @classmethod
+    def empty_rationale(cls, response: str) -> bool | None:
+        """Return whether the rationale is a shell: nothing in it but "The answer is X". None without a rationale."""
+        mode = cls.format_of(response)
+        if mode in ("direct", "unknown"):
+            return None
+        text = response[len(cls.tags[mode]) + 2 :].split(f"</{cls.tags[mode]}>")[0].strip()
+        return not re.sub(r"^(so |thus,? |therefore,? )?the (correct |final )?answer is[^\n]*", "", text, flags=re.I)
+
+    def opening(self, mode: str) -> tuple[int, ...]:
+        """Return the tokens of a tag and the newline after it."""
+        return tuple(self.tokenizer.encode(f"<{self.tags[mode]}>\n", add_special_tokens=False))
+
+    def findings(self) -> dict[str, str]:
+        tags = ", ".join(f"<{tag}>" for tag in self.tags.values())
+        return {"formats": tags, "prompt ends in": repr(self.prompt_end)}
+
+    # ------------------------------------------------------------------------------------------------- cold start
+
+    @classmethod
+    def rationale(cls, question: Question, mode: str) -> str:
+        """Return what stands between the tags of a mode."""
+        problem, steps = question.problem, chain.steps(question.problem)
+        if mode == "cot":
+            return " ".join(text for text, _ in steps[: WRITTEN["cot"]])
+        if mode == "code":
+            shown = "\n".join(text for text, _ in steps[: WRITTEN["code"]])
+            return f">>> trace('{problem}')\n{shown}"
+        if mode != "long_cot":
+            return "\n".join(text for text, _ in steps)
+        first = "\n".join(f"Now {text}." for text, _ in steps)
+        check = "\n".join(f"Check: {text}, yes." for text, _ in steps)
+        plan, answer = "I go from left to right and keep the last digit.", question.answer
+        return (
+            f"Okay, let me see. {plan}\n{first}\nWait, let me check. {plan}\n{check}\n"
+            f"So it is {answer}. Wait, is it {answer}? Yes, it is {answer}."
+        )
+
+    @classmethod
+    def response(cls, question: Question, mode: str, rng: np.random.Generator) -> str:
+        tag, answer = cls.tags[mode], f"<ANSWER>\n{question.answer}\n</ANSWER>"
+        return answer if mode == "direct" else f"<{tag}>\n{cls.rationale(question, mode)}\n</{tag}>\n{answer}"
+
+    @classmethod
+    def rows(cls, args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
+        """Return chains, each in all modes, as in the paper: nothing in the prompt says which to use.
+
+        The paper starts from a base model that can calculate. Ours starts from nothing, so it first learns to answer
+        single operations and to work chains out.
+        """
+        if step > PLAIN * args.max_steps:
+            return super().rows(args, rng, n, step)
         known = [chain.make_question(rng, 1 if i % 4 else 1 + i // 4 % 6, f"chain/sft/{step}/{i}") for i in range(n)]
         worked = ["\n".join(text for text, _ in chain.steps(q.problem)) for q in known]
-        return [Row(q, response(q, "direct", rng) if i % 4 else worked[i]) for i, q in enumerate(known)]
-    shares = chain.parse_mix(args.chain_mix)
-    out = []
-    for i in range(n):
-        if i % len(MODES) == 0:
-            operations = int(rng.choice(len(shares), p=shares)) + 1
-            question = chain.make_question(rng, operations, f"chain/sft/{step}/{i}")
-        out.append(Row(question, response(question, MODES[i % len(MODES)], rng)))
-    return out
+        return [Row(q, cls.response(q, "direct", rng) if i % 4 else worked[i]) for i, q in enumerate(known)]

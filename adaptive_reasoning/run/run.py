@@ -48,7 +48,7 @@ from adaptive_reasoning.rollout import Request, Sampling
 from adaptive_reasoning.rollout.dialogue import Dialogue
 from adaptive_reasoning.rollout.engine import CPU_CACHE_BYTES
 from adaptive_reasoning.run.balance import deal, expected_tokens
-from adaptive_reasoning.run.evaluation import evaluate
+from adaptive_reasoning.run.evaluation import Evaluator, evaluate
 from adaptive_reasoning.run.folder import data_of, inputs_of
 from adaptive_reasoning.run.journal import Journal
 from adaptive_reasoning.run.metrics import Drift, counts_of, mean_losses, over_processes, picked, sums_of
@@ -321,14 +321,15 @@ class Run:
         settings = list(self.spec.settings) if first or last else list(self.spec.settings)[:1]
         there = self.journal.evaluations(self.step) if self.step == self.journal.continued else []
         known = {(row["benchmark"], row["setting"]) for row in there}
+        on = Evaluator(
+            self.sampler.engine, self.sampler.grader, self.tokenizer, self.stop_ids, self.spec, self.args,
+            self.accelerator,
+        )  # fmt: skip
         rows, samples_of_all = [], []
         for benchmark in self.task.benchmarks:
             for setting in (s for s in settings if (benchmark.name, s) not in known):
                 self.watch.phase(f"evaluate {benchmark.name} {setting}", self.step)
-                result, samples = evaluate(
-                    self.sampler.engine, self.sampler.grader, self.tokenizer, self.stop_ids, benchmark, self.spec,
-                    setting, self.args, self.accelerator, progress=f"evaluate {benchmark.name} {setting}",
-                )  # fmt: skip
+                result, samples, _ = evaluate(on, benchmark, setting, f"evaluate {benchmark.name} {setting}")
                 rows.append({"step": self.step, "setting": setting, "benchmark": benchmark.name, "result": result})
                 samples_of_all += samples
         if not rows:

@@ -20,7 +20,7 @@ SPLIT = (  # how Qwen2 cuts text before byte-pair encoding: letters together, di
 
 def tokenizer(form) -> PreTrainedTokenizerFast:
     """Return the tokenizer of the laboratory: byte-pair encoding as in Qwen2, trained on chains in one format
-    (a module of `formats`).
+    (a class of `formats`).
 
     It is built the way `transformers` builds every Qwen2 tokenizer, so AutoTokenizer opens the folder alike.
     """
@@ -41,7 +41,8 @@ def tokenizer(form) -> PreTrainedTokenizerFast:
     )
     rng = np.random.default_rng(0)
     asked = [make_question(rng, 1 + i % 6, "") for i in range(200)]
-    pieces.train_from_iterator((form.response(q, mode, rng) for q in asked for mode in form.MODES), trainer)
+    modes = form.cold_start_modes()
+    pieces.train_from_iterator((form.response(q, mode, rng) for q in asked for mode in modes), trainer)
     # As in R1's tokenizer, the marks of a turn are special tokens, the marks of thinking are ordinary ones.
     pieces.add_special_tokens(list(form.SPECIAL))
     pieces.add_tokens([AddedToken(text, normalized=False) for text in form.TOKENS])
@@ -53,7 +54,7 @@ def tokenizer(form) -> PreTrainedTokenizerFast:
         chat_template=form.TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
-    return form.finish(finished) if hasattr(form, "finish") else finished
+    return form.finish(finished)
 
 
 def steps(problem: str) -> list[tuple[str, int]]:
