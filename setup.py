@@ -26,7 +26,7 @@ setup(
         *(f"adaptive_reasoning.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"adaptive_reasoning": "adaptive_reasoning", "adaptive_reasoning.kernels": "kernels"},
-    package_data={"adaptive_reasoning": ["report/*.j2", "tasks/*.jinja", "tasks/*.json"]},
+    package_data={"adaptive_reasoning": ["report/*.j2", "tasks/*.jinja", "tasks/*.json", "benchmark/published/*.yaml"]},
     install_requires=[
         "accelerate>=1.10,<2",
         # math-verify's LaTeX parser. Its own extra "antlr4_13_2" is not found by pip before 24, so it is named here.

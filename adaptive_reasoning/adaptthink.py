@@ -49,7 +49,7 @@ from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import UserError, run_cli
 from adaptive_reasoning.core.metric import Alarm, Metric
 from adaptive_reasoning.core.question import Question
-from adaptive_reasoning.formats.think import Think
+from adaptive_reasoning.formats.think import Think, ThinkArgs
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, Sampling, request_seed
 from adaptive_reasoning.run.bank import Bank
@@ -60,7 +60,7 @@ REFERENCE_STREAM = 104_729  # keeps the random numbers of the reference samples 
 
 
 @dataclass
-class Args(RunArgs):
+class Args(ThinkArgs, RunArgs):
     """Options of AdaptThink. The defaults are the official 1.5B run."""
 
     answer_format: str = "think"
@@ -75,8 +75,6 @@ class Args(RunArgs):
     """Share of the responses forced into NoThinking, and the behaviour probability of that first token (Eq. 8)."""
     forcing: str = "exact"
     """"exact" (code): the same number for every question. "coin" (Eq. 8): drawn per sample. "off": first token free."""
-    first_word: str = "Alright"
-    """w_start of Eq. 8: the word that forced Thinking responses start with."""
     nothinking_max_new_tokens: int = 4096
     """Longest NoThinking response in training."""
     baseline: str = "reference"
@@ -163,7 +161,7 @@ METRICS = {
 # --------------------------------------------------------------------------------------------------------- the method
 
 
-def forced(form, mode: str, share: float) -> tuple[tuple[int, float], ...]:
+def forced(form: Think, mode: str, share: float) -> tuple[tuple[int, float], ...]:
     """Return the first tokens of a mode with their behaviour probabilities (Eq. 8); `share` is NoThinking's.
 
     The first token is the choice; where w_start has more, the others follow from it.
@@ -172,7 +170,7 @@ def forced(form, mode: str, share: float) -> tuple[tuple[int, float], ...]:
     return ((first, share if mode == "nothinking" else 1 - share), *((token, 1.0) for token in others))
 
 
-def plan_rollouts(questions, form, args, stop_ids, step: int) -> list[Request]:
+def plan_rollouts(questions, form: Think, args, stop_ids, step: int) -> list[Request]:
     """Return the requests of one step: for every question, some samples forced to skip thinking, the others to think.
 
     `questions` holds (index in the task, question, prompt ids); the index is the group of the samples.
@@ -344,7 +342,7 @@ def read_authors_table(path: str, questions: dict[int, Question]) -> dict[int, f
 def main() -> None:
     args = parse_args(Args)
     run = Run(args, "adaptthink")
-    form = formats.load(args.answer_format, Think).of(run.tokenizer, args)
+    form = formats.load(args.answer_format, Think)(run.tokenizer, args)
     with run.start(form, METRICS):
         learner = run.learner
         reference = reference_accuracy(run, args)

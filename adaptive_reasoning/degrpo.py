@@ -35,8 +35,8 @@ from adaptive_reasoning import formats, kernels
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import run_cli
 from adaptive_reasoning.core.metric import Alarm, Metric
-from adaptive_reasoning.formats.statistics import mode_metrics, mode_rows, mode_statistics
-from adaptive_reasoning.formats.thinkless import MALFORMED, Thinkless
+from adaptive_reasoning.formats.statistics import mean, mode_metrics, mode_rows, mode_statistics
+from adaptive_reasoning.formats.thinkless import Thinkless, ThinklessArgs
 from adaptive_reasoning.kernels.group_advantage import Groups
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, request_seed
@@ -48,7 +48,7 @@ PER_MICRO_BATCH = ("code",)  # here an episode with A = 0 still enters a denomin
 
 
 @dataclass
-class Args(RunArgs):
+class Args(ThinklessArgs, RunArgs):
     """Options of DeGRPO. The defaults are the official 1.5B run, with Eq. 4 as the paper has it."""
 
     answer_format: str = "thinkless"
@@ -59,8 +59,6 @@ class Args(RunArgs):
     """Another gamma after so many steps: "0:0.5,300:0.2" is 0.5 for 300 steps, then 0.2 (empty: --gamma)."""
     alpha: float = 0.001
     """alpha of Eq. 4: weight of the control token."""
-    mode_rule: str = "first_token"
-    """What the reward takes for the mode: "first_token" (paper), or "substring": `<short>` anywhere (code)."""
     std: str = "none"
     """Divide the advantage by the group's standard deviation: "unbiased", or "none" (Dr. GRPO)."""
     aggregation: str = "paper"
@@ -93,7 +91,7 @@ class Args(RunArgs):
     """Training steps: one rollout batch each."""
 
     CHOICES: ClassVar = {
-        "mode_rule": ("first_token", "substring"),
+        **ThinklessArgs.CHOICES,
         "std": ("unbiased", "none"),
         "aggregation": ("paper", "code", "vanilla", "vanilla_code"),
     }
@@ -139,7 +137,7 @@ def reward(e: Episode, gamma: float, args) -> float:
     mode = e.mode
     if args.mode_rule == "substring":
         mode = "short" if "<short>" in e.text else "think"
-    if not e.correct or mode == MALFORMED:
+    if not e.correct or mode == Thinkless.malformed:
         return -1.0
     return 1.0 - gamma if mode == "think" else 1.0
 
@@ -168,7 +166,7 @@ def token_weights(mb: MicroBatch, counts: Counts, args) -> tuple[torch.Tensor, t
     if args.aggregation == "vanilla_code":
         per_token = torch.full_like(length, 1 / counts.tokens)
         return per_token, per_token
-    opened = torch.tensor([e.mode != MALFORMED for e in mb.episodes], dtype=torch.bool, device=length.device)
+    opened = torch.tensor([e.mode != Thinkless.malformed for e in mb.episodes], dtype=torch.bool, device=length.device)
     opened = opened[mb.sequence]  # [N] whether the token's response has a control token
     control = opened & (mb.position == 0)
     if args.aggregation == "paper":  # Eq. 4; T is 0 only where there is nothing to weigh
@@ -206,36 +204,35 @@ def loss(logprobs, entropy, mb: MicroBatch, counts: Counts, args) -> tuple[torch
 
 def numbers(form) -> dict[str, Metric]:
     """Return what the numbers of responses mean."""
-    good = {"short": "not 0 for long", MALFORMED: "0"}
+    good = {"short": "not 0 for long", Thinkless.malformed: "0"}
     return {
         f"degrpo/num_{mode}": Metric(f"Responses of this step in mode {name}.", "count", good.get(mode, ""))
         for mode, name in form.modes.items()
     }
 
 
-def first_tokens(episodes: list[Episode]) -> list[dict]:
-    """Return mode and probability of the first token of each episode, as numbers that can travel between processes."""
-    return [{"mode": e.mode, "first_prob": math.exp(e.behaviour_logprobs[0])} for e in episodes]
+def think_prob(e: Episode, form: Thinkless) -> float | None:
+    """Return P(<think>) as the first token, from the one that was sampled: with two modes, all but P(the other).
 
-
-def metrics(rows: list[dict], modes) -> dict[str, float | None]:
-    """Return the number of responses of each mode, and P(<think>) as they show it: all but P(<short>) of a short one.
-
-    With more than two modes only the responses that think say what P(<think>) is.
+    None where that token does not tell: it is no control token, or there are more modes. Step 0 has it in any case.
     """
+    if e.mode == Thinkless.malformed or len(form.tokens) != 2:
+        return None
+    p = math.exp(e.behaviour_logprobs[0])
+    return p if e.mode == "think" else 1 - p
+
+
+def metrics(rows: list[dict], modes: dict[str, str]) -> dict[str, float | None]:
+    """Return DeGRPO's own metrics; `rows` of all processes hold mode and "think_prob"."""
     out = {f"degrpo/num_{mode}": sum(row["mode"] == mode for row in rows) for mode in modes}
-    first = {"think": lambda p: p, "short": lambda p: 1 - p}
-    if not set(modes) <= {*first, MALFORMED}:
-        del first["short"]
-    known = [first[row["mode"]](row["first_prob"]) for row in rows if row["mode"] in first]
-    return out | {"degrpo/first_think_prob": sum(known) / len(known) if known else None}
+    return out | {"degrpo/first_think_prob": mean(row["think_prob"] for row in rows if row["think_prob"] is not None)}
 
 
 def main() -> None:
     args = parse_args(Args)
     gammas = parse_schedule("gamma_schedule", args.gamma_schedule or f"0:{args.gamma}", below=1.0)
     run = Run(args, "degrpo", reference=args.kl_coef > 0)
-    form = formats.load(args.answer_format, Thinkless)(run.tokenizer, args.mode_rule)
+    form = formats.load(args.answer_format, Thinkless)(run.tokenizer, args)
     with run.start(form, METRICS | mode_metrics(form) | numbers(form)):
         learner = run.learner
         run.log_first_token("degrpo/first_think", form.tokens["think"])
@@ -274,7 +271,9 @@ def main() -> None:
 
             # --- log, evaluate, save
             own = mode_statistics(run.gather(mode_rows(episodes)), form.modes)
-            own |= metrics(run.gather(first_tokens(episodes)), form.modes)
+            own |= metrics(
+                run.gather([{"mode": e.mode, "think_prob": think_prob(e, form)} for e in episodes]), form.modes
+            )
             run.log(episodes, own, losses, updates, minibatches)
             run.evaluate_if_due()
             run.save_if_due()

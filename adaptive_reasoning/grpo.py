@@ -170,7 +170,7 @@ def empty_rationales(episodes: list[Episode], form) -> list[bool]:
 def main() -> None:
     args = parse_args(Args)
     run = Run(args, "grpo", reference=args.kl_coef > 0)
-    form = formats.load(args.answer_format).of(run.tokenizer, args)
+    form = formats.load(args.answer_format)(run.tokenizer, args)
     with run.start(form, METRICS | mode_metrics(form)):
         learner = run.learner
         run.evaluate_if_due()

@@ -27,7 +27,6 @@ from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import UserError, run_cli, say
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.formats import Row, control_slot, load
-from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.packing import Counts
@@ -40,7 +39,7 @@ from adaptive_reasoning.tasks import chain, prompts
 
 SHOW_EVERY = 50  # steps
 CONTINUES = MAY_CHANGE - {"max_steps"}  # the schedule of the learning rate and the rows depend on how long it is
-TEMPLATES = {"arm": Arm.TEMPLATE}
+TEMPLATES = {"arm": load("arm").TEMPLATE}
 
 
 @dataclass
@@ -48,7 +47,7 @@ class Args(RunArgs):
     """Options of supervised fine-tuning."""
 
     formats: str = "think"
-    """Recipe for chain rows: "think", "arm", "thinkless", "dialogue", or a class of your own, "module.Class"."""
+    """Response format of chain rows: "think", "arm", "thinkless", "boxed", "dialogue", or your own as module.Class."""
     batch_size: int = 128
     """Rows per optimiser step, over all processes."""
     lr_schedule: str = "cosine"

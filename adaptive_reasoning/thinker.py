@@ -44,16 +44,17 @@ What is unknown about the paper, and what stands here for it (options in backtic
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import run_cli
 from adaptive_reasoning.core.metric import Metric
-from adaptive_reasoning.formats.dialogue import STAGES, DialogueArgs, DialogueFormat, final
+from adaptive_reasoning.formats import dialogue
+from adaptive_reasoning.formats.dialogue import STAGES, DialogueArgs, DialogueFormat
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import request_seed
 from adaptive_reasoning.rollout.dialogue import Dialogue, Turn
@@ -69,6 +70,8 @@ class Args(DialogueArgs, RunArgs):
     Those of the dialogue, budgets and prompts, are `DialogueArgs` in formats/dialogue.py.
     """
 
+    answer_format: str = "dialogue"
+    """Response format: "dialogue", or a subclass of it as module.Class."""
     logprob_coef: float = 1e-3
     """c: weight of the log-prob term in the Summary's reward."""
     summary_logprob: str = "gated_sum"
@@ -122,6 +125,7 @@ class Args(DialogueArgs, RunArgs):
     max_steps: int = 1008
 
     CHOICES: ClassVar = {
+        **DialogueArgs.CHOICES,
         "summary_logprob": ("gated_sum", "ungated_sum", "gated_mean", "off"),
         "adv_norm": ("pooled", "per_stage", "none"),
     }
@@ -148,25 +152,23 @@ def plan_rollouts(questions, args, step: int) -> list[Dialogue]:
     return [Dialogue(question, i, request_seed(args.seed, step, i, k)) for i, question, _ in questions for k in samples]
 
 
-def next_stage(turns: dict[str, Turn], args) -> str | None:
-    """Return the stage that comes next in training, None at the end: the gold answer decides who goes on."""
-    if not turns:
-        return "qa" if args.environment == "qa" else "fast"
-    last = list(turns)[-1]
-    if last in ("summary", "qa"):
-        return None
-    if last == "fast" and not args.skip_verify:
-        return "verify"
-    if last == "slow":
+def next_stage(turns: dict[str, Turn], setting: str, args) -> str | None:
+    """Return the stage that comes next, None at the end. Training departs from inference in two places.
+
+    A right Slow answer goes to the Summary; and the gold answer, not the verdict, decides who goes to Slow.
+    """
+    last = list(turns)[-1] if turns else ""
+    if setting == "train" and last == "slow":
         return "summary" if turns["slow"].correct and not args.skip_summary else None
-    if args.verdict_transition and not args.skip_verify:
-        return None if turns["verify"].answer == "yes" else "slow"  # an unparsable verdict is a No
-    return None if turns["fast"].correct else "slow"
+    verified = last == "verify" or (last == "fast" and args.skip_verify)
+    if setting == "train" and verified and (args.skip_verify or not args.verdict_transition):
+        return None if turns["fast"].correct else "slow"
+    return dialogue.next_stage(turns, setting, args)
 
 
 def reward(stage: str, turns: dict[str, Turn], p: float, args) -> float:
     """Return R of a stage: the four rewards of the paper (the baseline's one turn is paid like Fast and Slow)."""
-    right = float(turns[stage].correct)  # what "correct" means for a stage: `DialogueFormat.gold`
+    right = float(turns[stage].correct)  # what "correct" means for a stage: `DialogueFormat.target`
     if stage in ("fast", "slow", "qa"):
         return right  # R_fast = 1{y_fast = y*}, R_slow = 1{y_slow = y*}
     if stage == "verify":  # R_verify = (1 - p) 1{Yes} if y_fast = y*, else p 1{No}
@@ -324,7 +326,7 @@ def metrics(rows: list[dict], p: float) -> dict[str, float | None]:
 def main() -> None:
     args = parse_args(Args)
     run = Run(args, "thinker" if args.environment == "dialogue" else "thinker-qa", critic=True)
-    form = DialogueFormat(run.tokenizer, args, next_in_training=partial(next_stage, args=args))
+    form = formats.load(args.answer_format, DialogueFormat)(run.tokenizer, args, next_stage)
     with run.start(form, METRICS):
         learner, critic = run.learner, run.critic
         run.evaluate_if_due()
@@ -344,7 +346,7 @@ def main() -> None:
                 for stage, turn in d.turns.items():
                     turn.reward = reward(stage, d.turns, p, args)
                 e.reward = sum(turn.reward for turn in d.turns.values())
-                e.mode = final(d.turns)
+                e.mode = form.mode_of(d.turns)
                 e.correct = d.turns[e.mode].correct
             fill_advantages(episodes, dialogues, critic.values(episodes), args, run.sum)
 

@@ -17,10 +17,11 @@ from small_model import make_folder
 from test_grpo import batch, cases, episode, options
 
 from adaptive_reasoning import ada_grpo, grpo
-from adaptive_reasoning.ada_grpo import Args, advantages, extract_answer, format_of
+from adaptive_reasoning.ada_grpo import Args, advantages
 from adaptive_reasoning.benchmark import __main__ as evaluate
 from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.files import read_jsonl
+from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.run.options import parse_args
 from adaptive_reasoning.sft import TEMPLATES, merged
@@ -48,7 +49,7 @@ def group(formats: str, rewards) -> list:
 def test_advantage_equals_the_official_code(inputs, case):
     formats = list(inputs["formats"])
     if case.get("quirk"):  # the official code reads a tag of a later turn; what follows F is compared all the same
-        opened = [format_of(s.split("\nAssistant:", 1)[1]).upper() for s in inputs["sequences"]]
+        opened = [Arm.format_of(s.split("\nAssistant:", 1)[1]).upper() for s in inputs["sequences"]]
         assert [i for i, (a, b) in enumerate(zip(opened, formats)) if a != b] == [2]
     members = {}
     for i, key in enumerate(inputs["group_id"]):
@@ -184,9 +185,9 @@ def test_rewards_equal_the_official_code():
     for case in json.loads((GOLDEN / "ada_grpo_reward.json").read_text())["cases"]:
         inputs, want = case["inputs"], case["expected"]
         response = inputs["sequence"].split("\nAssistant:", 1)[1].removesuffix("<|endoftext|>")
-        answer = extract_answer(response)
+        answer = Arm.extract_answer(response)
         reward = int(answer is not None and verified_answer(answer, inputs["gold"]))
-        if (reward, format_of(response)) != (want["reward"], want["format"].lower()):
+        if (reward, Arm.format_of(response)) != (want["reward"], want["format"].lower()):
             different.add(case["name"])
             if not case.get("quirk"):
                 newer += reward == want["reward_math_verify_0_9"]
@@ -248,7 +249,7 @@ def bandit(method: str, accuracy, steps: int = 170, groups: int = 256) -> list[f
         logits = logits + 0.5 * (A[..., None] * (onehot - p)).mean((0, 1))
         if t == 7 and method == "ada_grpo":  # the batched formula is the one of the algorithm file
             for k in range(3):
-                rows = [episode(list(ada_grpo.TAGS)[f], 0) for f in formats[k].tolist()]
+                rows = [episode(list(Arm.tags)[f], 0) for f in formats[k].tolist()]
                 for e, x in zip(rows, r[k] / (1 + (8 / F[k] - 1) * (1 + math.cos(math.pi * t / 171)) / 2)):
                     e.reward = round(float(x))
                 assert advantages(rows, shaping(), t) == pytest.approx(A[k].tolist(), abs=1e-9)
@@ -337,13 +338,13 @@ def test_two_steps_and_a_resume(laboratory, tmp_path):
 
 
 def test_evaluation_in_all_settings(laboratory, tmp_path, monkeypatch, capsys):
-    command = ["benchmark", "--algorithm", "ada_grpo", "--model", str(laboratory), "--task", "chain", "--dtype", "fp32"]
+    command = ["benchmark", "--answer_format", "arm", "--model", str(laboratory), "--task", "chain", "--dtype", "fp32"]
     command += ["--chain_eval_questions", "6", "--eval_samples", "3", "--maj_k", "3", "--max_new_tokens", "24"]
     command += [
         "--settings",
         "adaptive,consensus",
         "--paper",
-        "3b",
+        "arm-3b",
         "--execute_code",
         "true",
         "--output_dir",
@@ -355,7 +356,7 @@ def test_evaluation_in_all_settings(laboratory, tmp_path, monkeypatch, capsys):
     results = {row["setting"]: row["result"] for row in json.loads((tmp_path / "evaluation.json").read_text())}
     assert list(results) == ["adaptive", "direct", "cot", "code", "long_cot", "consensus"]
     assert all(0 <= result["maj_accuracy"] <= 1 for result in results.values())
-    for mode in ada_grpo.TAGS:
+    for mode in Arm.tags:
         assert results[mode]["modes"][mode]["share"] == 1
     # Every answer of the three cheap settings costs its tokens; the Long CoT's are added where it was asked.
     cheap = sum(results[mode]["mean_tokens"] for mode in ("direct", "cot", "code"))
@@ -405,9 +406,7 @@ def test_the_cold_start_of_the_real_run(tmp_path):
     """LoRA of rank 8 on rows in four formats, merged; the saved tokenizer has ARM's template."""
     make_folder(tmp_path / "base")
     rows = [
-        {"problem": f"{i}+1?", "response": f"<{tag}>\n{i + 1}\n</{tag}>"}
-        for i in range(8)
-        for tag in ada_grpo.TAGS.values()
+        {"problem": f"{i}+1?", "response": f"<{tag}>\n{i + 1}\n</{tag}>"} for i in range(8) for tag in Arm.tags.values()
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_module(
@@ -423,7 +422,7 @@ def test_the_cold_start_of_the_real_run(tmp_path):
         [{"role": "user", "content": "1+1?"}], add_generation_prompt=True, tokenize=False
     )
     assert text == "Human: 1+1?\nAssistant:"
-    assert ada_grpo.control_tokens(tokenizer, Args()).prompt_end == "\nAssistant:"
+    assert Arm(tokenizer, Args()).prompt_end == "\nAssistant:"
     before, after = (
         AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("base", "sft/model")
     )

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from adaptive_reasoning import adaptthink, formats
-from adaptive_reasoning.adaptthink import Args, Control, advantage, baselines, loss, metrics, plan_rollouts
+from adaptive_reasoning.adaptthink import Args, advantage, baselines, loss, metrics, plan_rollouts
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.formats.think import Think
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.run.options import parse_args
 
@@ -185,9 +186,16 @@ def test_online_baseline_is_the_mean_thinking_reward_of_the_group():
 # --- rollouts
 
 
+def form_of(eot: int, word: list[int]) -> Think:
+    """The format without a tokenizer."""
+    form = object.__new__(Think)
+    form.eot, form.word = eot, word
+    return form
+
+
 def planned(**options):
     args = Args(task="chain", **options)
-    control = Control(NOTHING, THINK)
+    control = form_of(NOTHING, THINK)
     questions = [(i, Question(f"q{i}", "1+1", "2"), [5, 6, 7]) for i in (4, 9)]
     return plan_rollouts(questions, control, args, (3,), step=2), control
 
@@ -225,12 +233,12 @@ def test_without_forcing_the_policy_starts_freely():
 
 def test_a_first_word_of_several_tokens_stays_an_exact_importance_weight():
     """Only the first of its tokens was a choice; the others follow with probability 1."""
-    control = Control(NOTHING, [40, 41, 42])
-    assert control.forced("thinking") == ((40, 0.5), (41, 1.0), (42, 1.0))
+    control = form_of(NOTHING, [40, 41, 42])
+    assert adaptthink.forced(control, "thinking", 0.5) == ((40, 0.5), (41, 1.0), (42, 1.0))
 
 
 def test_mode_is_read_from_the_first_token_alone():
-    control = Control(NOTHING, THINK)
+    control = form_of(NOTHING, THINK)
     assert control.mode_of([NOTHING, 5]) == "nothinking"
     assert control.mode_of([5, NOTHING]) == "thinking"
 
@@ -254,7 +262,7 @@ def test_mode_is_read_from_the_first_token_alone():
     ],
 )
 def test_format_gate(response, answer):
-    assert adaptthink.extract_answer(response) == answer
+    assert Think.extract_answer(response) == answer
 
 
 # --- metrics and options
@@ -301,7 +309,7 @@ def test_options_that_make_no_sense(option, message):
 
 
 def test_control_tokens_of_the_laboratory():
-    control = adaptthink.control_tokens(formats.tokenizer("think"), Args())
+    control = Think(formats.tokenizer("think"), Args())
     tokenizer = formats.tokenizer("think")
     assert tokenizer.decode([control.eot]) == "</think>" and tokenizer.decode(control.word) == "Alright"
 
@@ -310,7 +318,7 @@ def test_a_template_without_a_thinking_block_is_refused():
     tokenizer = formats.tokenizer("think")
     tokenizer.chat_template = tokenizer.chat_template.replace("<think>", "")
     with pytest.raises(UserError, match=r"must end in '<think>\\n'.*found"):
-        adaptthink.control_tokens(tokenizer, Args())
+        Think(tokenizer, Args())
 
 
 def test_a_tokenizer_that_splits_the_control_token_is_refused():
@@ -321,4 +329,4 @@ def test_a_tokenizer_that_splits_the_control_token_is_refused():
     pieces.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, chat_template="{{ '<think>\n' }}", eos_token="k")
     with pytest.raises(UserError, match="does not hold '</think>' as one token"):
-        adaptthink.control_tokens(tokenizer, Args())
+        Think(tokenizer, Args())

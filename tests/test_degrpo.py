@@ -18,13 +18,14 @@ from adaptive_reasoning import degrpo, formats
 from adaptive_reasoning.benchmark import routers as router
 from adaptive_reasoning.benchmark.__main__ import Args as EvaluateArgs
 from adaptive_reasoning.benchmark.lenient import lenient_answer, lenient_same
-from adaptive_reasoning.benchmark.papers import ADAPTTHINK, adaptthink_table, thinkless_table
+from adaptive_reasoning.benchmark.papers import load_paper, paper_table
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.files import read_jsonl
 from adaptive_reasoning.core.question import Question
-from adaptive_reasoning.degrpo import Args, Control, advantages, extract_answer, loss, metrics, plan_rollouts, reward
-from adaptive_reasoning.formats import control_slot, thinkless
+from adaptive_reasoning.degrpo import Args, advantages, loss, metrics, plan_rollouts, reward
+from adaptive_reasoning.formats import control_slot
+from adaptive_reasoning.formats.thinkless import Thinkless
 from adaptive_reasoning.learner.model import load_tokenizer
 from adaptive_reasoning.learner.packing import Counts, pack
 from adaptive_reasoning.report import modes
@@ -38,7 +39,9 @@ from adaptive_reasoning.tasks.answers import same_answer
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 THINK, SHORT = 303, 302
-CONTROL = Control({"think": THINK, "short": SHORT})
+FORM = object.__new__(Thinkless)  # without a tokenizer: two tokens are all that these tests need
+FORM.tokens = {"think": THINK, "short": SHORT}
+EXTRACT = {"first_token": Thinkless.answer_by_first_token, "substring": Thinkless.answer_by_substring}
 PLAIN = {"alpha": 0.001, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "entropy_coef": 0.0, "max_new_tokens": 64,
          "fused": False}  # fmt: skip
 
@@ -209,7 +212,7 @@ def episode(mode, tokens, advantage=0.0, reward=0.0, group=0, text="", correct=F
 
 def total(split, aggregation):
     """The loss of a step cut into micro-batches, with log-probs that do not depend on the cut."""
-    counts = Counts(sum(e.num_tokens for part in split for e in part), sum(map(len, split)), 1)
+    counts = Counts(sum(e.num_tokens for part in split for e in part), sum(map(len, split)))
     args, value = options(aggregation, kl_coef=0.1, entropy_coef=0.1, alpha=0.1), 0.0
     for part in split:
         mb = pack(part)
@@ -259,7 +262,7 @@ def bandit(aggregation, steps=300, short_length=20, think_length=80, alpha=0.05,
         mean = sum(n * x for n, x in zip(numbers, r)) / sum(numbers)
         value = 0.0
         T = {"think": think_length, "short": short_length}
-        count = Counts(sum(n * (T[m] + 1) for n, (m, *_) in zip(numbers, outcomes)), sum(numbers), 1)
+        count = Counts(sum(n * (T[m] + 1) for n, (m, *_) in zip(numbers, outcomes)), sum(numbers))
         for (mode, right, _), n, x in zip(outcomes, numbers, r):
             first = torch.nn.functional.logsigmoid(choice if mode == "think" else -choice)
             # Of the response tokens only the one that decides the answer is not certain.
@@ -313,9 +316,9 @@ def official_reward(inputs, mode_rule):
         .removesuffix("<\uff5cend\u2581of\u2581sentence\uff5c>")
     )
     gold = inputs["gold"][0] if isinstance(inputs["gold"], list) and inputs["gold"] else inputs["gold"]
-    answer = extract_answer(response, mode_rule)
+    answer = EXTRACT[mode_rule](response)
     correct = answer is not None and gold != [] and same_answer(answer, gold)
-    e = episode(degrpo.format_of(response), 3, text=response, correct=correct)
+    e = episode(Thinkless.format_of(response), 3, text=response, correct=correct)
     return reward(e, 0.5, SimpleNamespace(mode_rule=mode_rule))
 
 
@@ -443,14 +446,14 @@ def test_equal_rewards_teach_nothing_even_if_fp32_cannot_hold_them():
 def test_every_sample_is_free_to_choose_its_mode():
     args = Args(num_generations=8)
     asked = [(i, Question(f"q{i}", "1+1", "2"), [5, 6]) for i in (4, 9)]
-    requests = plan_rollouts(asked, CONTROL, args, (3,), step=2)
+    requests = plan_rollouts(asked, args, (3,), step=2)
     assert len(requests) == 16 and all(r.forced == () and r.allowed_first == () for r in requests)
     assert len({r.seed for r in requests}) == 16 and [r.tag[1] for r in requests] == [4] * 8 + [9] * 8
 
 
 def test_mode_is_read_from_the_first_token_alone():
-    assert [CONTROL.mode_of(ids) for ids in ([THINK, 5], [SHORT], [5, SHORT, THINK])] == ["think", "short", "malformed"]
-    assert CONTROL.mode_of(torch.tensor([SHORT, THINK])) == "short"
+    assert [FORM.mode_of(ids) for ids in ([THINK, 5], [SHORT], [5, SHORT, THINK])] == ["think", "short", "malformed"]
+    assert FORM.mode_of(torch.tensor([SHORT, THINK])) == "short"
 
 
 def test_metrics_by_mode():
@@ -460,7 +463,7 @@ def test_metrics_by_mode():
         episode("short", 4, group=1, first=math.log(0.4), **right), episode("short", 6, group=1, first=0.0, **right),
         episode("malformed", 5, group=2, first=math.log(0.1)), episode("think", 10, group=2, first=math.log(0.2)),
     ]  # fmt: skip
-    got = metrics(degrpo.metric_rows(es), CONTROL.modes)
+    got = metrics(degrpo.metric_rows(es, FORM), FORM.modes)
     assert (got["degrpo/num_think"], got["degrpo/num_short"], got["degrpo/num_malformed"]) == (3, 2, 1)
     assert got["mode/malformed_share"] == pytest.approx(1 / 6)  # token 0 is neither
     assert (got["mode/think_accuracy"], got["mode/short_accuracy"]) == (pytest.approx(2 / 3), 1.0)
@@ -471,7 +474,7 @@ def test_metrics_by_mode():
 
 
 def test_metrics_of_a_mode_that_is_gone():
-    got = metrics(degrpo.metric_rows([episode("malformed", 4)] * 2), CONTROL.modes)
+    got = metrics(degrpo.metric_rows([episode("malformed", 4)] * 2, FORM), FORM.modes)
     assert got["mode/think_accuracy"] is None and got["mode/think_share"] == 0 == got["degrpo/num_think"]
     assert got["mode/malformed_share"] == 1 and got["degrpo/first_think_prob"] is None
 
@@ -515,12 +518,12 @@ def lab():
 
 
 def test_control_tokens_of_the_laboratory(lab):
-    control = degrpo.control_tokens(lab, Args())
+    control = Thinkless(lab, Args())
     assert {lab.decode([token]) for token in control.tokens.values()} == {"<think>", "<short>"}
     assert lab.decode(prompts.render(lab, "1+1")) == "<|begin|><|User|>1+1<|Assistant|>"
-    protocol = control.protocol()
-    assert list(protocol.settings) == ["adaptive", "always_think", "never_think"]
-    assert protocol.settings["never_think"] == ((control.tokens["short"], 1.0),)
+    spec = control.eval_spec()
+    assert list(spec.settings) == ["adaptive", "always_think", "never_think"]
+    assert spec.settings["never_think"] == ((control.tokens["short"], 1.0),)
 
 
 @pytest.mark.parametrize("end", ["<think>\n", "<think>", "\n", " "])
@@ -530,7 +533,7 @@ def test_a_prompt_that_goes_on_after_the_assistants_mark_is_refused(end):
         "<|Assistant|>{% endif %}", f"<|Assistant|>{end}{{% endif %}}"
     )
     with pytest.raises(UserError, match="must end right at the assistant's mark.*found") as error:
-        degrpo.control_tokens(tokenizer, Args())
+        Thinkless(tokenizer, Args())
     assert repr(("<|Assistant|>" + end)[-8:])[1:-1] in str(error.value)
 
 
@@ -545,22 +548,22 @@ def test_a_tokenizer_without_the_control_token_is_refused():
     tokenizer = formats.tokenizer("think")
     tokenizer.chat_template = tokenizer.chat_template.replace("<think>\n", "")
     with pytest.raises(UserError, match="does not hold '<short>' as one token"):
-        degrpo.control_tokens(tokenizer, Args())
+        Thinkless(tokenizer, Args())
 
 
 def test_responses_of_the_laboratory_are_right_and_survive_the_tokenizer(lab):
-    rng, control, eos = np.random.default_rng(0), degrpo.control_tokens(lab, Args()), lab.eos_token_id
+    rng, control, eos = np.random.default_rng(0), Thinkless(lab, Args()), lab.eos_token_id
     for i in range(60):
         q = chain.make_question(rng, i % 6 + 1, "x")
-        for mode in thinkless.MODES:
-            text = thinkless.response(q, mode, rng)
+        for mode in Thinkless.tags:
+            text = Thinkless.response(q, mode, rng)
             ids = lab(text, add_special_tokens=False)["input_ids"]
             assert control.extract_answer(text) == q.answer and control.mode_of(ids) == mode
             assert prompts.decode(lab, ids + [eos], (eos,)) == text
 
 
 def test_rows_of_the_laboratory_are_pairs_with_the_control_token_supervised():
-    rows = thinkless.rows(SftArgs(formats="thinkless"), np.random.default_rng(0), 40, 1)
+    rows = Thinkless.rows(SftArgs(formats="thinkless"), np.random.default_rng(0), 40, 1)
     check_pairs(rows, 40)
     assert all(row.start == 0 for row in rows)
 
@@ -830,9 +833,10 @@ def test_tokens_as_the_paper_counts_them(lab):
 def test_the_papers_rows_stand_beside_ours():
     result = {"accuracy": 0.5, "mean_tokens": 100.0, "mean_tokens_paper": 160.0, "modes": {"think": {"share": 0.25}}}
     rows = [{"setting": "adaptive", "benchmark": "gsm8k", "result": result}]
-    table = thinkless_table(rows, "thinkless-1.5b")
+    table = paper_table(rows, load_paper("thinkless-1.5b"))
     assert "50.0 / 160 / 25.0" in table and "84.18" not in table and "84.2 / 624 / 13.31" in table
-    assert list(ADAPTTHINK["1.5b"])[-1] == "AdaptThink" and "NoThinking %" in adaptthink_table(rows, "1.5b")
+    paper = load_paper("adaptthink-1.5b")
+    assert list(paper["rows"])[-1] == "AdaptThink" and "NoThinking %" in paper["title"]
 
 
 def test_the_curves_of_both_modes_beside_each_other(tmp_path):
@@ -918,8 +922,9 @@ def test_every_switch_trains(laboratory, tmp_path, switches):
 
 def test_evaluation_with_routers_and_both_ways_of_counting(laboratory, tmp_path):
     done = run_module(
-        "benchmark", "--algorithm", "degrpo", "--model", laboratory, "--task", "chain", "--chain_eval_questions", 12,
-        "--eval_samples", 2, "--max_new_tokens", 48, "--dtype", "fp32", "--output_dir", tmp_path,
+        "benchmark", "--answer_format", "thinkless", "--model", laboratory, "--task", "chain",
+        "--chain_eval_questions", 12, "--eval_samples", 2, "--max_new_tokens", 48, "--dtype", "fp32",
+        "--output_dir", tmp_path,
         "--scoring", "lenient",
         "--settings", "adaptive,always_think,never_think,router_random,router_judge", "--judge_max_new_tokens", 8,
     )  # fmt: skip
@@ -947,7 +952,7 @@ def test_warm_up_and_two_steps_on_real_questions(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     tokenizer = load_tokenizer(str(tmp_path / "warm" / "model"))
-    degrpo.control_tokens(tokenizer, Args())
+    Thinkless(tokenizer, Args())
     common = [
         "--config", "experiments/degrpo_1_5b.yaml", "--model", tmp_path / "warm" / "model", "--data", questions,
         "--train_limit", 64, "--dtype", "fp32", "--prompts_per_step", 4, "--num_generations", 4, "--max_new_tokens", 24,

@@ -3,8 +3,7 @@
 import pytest
 
 from adaptive_reasoning.benchmark.__main__ import Args, check_args
-from adaptive_reasoning.benchmark.arm import ARM, arm_table
-from adaptive_reasoning.benchmark.papers import adaptthink_table
+from adaptive_reasoning.benchmark.papers import FOLDER, load_paper, paper_table
 from adaptive_reasoning.benchmark.votes import consensus, majority
 from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.run.evaluation import summarise
@@ -14,6 +13,7 @@ from adaptive_reasoning.tasks.grader import GraderPool
 from adaptive_reasoning.tasks.task import ExactGrader
 
 SETTINGS = ("direct", "cot", "code", "long_cot")
+ASKED, FALLBACK = SETTINGS[:3], "long_cot"
 
 
 def row(answer, correct=False, tokens=10, question=0, sample=0, mode="direct"):
@@ -38,7 +38,7 @@ def rows_of(*answers, tokens=(5, 20, 30, 100), correct=()):
 )
 def test_consensus(answers, taken, tokens, fallback):
     """Tokens are those of the three cheap formats, and of the Long CoT where it is asked (specification, section 7)."""
-    (got,) = consensus(rows_of(*answers), SETTINGS)
+    (got,) = consensus(rows_of(*answers), ASKED, FALLBACK)
     assert (got["answer"], got["tokens"], got["fallback"]) == (taken, tokens, fallback)
     assert got["mode"] == ("long_cot" if fallback else "direct")
 
@@ -46,10 +46,10 @@ def test_consensus(answers, taken, tokens, fallback):
 def test_consensus_pairs_samples_of_one_question():
     rows = {s: [row(str(k + q), True, 1, q, k, s) for q in range(2) for k in (1, 0)] for s in SETTINGS}
     rows["code"] = rows["code"][::-1]
-    assert [(r["question"], r["sample"], r["fallback"]) for r in consensus(rows, SETTINGS)] == [
+    assert [(r["question"], r["sample"], r["fallback"]) for r in consensus(rows, ASKED, FALLBACK)] == [
         (0, 1, False), (0, 0, False), (1, 1, False), (1, 0, False)
     ]  # fmt: skip
-    assert summarise(consensus(rows, SETTINGS), SETTINGS)["accuracy"] == 1
+    assert summarise(consensus(rows, ASKED, FALLBACK), SETTINGS)["accuracy"] == 1
 
 
 def votes(*answers, right, k=8, grader=None):
@@ -80,32 +80,60 @@ def test_a_question_counts_once():
 
 
 def test_rows_of_the_paper():
-    assert ARM["7b"]["ARM, k=1"]["aime25"] == (16.7, 3253) and ARM["3b"]["base, k=8"]["csqa"] == (75.5, 96)
-    assert [sum(a for a, _ in ARM["7b"][f"ARM, {s}"].values()) / 7 for s in ("direct", "long_cot")] == pytest.approx(
+    arm = {size: load_paper(f"arm-{size}")["rows"] for size in ("3b", "7b", "14b")}
+    assert arm["7b"]["ARM, k=1"]["aime25"] == [16.7, 3253] and arm["3b"]["base, k=8"]["csqa"] == [75.5, 96]
+    assert [sum(a for a, _ in arm["7b"][f"ARM, {s}"].values()) / 7 for s in ("direct", "long_cot")] == pytest.approx(
         [46.2, 74.5], abs=0.06
     )
-    for table in ARM.values():
-        for name, average in (("ARM, k=1", {"3b": 756, "7b": 766, "14b": 853}),):
-            size = next(s for s in ARM if ARM[s] is table)
-            assert sum(n for _, n in table[name].values()) / 7 == pytest.approx(average[size], abs=1)
+    for size, average in {"3b": 756, "7b": 766, "14b": 853}.items():
+        assert sum(n for _, n in arm[size]["ARM, k=1"].values()) / 7 == pytest.approx(average, abs=1)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_published_rows_are_whole(path):
+    """Every cell belongs to a benchmark of the paper, has as many numbers as the others, and is no text."""
+    paper = load_paper(path.stem)
+    cells = [cell for row in paper["rows"].values() for cell in row.values()]
+    assert {b for row in paper["rows"].values() for b in row} <= {*paper["benchmarks"], "mean"}
+    assert len({len(cell) for cell in cells}) == 1 and all(isinstance(x, (int, float)) for cell in cells for x in cell)
+    assert all(0 <= cell[0] <= 100 for cell in cells)
+
+
+def test_a_paper_of_ones_own(tmp_path):
+    (tmp_path / "mine.yaml").write_text("title: accuracy %\nbenchmarks: [a, b]\nrows:\n  theirs: {a: [50.0]}\n")
+    rows = [{"setting": "adaptive", "benchmark": "a", "result": {"accuracy": 0.25}}]
+    lines = [" ".join(x.split()) for x in paper_table(rows, load_paper(str(tmp_path / "mine.yaml"))).splitlines()]
+    assert lines[0] == "accuracy %, paper mine" and lines[-2:] == ["here, adaptive 25.0", "paper, theirs 50.0"]
+    (tmp_path / "mine.yaml").write_text("rows: {}")
+    with pytest.raises(UserError, match="needs title, benchmarks and rows"):
+        load_paper(str(tmp_path / "mine.yaml"))
 
 
 def test_tables_of_the_papers():
     result = {"accuracy": 0.5, "mean_tokens": 100.0, "maj_accuracy": 0.75, "modes": {"long_cot": {"share": 0.25}}}
-    text = arm_table([{"setting": "adaptive", "benchmark": "csqa", "result": result}], "7b")
+    text = paper_table([{"setting": "adaptive", "benchmark": "csqa", "result": result}], load_paper("arm-7b"))
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "here, adaptive 50.0 / 100 / 25.0" in lines and "here, adaptive, vote 75.0 / 100 / 25.0" in lines
     assert "paper, ARM, k=8 85.7 / 134" in lines and "paper, ARM, consensus 85.8 / 228" in lines
     quick = {"accuracy": 0.5, "mean_tokens": 100.0, "modes": {"nothinking": {"share": 0.25}}}
-    text = adaptthink_table([{"setting": "adaptive", "benchmark": "gsm8k", "result": quick}], "7b")
+    rows = [{"setting": "adaptive", "benchmark": "gsm8k", "result": quick}]
+    text = paper_table(rows, load_paper("adaptthink-7b"))
     assert "50.0 / 100 / 25.0" in text and "91.0 / 309 / 99.6" in text
+    text = paper_table([{**rows[0], "benchmark": "math500"}], load_paper("thinker-r1.5b"))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[0] == "pass@1 in %, paper thinker-r1.5b" and lines[1] == "math500 mean of 8"
+    assert "here, adaptive 50.00 -" in lines and "paper, R1.5B Thinker 88.51 50.98" in lines
+    assert (
+        paper_table([{**rows[0], "benchmark": "x"}], load_paper("arm-3b"))
+        == "no benchmark here is in the paper's table"
+    )
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--paper", "3b"], "the paper of adaptthink has 1.5b, 7b"),
-        (["--algorithm", "ada_grpo", "--paper", "1.5b"], "the paper of ada_grpo has 3b, 7b, 14b"),
+        (["--paper", "arm-3b"], "its rows have the mode long_cot, think has no such mode"),
+        (["--answer_format", "arm", "--paper", "1.5b"], "--paper 1.5b: takes adaptthink-1.5b, .*, or the path"),
         (["--maj_k", "8"], "--maj_k 8: needs as many responses a question, --eval_samples 8"),
     ],
 )

@@ -16,13 +16,17 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from adaptive_reasoning import ada_grpo, adaptthink, degrpo, formats, grpo, thinker
+from adaptive_reasoning import adaptthink, formats, thinker
 from adaptive_reasoning.adaptthink import read_authors_table
 from adaptive_reasoning.benchmark.lenient import NUMBER, lenient_answer, lenient_same
 from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.files import load_json, read_jsonl, truncate_jsonl
 from adaptive_reasoning.formats import control_slot
-from adaptive_reasoning.run.journal import read_config
+from adaptive_reasoning.formats.arm import Arm
+from adaptive_reasoning.formats.dialogue import STAGES, DialogueFormat
+from adaptive_reasoning.formats.think import Think
+from adaptive_reasoning.formats.thinkless import Thinkless
+from adaptive_reasoning.run.folder import read_config
 from adaptive_reasoning.run.options import parse_args, parse_schedule, read_yaml
 from adaptive_reasoning.tasks import math
 from adaptive_reasoning.tasks.answers import MAX_ANSWER, boxed_answer, presentation_free, same_answer, written_number
@@ -79,11 +83,11 @@ def test_answers_are_found_or_not(text):
     """An answer is a piece of the response, balanced where braces decide; anything else is None."""
     box = boxed_answer(text)
     assert box is None or ("\\boxed{" + box + "}") in text and box.count("{") == box.count("}")
-    assert adaptthink.extract_answer(text) in (None, box)
-    tagged = grpo.extract_answer(text)
+    assert Think.extract_answer(text) in (None, box)
+    tagged = Arm.extract_answer(text)
     assert tagged is None or tagged in text
-    assert grpo.format_of(text) in (*grpo.TAGS, "unknown")
-    assert tagged is None or grpo.passes_gate(text)
+    assert Arm.format_of(text) in (*Arm.tags, "unknown")
+    assert tagged is None or Arm.passes_gate(text)
 
 
 @FAST
@@ -185,16 +189,16 @@ verdicts = st.sampled_from(
 @example("\\text{" * 2000 + "\\boxed{Yes")
 def test_every_gate_finds_a_piece_of_the_response_or_nothing(text):
     """The answers of all methods, the verdict of Thinker, and lenient scoring: no exception, no other value."""
-    assert thinker.extract_answer("verify", text) in ("yes", "no", None)
+    assert DialogueFormat.extract_answer(text, "verify") in ("yes", "no", None)
     for found in (
-        thinker.extract_answer("fast", text),
-        ada_grpo.extract_answer(text),
-        *(degrpo.extract_answer(text, rule) for rule in degrpo.Args.CHOICES["mode_rule"]),
+        DialogueFormat.extract_answer(text, "fast"),
+        Arm.extract_answer(text),
+        Thinkless.answer_by_first_token(text),
+        Thinkless.answer_by_substring(text),
     ):
         assert found is None or found in text
-    assert degrpo.format_of(text) in (*degrpo.TAGS, "malformed")
-    assert ada_grpo.format_of(text) in (*ada_grpo.TAGS, "unknown")
-    assert ada_grpo.empty_rationale(text) in (True, False, None)
+    assert Thinkless.format_of(text) in (*Thinkless.tags, "malformed")
+    assert Arm.empty_rationale(text) in (True, False, None)
     lenient = lenient_answer(text)
     assert lenient is None or lenient in text or lenient in text.replace(",", "")
 
@@ -225,7 +229,7 @@ def test_thinker_pays_documented_rewards_only(verdict, right, fast_right, p):
     paid = thinker.reward("verify", turns, p, args)
     assert paid in (0.0, p, 1 - p) and (paid == 0.0 or right)
     for setting in ("train", "adaptive"):
-        assert thinker.next_stage(dict(list(turns.items())[:2]), setting, args) in (*thinker.STAGES, None)
+        assert thinker.next_stage(dict(list(turns.items())[:2]), setting, args) in (*STAGES, None)
 
 
 @FAST

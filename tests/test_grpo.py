@@ -13,8 +13,9 @@ from adaptive_reasoning import formats, grpo
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Question
-from adaptive_reasoning.formats import arm
-from adaptive_reasoning.grpo import Args, advantages, extract_answer, format_of, loss, metric_rows, metrics, passes_gate
+from adaptive_reasoning.formats.arm import Arm
+from adaptive_reasoning.formats.boxed import Boxed
+from adaptive_reasoning.grpo import Args, advantages, loss, metric_rows, metrics
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.run.options import parse_args
 from adaptive_reasoning.tasks import chain, prompts
@@ -225,8 +226,8 @@ def test_groups_without_a_signal():
     ],
 )
 def test_format_gate(response, mode, answer):
-    assert (format_of(response), extract_answer(response)) == (mode, answer)
-    assert passes_gate(response) or answer is None
+    assert (Arm.format_of(response), Arm.extract_answer(response)) == (mode, answer)
+    assert Arm.passes_gate(response) or answer is None
 
 
 @pytest.mark.parametrize(
@@ -242,25 +243,25 @@ def test_format_gate(response, mode, answer):
     ],
 )
 def test_empty_rationales(response, empty):
-    assert grpo.empty_rationale(response) is empty
+    assert Arm.empty_rationale(response) is empty
 
 
 def test_a_response_is_classified_by_its_first_tokens():
     """A later turn inside the response does not change its format, as it does in the official code."""
     tokenizer = formats.tokenizer("arm")
-    control = grpo.control_tokens(tokenizer, Args())
-    for mode, tag in grpo.TAGS.items():
+    form = Arm(tokenizer, Args())
+    for mode, tag in Arm.tags.items():
         text = f"<{tag}>\n7\nAssistant:<COT>\n1"
-        assert control.mode_of(tokenizer.encode(text, add_special_tokens=False)) == mode
-    assert control.mode_of([]) == "unknown"
+        assert form.mode_of(tokenizer.encode(text, add_special_tokens=False)) == mode
+    assert form.mode_of([]) == "unknown"
 
 
 def test_a_forced_tag_keeps_its_newline():
     """The very tokens with which a response of the cold start begins: the tag, and the newline behind it."""
     tokenizer = formats.tokenizer("arm")
-    control = grpo.control_tokens(tokenizer, Args())
-    for mode, tag in grpo.TAGS.items():
-        ids = [i for i, q in control.opening(mode)]
+    form = Arm(tokenizer, Args())
+    for mode, tag in Arm.tags.items():
+        ids = list(form.opening(mode))
         assert tokenizer.decode(ids) == f"<{tag}>\n"
         whole = tokenizer.encode(f"<{tag}>\n3*7=1\n", add_special_tokens=False)
         assert whole[: len(ids)] == ids
@@ -271,15 +272,15 @@ def test_a_prompt_that_does_not_end_right_behind_the_mark_is_refused(end):
     tokenizer = formats.tokenizer("arm")
     tokenizer.chat_template = tokenizer.chat_template.replace("%}Assistant:{% endif", f"%}}{end}{{% endif")
     with pytest.raises(UserError, match=r"must end right at the assistant's mark.*--chat_template arm"):
-        grpo.control_tokens(tokenizer, Args())
-    boxed = grpo.control_tokens(tokenizer, Args(answer_format="boxed"))
-    assert boxed.modes == ("response",) and boxed.extract_answer("so \\boxed{7}") == "7"
+        Arm(tokenizer, Args())
+    boxed = Boxed(tokenizer, Args())
+    assert list(boxed.modes) == ["response"] and boxed.extract_answer("so \\boxed{7}") == "7"
 
 
 def test_every_question_gets_g_free_samples():
     args = Args(num_generations=3)
     questions = [(i, Question(f"q{i}", "1+1", "2"), [5, 6]) for i in (4, 9)]
-    requests = grpo.plan_rollouts(questions, None, args, (3,), step=2)
+    requests = grpo.plan_rollouts(questions, args, (3,), step=2)
     assert [r.tag[1] for r in requests] == [4] * 3 + [9] * 3
     assert all(r.forced == () for r in requests) and len({r.seed for r in requests}) == 6
 
@@ -296,9 +297,10 @@ def test_metrics():
             episode("cot", 1, 1, 14, 0.0, "<COT>\n</COT>"),
             episode("unknown", 0, 2, 3, -1.0, "2"),
             episode("direct", 0, 2, 5, 1.0, "<ANSWER>\n3\n</ANSWER>"),
-        ]
+        ],
+        Arm,
     )
-    got = metrics(rows, ("direct", "cot", "code", "long_cot", "unknown"))
+    got = metrics(rows, Arm.modes)
     assert got["mode/cot_share"] == 0.5 and got["mode/cot_tokens"] == 12 and got["mode/cot_accuracy"] == 1
     assert got["mode/code_share"] == 0 and got["mode/code_accuracy"] is None
     assert got["mode/cot_all_correct_groups"] == 1 and got["mode/long_cot_all_correct_groups"] == 0
@@ -330,15 +332,15 @@ def test_options_that_make_no_sense(option, message):
 
 def test_chain_responses_pass_the_gate_and_survive_the_tokenizer():
     tokenizer, rng = formats.tokenizer("arm"), np.random.default_rng(0)
-    control = grpo.control_tokens(tokenizer, Args())
+    form = Arm(tokenizer, Args())
     for i in range(60):
         question = chain.make_question(rng, i % 6 + 1, "x")
         lengths = []
-        for mode in arm.MODES:
-            text = arm.response(question, mode, rng)
+        for mode in Arm.tags:
+            text = Arm.response(question, mode, rng)
             ids = tokenizer.encode(text, add_special_tokens=False)
-            assert extract_answer(text) == question.answer and control.mode_of(ids) == mode
-            assert grpo.empty_rationale(text) is (None if mode == "direct" else False)
+            assert Arm.extract_answer(text) == question.answer and form.mode_of(ids) == mode
+            assert Arm.empty_rationale(text) is (None if mode == "direct" else False)
             assert prompts.decode(tokenizer, [*ids, tokenizer.eos_token_id], (tokenizer.eos_token_id,)) == text
             lengths.append(len(ids))
         assert lengths == sorted(lengths), "from cheap to dear"
@@ -347,9 +349,9 @@ def test_chain_responses_pass_the_gate_and_survive_the_tokenizer():
 def test_the_cold_start_shows_every_question_in_all_formats():
     """First what the paper's base model knows already, then each question four times, with one and the same prompt."""
     args = SimpleNamespace(chain_mix="1,1,1", max_steps=10)
-    rows = arm.rows(args, np.random.default_rng(0), 16, 10)
-    assert [format_of(row.response) for row in rows] == [*arm.MODES] * 4
+    rows = Arm.rows(args, np.random.default_rng(0), 16, 10)
+    assert [Arm.format_of(row.response) for row in rows] == [*Arm.tags] * 4
     assert all(len({row.question.problem for row in rows[i : i + 4]}) == 1 for i in range(0, 16, 4))
     assert all(row.prompt == "" and row.start == 0 for row in rows)
-    plain = arm.rows(args, np.random.default_rng(0), 16, 3)
-    assert {format_of(row.response) for row in plain} == {"direct", "unknown"}
+    plain = Arm.rows(args, np.random.default_rng(0), 16, 3)
+    assert {Arm.format_of(row.response) for row in plain} == {"direct", "unknown"}

@@ -8,10 +8,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from adaptive_reasoning import formats
-from adaptive_reasoning.adaptthink import Args, extract_answer
+from adaptive_reasoning.adaptthink import Args
 from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Question
-from adaptive_reasoning.formats import adaptthink as adaptthink_format
+from adaptive_reasoning.formats.think import Think
 from adaptive_reasoning.learner.model import load_tokenizer
 from adaptive_reasoning.run.evaluation import summarise
 from adaptive_reasoning.run.options import RunArgs, field_docs, parse_args
@@ -52,9 +52,9 @@ def test_responses_are_right_in_the_eyes_of_the_grader_and_survive_the_tokenizer
     rng = np.random.default_rng(0)
     for i in range(120):
         q = chain.make_question(rng, i % 6 + 1, "x")
-        for mode in adaptthink_format.MODES:
-            text = adaptthink_format.response(q, mode, rng)
-            assert extract_answer(text) == q.answer
+        for mode in Think.modes:
+            text = Think.response(q, mode, rng)
+            assert Think.extract_answer(text) == q.answer
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             assert prompts.decode(tokenizer, ids + [tokenizer.eos_token_id], (tokenizer.eos_token_id,)) == text
             assert (ids[0] == prompts.control_token(tokenizer, "</think>")) == (mode == "nothinking")
@@ -64,7 +64,7 @@ def test_thinking_opens_in_more_than_one_way():
     """Models open their thinking with various words; the forced one is only the most frequent."""
     rng = np.random.default_rng(0)
     q = chain.make_question(rng, 2, "x")
-    openers = {adaptthink_format.response(q, "thinking", rng).split(",")[0] for _ in range(60)}
+    openers = {Think.response(q, "thinking", rng).split(",")[0] for _ in range(60)}
     assert openers == {"Alright", "Okay"}
 
 
@@ -177,7 +177,7 @@ def test_most_direct_rows_do_not_teach_the_choice_to_skip_thinking(tokenizer):
     from adaptive_reasoning.sft import Args as SftArgs
 
     args = SftArgs(nothinking_rows=0.5, nothinking_supervised=0.1)
-    rows = adaptthink_format.rows(args, np.random.default_rng(0), 2000, step=1)
+    rows = Think.rows(args, np.random.default_rng(0), 2000, step=1)
     direct = [r for r in rows if r.response.startswith("</think>")]
     assert 0.45 < len(direct) / 2000 < 0.55
     assert 0.05 < sum(r.start == 0 for r in direct) / len(direct) < 0.16

@@ -16,25 +16,22 @@ from small_model import make_folder, make_tokenizer
 from test_end_to_end import ROOT, comparable, run_module
 
 from adaptive_reasoning import formats, thinker
-from adaptive_reasoning.benchmark.papers import THINKER
+from adaptive_reasoning.benchmark.papers import load_paper
 from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.files import read_jsonl
 from adaptive_reasoning.core.question import Question
-from adaptive_reasoning.formats import dialogue as chain_format
+from adaptive_reasoning.formats.dialogue import PROMPTS, STAGES, DialogueFormat
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.report import glossary
 from adaptive_reasoning.rollout import Completion, Decoder, Engine, Sampling
 from adaptive_reasoning.rollout.dialogue import CHATML, Dialogue, Turn, converse, turn_marks
-from adaptive_reasoning.run.evaluation import evaluate
+from adaptive_reasoning.run.evaluation import Evaluator, evaluate
 from adaptive_reasoning.run.stages import stage_rows, stage_table, verification
 from adaptive_reasoning.sft import episodes_of
 from adaptive_reasoning.tasks import chain
 from adaptive_reasoning.tasks.task import Benchmark, ExactGrader
 from adaptive_reasoning.thinker import (
     Args,
-    control_tokens,
-    extract_answer,
-    final,
     gae,
     normalise,
     policy_loss,
@@ -190,7 +187,7 @@ def make_args(**changes) -> Args:
 class Scripted:
     """Stands for the rollout engine: `reply(problem, stage)` is what the model says, cut at the budget."""
 
-    def __init__(self, reply, prompts=thinker.PROMPTS["chain"]):
+    def __init__(self, reply, prompts=PROMPTS["chain"]):
         self.reply, self.prompts, self.asked = reply, prompts, []
 
     def run(self, requests, sampling, on_finish, progress):
@@ -210,9 +207,13 @@ class Scripted:
             on_finish(i, Completion(r, context, ids, -ones, ones.bool(), reason, cache=torch.zeros(1)))
 
 
+def form_of(tokenizer, args) -> DialogueFormat:
+    return DialogueFormat(tokenizer, args, thinker.next_stage)
+
+
 def play(reply, setting="train", problems=("1+1",), **changes):
     """Return (dialogues, what was asked for) of questions whose answer is 2."""
-    control = control_tokens(TOKENIZER, make_args(**changes))
+    control = form_of(TOKENIZER, make_args(**changes))
     dialogues = [Dialogue(Question(f"q/{i}", p, "2", "1"), i, i) for i, p in enumerate(problems)]
     engine = Scripted(reply)
     converse(engine, ExactGrader(), dialogues, control, Sampling(), setting)
@@ -243,9 +244,9 @@ def test_training_goes_by_the_gold_answer_and_inference_by_the_verdict():
 def test_the_final_answer_is_that_of_fast_after_yes_and_of_slow_after_no():
     """Invariant 9, first half."""
     (d,), _ = play(says(fast="2", verdict="Yes", slow="5"), "adaptive")
-    assert final(d.turns) == "fast" and d.turns["fast"].correct
+    assert DialogueFormat.mode_of(d.turns) == "fast" and d.turns["fast"].correct
     (d,), _ = play(says(fast="2", verdict="No", slow="5"), "adaptive")
-    assert final(d.turns) == "slow" and not d.turns["slow"].correct
+    assert DialogueFormat.mode_of(d.turns) == "slow" and not d.turns["slow"].correct
 
 
 @pytest.mark.parametrize("box", ["Maybe", "", "Yes and No", "2"])
@@ -258,9 +259,14 @@ def test_an_unparsable_verdict_is_wrong_in_training_and_a_no_at_inference(box):
 
 def test_what_counts_as_a_verdict_and_as_an_answer():
     for text in ("\\boxed{Yes}", "\\boxed{ \\text{yes} }", "\\boxed{No} no, \\boxed{YES}"):
-        assert extract_answer("verify", text) == "yes"
-    assert extract_answer("verify", "Yes") is None and extract_answer("fast", "the answer is 2") is None
-    assert extract_answer("fast", "\\boxed{1} or \\boxed{2}") == "2" and extract_answer("slow", "") is None
+        assert DialogueFormat.extract_answer(text, "verify") == "yes"
+    for stage, text, answer in (
+        ("verify", "Yes", None),
+        ("fast", "the answer is 2", None),
+        ("fast", "\\boxed{1} or \\boxed{2}", "2"),
+        ("slow", "", None),
+    ):
+        assert DialogueFormat.extract_answer(text, stage) == answer
 
 
 def test_no_box_and_an_empty_response_are_wrong():
@@ -299,7 +305,7 @@ def test_every_context_is_a_strict_prefix_of_the_next_with_a_real_model():
     """Invariants 5, 6 and 7 with the rollout engine, and its log-probs are those of the learner (P3)."""
     args = make_args(temperature=1.0, gradient_checkpointing=False)
     model = chain.tiny_model(TOKENIZER, 32, 2)
-    engine, control = Engine(Decoder.from_model(model, "cpu", torch.float32)), control_tokens(TOKENIZER, args)
+    engine, control = Engine(Decoder.from_model(model, "cpu", torch.float32)), form_of(TOKENIZER, args)
     dialogues = [Dialogue(Question(f"q/{i}", f"{i}+1", "2"), i, i) for i in range(5)]
     seen = []
     run = engine.run
@@ -513,7 +519,7 @@ def test_verification_and_stage_numbers():
 def test_evaluation_holds_dialogues():
     """The verdict decides; tokens are those of all responses; shares of modes by difficulty; samples to read."""
     args = make_args(seed=0)
-    control = control_tokens(TOKENIZER, args)
+    control = form_of(TOKENIZER, args)
     questions = [Question(f"q/{i}", p, "2", str(1 + i % 2)) for i, p in enumerate(("1+1", "5+7", "3-1", "4-2"))]
     reply = says()
 
@@ -525,10 +531,10 @@ def test_evaluation_holds_dialogues():
     engine, grader = Scripted(answer), ExactGrader()
     benchmark = Benchmark("chain", questions, 2)
     got = {}
-    for setting in control.protocol().settings:
-        got[setting], samples = evaluate(
-            engine, grader, TOKENIZER, control.stop_ids, benchmark, control.protocol(), setting, args
-        )
+    for setting in control.eval_spec().settings:
+        on = Evaluator(engine, grader, TOKENIZER, control.stop_ids, control.eval_spec(), args)
+        got[setting], samples, rows = evaluate(on, benchmark, setting)
+        assert len(rows) == 8
     result = got["adaptive"]
     assert result["accuracy"] == 1 and result["modes"]["slow"]["share"] == 0.25
     assert result["by_difficulty"]["2"]["modes"] == {"fast": 0.5, "slow": 0.5, "qa": 0}
@@ -543,18 +549,18 @@ def test_evaluation_holds_dialogues():
 def test_rows_of_the_cold_start():
     """Wrong fast answers carry no loss, verdicts are right, and what a model should learn to fit fits the budgets."""
     args = SimpleNamespace(chain_mix="0.3,0.3,0.2,0.2", max_steps=100)
-    control = control_tokens(TOKENIZER, make_args(fast_budget=20, max_new_tokens=200))
-    first = chain_format.rows(args, np.random.default_rng(0), 99, 1)
+    control = form_of(TOKENIZER, make_args(fast_budget=20, max_new_tokens=200))
+    first = DialogueFormat.rows(args, np.random.default_rng(0), 99, 1)
     assert not any(r.turns for r in first) and {r.prompt.split()[-1] for r in first} == {"short", "step"}
     assert {r.question.difficulty for r in first if r.prompt.endswith("short")} == {"1"}
-    rows = chain_format.rows(args, np.random.default_rng(0), 300, 100)
+    rows = DialogueFormat.rows(args, np.random.default_rng(0), 300, 100)
     kinds = set()
     for row, e in zip(rows, episodes_of(rows, TOKENIZER, 512)):
         if not row.turns:
             continue
-        answer = extract_answer("fast", row.response)
+        answer = DialogueFormat.extract_answer(row.response, "fast")
         right = answer == row.question.answer
-        verdict = extract_answer("verify", row.turns[0][1])
+        verdict = DialogueFormat.extract_answer(row.turns[0][1], "verify")
         kinds.add((right, verdict, len(row.turns)))
         n = len(TOKENIZER(row.response)["input_ids"]) + 1
         assert e.action_mask[:n].all() if right else not e.action_mask[:n].any()
@@ -574,8 +580,8 @@ def test_marks_of_a_turn():
     r1 = make_tokenizer(["some text"])
     marks = turn_marks(r1)
     assert marks.think == "<think>\n" and marks.end == r1.eos_token_id and not marks.header.endswith("\n")
-    control = control_tokens(r1, Args())
-    opened = {stage: r1.decode(control.ids(stage, None)).endswith("<think>\n") for stage in thinker.STAGES}
+    control = form_of(r1, Args())
+    opened = {stage: r1.decode(control.ids(stage, None)).endswith("<think>\n") for stage in STAGES}
     assert opened == {"fast": False, "verify": True, "slow": True, "summary": False, "qa": True}
     with pytest.raises(UserError, match="has no <|im_start|>"):
         turn_marks(r1, "chatml")
@@ -583,7 +589,7 @@ def test_marks_of_a_turn():
     with pytest.raises(UserError, match="does not show how a dialogue goes on"):
         turn_marks(r1)
     r1.add_special_tokens({"additional_special_tokens": list(CHATML)})
-    control = control_tokens(r1, Args())
+    control = form_of(r1, Args())
     text = r1.decode(control.ids("fast", "1+1") + control.ids("verify", None))
     assert text.startswith("<|im_start|>user\n") and "<|im_end|>\n<|im_start|>assistant\n\n<|im_start|>user\n" in text
     assert control.stop_ids == (r1.convert_tokens_to_ids("<|im_end|>"), r1.eos_token_id)
@@ -591,15 +597,17 @@ def test_marks_of_a_turn():
 
 def test_budgets_have_to_fit():
     with pytest.raises(UserError, match="the budgets of the stages add up to 108"):
-        control_tokens(TOKENIZER, make_args(max_new_tokens=100))
+        form_of(TOKENIZER, make_args(max_new_tokens=100))
 
 
 def test_paper_table_and_its_average():
     """Invariant 9, second half: Avg is the plain mean of the eight columns."""
-    for rows in THINKER.values():
-        for name, (values, average) in rows.items():
-            if average is not None:
-                assert sum(values) / 8 == pytest.approx(average, abs=0.011), name
+    for size in ("q1.5b", "r1.5b", "r7b"):
+        paper = load_paper(f"thinker-{size}")
+        for name, cells in paper["rows"].items():
+            if "mean" in cells:
+                mean = sum(cells[b][0] for b in paper["benchmarks"]) / 8
+                assert mean == pytest.approx(cells["mean"][0], abs=0.011), name
 
 
 # --- whole runs

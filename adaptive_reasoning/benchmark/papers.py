@@ -1,117 +1,74 @@
-"""The papers' published rows, and tables that show them beside ours."""
+"""The papers' published rows beside ours. A paper is a YAML file in published/, or one of the user's own:
 
-from adaptive_reasoning.benchmark.arm import ARM, arm_table
+title: accuracy % / tokens / Long CoT %             what a cell holds
+mode: long_cot                                      whose share stands in our cells (none: accuracy alone)
+decimals: 1                                         of an accuracy
+mean: mean of 8                                     title of a column for the mean over all benchmarks (none: left out)
+benchmarks: [gsm8k, math500]
+rows:
+  "GRPO": {gsm8k: [92.8, 739], math500: [79.4, 1410], mean: [86.1]}         a cell's numbers, the accuracy first
+"""
+
+from pathlib import Path
+
+import yaml
+
+from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.report.console import aligned
 
-# Published rows (accuracy in %, mean tokens, share of NoThinking in %): AdaptThink, Table 1, arXiv 2505.13417.
-ADAPTTHINK = {
-    "1.5b": {
-        "original, always think": {"gsm8k": (79.0, 978, 0), "math500": (80.6, 4887, 0), "aime24": (29.4, 12073, 0)},
-        "original, never think": {"gsm8k": (69.8, 280, 100), "math500": (67.2, 658, 100), "aime24": (14.0, 2190, 100)},
-        "AdaptThink": {"gsm8k": (83.1, 480, 86.9), "math500": (82.0, 1782, 76.8), "aime24": (31.0, 6679, 40.4)},
-    },
-    "7b": {
-        "original, always think": {"gsm8k": (87.9, 682, 0), "math500": (90.2, 3674, 0), "aime24": (53.5, 10306, 0)},
-        "original, never think": {"gsm8k": (85.1, 283, 100), "math500": (80.6, 697, 100), "aime24": (24.2, 1929, 100)},
-        "AdaptThink": {"gsm8k": (91.0, 309, 99.6), "math500": (92.0, 1875, 76.6), "aime24": (55.6, 8599, 6.3)},
-    },
-}
-
-# Thinkless, Tables 1 and 2, arXiv 2505.13379: accuracy in % (lenient scoring), mean tokens with prompt and template,
-# share of thinking in %. "math_algebra" is the algebra part of MATH (1187 questions), there called Minerva Algebra.
-THINKLESS = {"thinkless-1.5b": {
-    "R1-Distill-1.5B": {"aime24": (28.0, 18063, 100), "math_algebra": (95.77, 3029, 100), "math500": (86.08, 5675, 100),
-                        "gsm8k": (83.47, 1919, 100)},
-    "warm-up, always think": {"aime24": (30.67, 18685, 100), "math_algebra": (95.3, 3064, 100),
-                              "math500": (83.6, 6209, 100), "gsm8k": (82.53, 2363, 100)},
-    "warm-up, never think": {"aime24": (8.0, 3977, 0), "math_algebra": (90.51, 690, 0), "math500": (72.76, 989, 0),
-                             "gsm8k": (82.02, 441, 0)},
-    "router random": {"aime24": (14.67, 8093, 56.0), "math_algebra": (92.11, 1736, 49.28),
-                      "math500": (76.08, 3096, 47.92), "gsm8k": (82.05, 1086, 50.99)},
-    "router Q-7B": {"aime24": (16.67, 9296, 46.67), "math_algebra": (92.5, 795, 5.64), "math500": (79.48, 2748, 25.0),
-                    "gsm8k": (85.87, 563, 2.35)},
-    "Thinkless": {"aime24": (27.33, 7099, 100), "math_algebra": (94.59, 1144, 25.88), "math500": (81.84, 2555, 51.56),
-                  "gsm8k": (84.18, 624, 13.31)},
-}}  # fmt: skip
-
-# Thinker, README table of its second version: pass@1 in % (mean of 16 samples) on eight benchmarks, and their mean.
-THINKER_BENCHMARKS = ("math500", "aime24", "aime25", "gpqa", "olympiad", "amc23", "minerva", "college")
-THINKER = {
-    "q1.5b": {
-        "Q1.5B pretrained": ((9.05, 0.00, 0.00, 4.55, 3.09, 4.06, 2.30, 7.40), 3.81),
-        "Q1.5B QA baseline": ((59.82, 4.10, 2.43, 20.52, 26.05, 35.36, 19.25, 37.42), 25.62),
-        "Q1.5B Thinker": ((64.45, 6.25, 2.22, 19.21, 28.21, 39.06, 20.38, 38.82), 27.33),
-        "Q1.5B Thinker-Fast": ((59.82, 4.58, 1.25, 21.28, 24.52, 34.53, 17.85, 37.58), 25.18),
-        "ORZ-1.5B (quoted)": ((58.0, 3.5, 1.0, 16.8, None, None, None, None), None),
-        "SimpleRL-1.5B (quoted)": ((59.0, 4.2, None, None, 21.0, 35.0, 20.2, None), None),
-    },
-    "r1.5b": {
-        "R1.5B pretrained": ((76.21, 17.50, 17.92, 13.76, 37.46, 55.94, 24.82, 38.85), 35.31),
-        "R1.5B QA baseline": ((86.24, 35.42, 23.75, 25.69, 49.22, 72.81, 32.08, 42.02), 45.90),
-        "R1.5B Thinker": ((88.51, 38.96, 26.67, 37.41, 55.49, 83.59, 34.77, 42.46), 50.98),
-        "R1.5B Thinker-Fast": ((81.35, 18.33, 14.58, 28.85, 45.68, 66.41, 31.39, 41.74), 41.05),
-    },
-    "r7b": {  # the rows of Thinker and the end of the baseline's are not known to us
-        "R7B pretrained": ((84.05, 37.50, 28.54, 17.58, 37.92, 36.41, 34.49, 40.72), 39.65),
-        "R7B QA baseline": ((91.03, 47.50, 34.58, None, None, None, None, None), None),
-    },
-}
+FOLDER = Path(__file__).parent / "published"
 
 
-def share_table(rows: list[dict], published: dict[str, dict], size: str, mode: str) -> str:
-    """Return our rows and the paper's for the benchmarks that both have: accuracy %, tokens, share of a mode in %."""
-    there = next(iter(published.values()))
-    names = [b for b in dict.fromkeys(r["benchmark"] for r in rows) if b in there]
-    if not names:
+def load_paper(name: str) -> dict:
+    """Return a paper by the name of its file in published/, or by a path.
+
+    Raises:
+        UserError: there is no such file, or it lacks a key.
+    """
+    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
+        raise UserError(f"--paper {name}: takes {known}, or the path of a YAML file.")
+    paper = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(paper, dict) or not {"title", "benchmarks", "rows"} <= set(paper):
+        raise UserError(f"{path}: a paper needs title, benchmarks and rows.")
+    return {"name": path.stem, "mode": "", "decimals": 1, "mean": "", **paper}
+
+
+def paper_table(rows: list[dict], paper: dict) -> str:
+    """Return our rows and the paper's for the benchmarks that both have.
+
+    Args:
+        rows: of evaluation.json; a result with "maj_accuracy" has a row of its own for the vote.
+        paper: from `load_paper`.
+    """
+    names = [b for b in paper["benchmarks"] if b in {row["benchmark"] for row in rows}]
+    columns = [*names, *(["mean"] if paper["mean"] else [])]
+    if not columns:
         return "no benchmark here is in the paper's table"
-    table = [["", *names]]
-    for setting in dict.fromkeys(r["setting"] for r in rows):
-        ours = {r["benchmark"]: r["result"] for r in rows if r["setting"] == setting}
-        cells = [
-            f"{100 * ours[b]['accuracy']:.1f} / {ours[b].get('mean_tokens_paper', ours[b]['mean_tokens']):.0f} / "
-            f"{100 * ours[b]['modes'].get(mode, {'share': 0})['share']:.1f}"
-            for b in names
-        ]
-        table.append([f"here, {setting}", *cells])
-    for name, values in published.items():
-        table.append([f"paper, {name}", *("{:.1f} / {} / {}".format(*values[b]) for b in names)])
-    return f"accuracy % / tokens / {'NoThinking' if mode == 'nothinking' else mode} %, paper {size}\n" + aligned(table)
+    lines: dict[str, dict[str, tuple]] = {}
+    for row in rows:
+        for title, key in ((row["setting"], "accuracy"), (f"{row['setting']}, vote", "maj_accuracy")):
+            if key in row["result"]:
+                lines.setdefault(f"here, {title}", {})[row["benchmark"]] = our_cell(row["result"], key, paper["mode"])
+    for cells in lines.values():
+        if set(paper["benchmarks"]) <= cells.keys():
+            cells["mean"] = (sum(cells[b][0] for b in paper["benchmarks"]) / len(paper["benchmarks"]),)
+    lines |= {f"paper, {name}": cells for name, cells in paper["rows"].items()}
+    table = [["", *names, *filter(None, [paper["mean"]])]]
+    table += [[name, *(cell_text(cells.get(b), paper["decimals"]) for b in columns)] for name, cells in lines.items()]
+    return f"{paper['title']}, paper {paper['name']}\n" + aligned(table)
 
 
-def adaptthink_table(rows: list[dict], size: str) -> str:
-    return share_table(rows, ADAPTTHINK[size], size, "nothinking")
+def our_cell(result: dict, key: str, mode: str) -> tuple:
+    """Return (accuracy in %, tokens, share of the mode in %) of a result; (accuracy,) without a mode."""
+    accuracy = 100 * result[key]
+    if not mode:
+        return (accuracy,)
+    tokens = result.get("mean_tokens_paper", result["mean_tokens"])
+    return accuracy, f"{tokens:.0f}", f"{100 * result['modes'][mode]['share']:.1f}"
 
 
-def thinkless_table(rows: list[dict], size: str) -> str:
-    return share_table(rows, THINKLESS[size], size, "think")
-
-
-def thinker_table(rows: list[dict], size: str) -> str:
-    """Return accuracy in % on the benchmarks of Thinker's table that were measured, and the plain mean of the eight."""
-    names = [b for b in THINKER_BENCHMARKS if b in {r["benchmark"] for r in rows}]
-    found = {}
-    for r in rows:
-        found.setdefault(f"here, {r['setting']}", {})[r["benchmark"]] = 100 * r["result"]["accuracy"]
-    lines = {name: ([part[b] for b in names], mean_of_eight(part)) for name, part in found.items()}
-    for name, (values, average) in THINKER[size].items():
-        lines[f"paper, {name}"] = ([dict(zip(THINKER_BENCHMARKS, values))[b] for b in names], average)
-    table = [["", *names, "mean of 8"]]
-    table += [
-        [name, *("-" if x is None else f"{x:.2f}" for x in (*values, mean))] for name, (values, mean) in lines.items()
-    ]
-    return f"pass@1 in %, paper {size}\n" + aligned(table)
-
-
-def mean_of_eight(accuracies: dict[str, float]) -> float | None:
-    """Return the plain mean of the eight columns, None if one is missing."""
-    values = [accuracies.get(b) for b in THINKER_BENCHMARKS]
-    return None if None in values else sum(values) / len(values)
-
-
-PAPERS = {  # algorithm -> (published rows by model size, the function that prints them beside ours)
-    "adaptthink": (ADAPTTHINK, adaptthink_table),
-    "grpo": (ARM, arm_table),
-    "ada_grpo": (ARM, arm_table),
-    "degrpo": (THINKLESS, thinkless_table),
-    "thinker": (THINKER, thinker_table),
-}
+def cell_text(cell: tuple | list | None, decimals: int) -> str:
+    """Return a cell as text: the accuracy rounded, the others as they stand; "-" where there is none."""
+    return " / ".join([f"{cell[0]:.{decimals}f}", *map(str, cell[1:])]) if cell else "-"

@@ -1,22 +1,26 @@
 """Votes: answers of several responses to one question made into one, from the graded rows of an evaluation."""
 
 
-def consensus(rows_of: dict[str, list[dict]], settings: tuple[str, ...]) -> list[dict]:
+def consensus(rows_of: dict[str, list[dict]], asked: tuple[str, ...], fallback: str) -> list[dict]:
     """Return the rows of the setting "consensus", made from the rows of the settings that it asks.
 
-    Where the answers of all settings but the last are the same text, and none is missing, that is the answer; else it
-    is the last one's, whose tokens are spent as well. A row has the mode of the response whose answer it takes.
+    Where the answers of `asked` are the same text, and none is missing, that is the answer; else it is that of the
+    setting `fallback`, whose tokens are spent as well. A row has the mode of the response whose answer it takes.
     """
-    *cheap, last = ({(r["question"], r["sample"]): r for r in rows_of[setting]} for setting in settings)
+    cheap, last = [by_sample(rows_of[setting]) for setting in asked], by_sample(rows_of[fallback])
     rows = []
     for key in cheap[0]:
-        asked = [rows[key] for rows in cheap]
-        answers = {r["answer"] for r in asked}
+        found = [rows[key] for rows in cheap]
+        answers = {r["answer"] for r in found}
         agreed = len(answers) == 1 and None not in answers
-        taken = asked[0] if agreed else last[key]
-        tokens = sum(r["tokens"] for r in asked) + (0 if agreed else taken["tokens"])
+        taken = found[0] if agreed else last[key]
+        tokens = sum(r["tokens"] for r in found) + (0 if agreed else taken["tokens"])
         rows.append({**taken, "tokens": tokens, "fallback": not agreed})
     return rows
+
+
+def by_sample(rows: list[dict]) -> dict[tuple[int, int], dict]:
+    return {(row["question"], row["sample"]): row for row in rows}
 
 
 def majority(rows: list[dict], k: int, grader) -> float:

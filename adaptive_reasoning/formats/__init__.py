@@ -1,13 +1,22 @@
-"""Formats: how a response says its mode and its answer, and how a cold start teaches it; one class a file.
+"""Formats: how a response says its mode and its answer, one class a file.
 
-    form = load("arm").of(tokenizer, args)          or load("my_module.MyFormat"), a subclass of your own
-    form.mode_of(response_ids), form.extract_answer(text), form.opening("cot")
+    arm.py          Arm             four tags in the text
+    think.py        Think           R1's template, in which `</think>` as the first token skips the thinking
+    thinkless.py    Thinkless       one control token in front
+    boxed.py        Boxed           one mode, the answer in a box
+    dialogue.py     DialogueFormat  turns of a dialogue
 
-A mode more is a subclass with a tag more; see docs/add_a_method.md.
+A format of your own is a subclass anywhere on the Python path, named module.Class where a command asks for a format.
+One more mode is one more tag:
+
+    class WithSketch(Arm):                                              # --answer_format my_module.WithSketch
+        tags = {**Arm.tags, "sketch": "SKETCH"}
 """
 
 import importlib
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import numpy as np
@@ -18,13 +27,7 @@ from adaptive_reasoning.run.evaluation import EvalSpec
 from adaptive_reasoning.tasks import chain
 from adaptive_reasoning.tasks.answers import same_answer
 
-KNOWN = {
-    "arm": "adaptive_reasoning.formats.arm.Arm",
-    "boxed": "adaptive_reasoning.formats.boxed.Boxed",
-    "dialogue": "adaptive_reasoning.formats.dialogue.DialogueFormat",
-    "think": "adaptive_reasoning.formats.think.Think",
-    "thinkless": "adaptive_reasoning.formats.thinkless.Thinkless",
-}
+NAMES = {"think": "Think", "arm": "Arm", "thinkless": "Thinkless", "boxed": "Boxed", "dialogue": "DialogueFormat"}
 
 
 @dataclass
@@ -43,110 +46,108 @@ class Row:
     prompt: str = ""  # the user's first message, where it is not the problem itself
 
 
-class ResponseFormat:
-    """How a response says which mode it is in, and what its answer is.
+@dataclass
+class NoOptions:
+    """Options of a format that has none."""
 
-    tags: mode -> the tag that opens it; labels: mode -> its name in tables, where it has another one.
-    no_mode: what a response is that opens with no tag; empty: there is no such response.
-    check: check(answer, target) -> bool, used by training and evaluation alike; a function that a grader process can
-        import from its module.
-    consensus, fallback: as in `EvalSpec`.
+
+class ResponseFormat(ABC):
+    """How a response says its mode and its answer.
+
+    Args:
+        tokenizer: of the model.
+        args: options of the command. Where it does not have those of the format (`Options`), their defaults hold.
+
+    Raises:
+        UserError: the tokenizer does not fit the format.
     """
 
-    tags: ClassVar[dict[str, str]] = {}
-    labels: ClassVar[dict[str, str]] = {}
-    no_mode: ClassVar[str] = ""
-    consensus: ClassVar[tuple[str, ...]] = ()
+    tags: ClassVar[dict[str, str]] = {}  # mode -> what opens it
+    modes: ClassVar[dict[str, str]] = {}  # mode -> its name in tables, in their order; a tag without one gets one
+    malformed: ClassVar[str] = ""  # mode of a response that opens with no tag
+    check: ClassVar[Callable[[str, str], bool]] = staticmethod(same_answer)  # (answer, target); graders import it
+    consensus: ClassVar[tuple[str, ...]] = ()  # settings whose answers have to agree; else the fallback's answer counts
     fallback: ClassVar[str] = ""
-    check = staticmethod(same_answer)
+    Options: ClassVar[type] = NoOptions  # a dataclass, from which the `Args` of a command may inherit
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    # The laboratory's tokenizer: chat template, marks of a turn (special tokens), marks inside a response.
+    TEMPLATE: ClassVar[str] = (
+        "<|begin|>{% for message in messages %}{% if message['role'] == 'user' %}<|User|>{{ message['content'] }}"
+        "{% else %}<|Assistant|>{{ message['content'] }}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|Assistant|>{% endif %}"
+    )
+    SPECIAL: ClassVar[tuple[str, ...]] = ("<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>")
+    TOKENS: ClassVar[tuple[str, ...]] = ()
 
-    @classmethod
-    def of(cls, tokenizer, args) -> "ResponseFormat":
-        """Return the format for a tokenizer; `args` are the options of a run.
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        names = {mode: mode.replace("_", " ").capitalize() for mode in cls.tags} | cls.modes
+        order = [*(mode for mode in (*cls.modes, *cls.tags) if mode != cls.malformed), *filter(None, [cls.malformed])]
+        cls.modes = {mode: names[mode] for mode in order}
 
-        Raises:
-            UserError: the tokenizer or its chat template does not fit.
-        """
-        return cls(tokenizer)
+    def __init__(self, tokenizer, args):
+        self.tokenizer, self.args = tokenizer, args
+        inherits = isinstance(args, self.Options)
+        self.options = self.Options(**{f.name: vars(args)[f.name] for f in fields(self.Options)} if inherits else {})
 
-    @property
-    def modes(self) -> dict[str, str]:
-        """Return {mode: label} in the order of the tables, that of responses without a mode last."""
-        names = (*self.tags, *([self.no_mode] if self.no_mode else []))
-        return {mode: self.labels.get(mode, mode) for mode in names}
-
-    @classmethod
-    def format_of(cls, response: str) -> str:
-        """Return the mode whose tag a response opens with."""
-        return next((mode for mode, tag in cls.tags.items() if response.startswith(f"<{tag}>")), cls.no_mode)
-
+    @abstractmethod
     def mode_of(self, response_ids) -> str:
-        """Return the mode of a response from its own first tokens."""
-        raise NotImplementedError
+        """Return the mode of a response from its own first tokens [T]."""
 
+    @abstractmethod
     def extract_answer(self, response: str) -> str | None:
-        """Return the answer to grade; None where the response breaks the format."""
-        raise NotImplementedError
-
-    def empty_rationale(self, response: str) -> bool | None:
-        """Return whether a rationale is a shell, so that its mode is a label alone; None where there is none."""
-        return None
+        """Return the answer to grade, None where the response breaks the format."""
 
     def opening(self, mode: str) -> tuple[int, ...]:
-        """Return the tokens that force a mode."""
-        raise NotImplementedError
+        """Return the token ids that force a mode."""
+        raise UserError(f"{type(self).__name__} has no tokens that force the mode {mode!r}.")
 
-    def settings(self) -> dict[str, tuple[tuple[int, float], ...]]:
-        """Return the settings of an evaluation: free, and each mode forced."""
-        return {"adaptive": (), **{mode: self.surely(mode) for mode in self.tags}}
-
-    def surely(self, mode: str) -> tuple[tuple[int, float], ...]:
-        """Return the opening of a mode, each token with the probability 1."""
-        return tuple((token, 1.0) for token in self.opening(mode))
-
-    def extra_tokens(self) -> int | None:
-        """Return what the paper's tables add to a response's tokens; None: they count responses."""
+    def empty_rationale(self, response: str) -> bool | None:
+        """Return whether a rationale has nothing in it; None for a response without one."""
         return None
 
     def findings(self) -> dict[str, str]:
         """Return the lines of the preflight table about the format."""
-        return {}
+        return {"formats": ", ".join(self.modes)}
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def forced_settings(self) -> dict[str, str]:
+        """Return {setting of an evaluation: mode that it forces}."""
+        return {mode: mode for mode in self.tags}
 
     def eval_spec(self) -> EvalSpec:
-        """Return how evaluation forces and tells modes apart."""
+        """Return how evaluation forces and tells modes apart; the first setting forces nothing."""
+        forced = {name: tuple((i, 1.0) for i in self.opening(mode)) for name, mode in self.forced_settings().items()}
         return EvalSpec(
-            self.settings(), self.mode_of, self.extract_answer, tuple(self.modes), self.check,
-            self.consensus, self.fallback,
+            {"adaptive": (), **forced}, self.mode_of, self.extract_answer, self.modes, self.check, self.consensus,
+            self.fallback,
         )  # fmt: skip
 
-    # ------------------------------------------------------------------------------- the cold start on chains
+    def template_tokens(self) -> int | None:
+        """Return what published tables add to the tokens of prompt and response; None: they count responses alone."""
+        return None
 
-    TEMPLATE: ClassVar[str] = ""  # chat template of the laboratory's tokenizer
-    SPECIAL: ClassVar[tuple[str, ...]] = ()  # its added tokens that mark turns
-    TOKENS: ClassVar[tuple[str, ...]] = ()  # and those inside a response, which are ordinary ones
+    # ------------------------------------------------------------------------------- cold start, on arithmetic chains
 
     @classmethod
-    def finish(cls, tokenizer):
-        """Return the laboratory's tokenizer as the format wants it."""
-        return tokenizer
+    def cold_start_modes(cls) -> tuple[str, ...]:
+        """Return the ways of answering that `response` knows."""
+        return tuple(cls.tags) or tuple(cls.modes)
 
     @classmethod
     def response(cls, question: Question, mode: str, rng: np.random.Generator) -> str:
-        """Return a correct response in a mode, without the end token."""
-        raise NotImplementedError
+        """Return a correct response to a chain in a mode, without the end token."""
+        raise UserError(f"{cls.__name__} has no cold start on chains: give it a method `response`.")
 
     @classmethod
     def rows(cls, args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
-        """Return n rows of the cold start for a step."""
-        raise NotImplementedError
+        """Return n rows of a step of the cold start: every chain once in each mode, all in the same batch.
 
-    @classmethod
-    def in_every_mode(cls, args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
-        """Return chains, each answered in every mode: nothing in the prompt says which to use."""
-        shares, modes, out = chain.parse_mix(args.chain_mix), tuple(cls.tags), []
+        So the model starts with equal shares on every question, and the style of the text follows its first token.
+        """
+        shares, modes = chain.parse_mix(args.chain_mix), cls.cold_start_modes()
+        out = []
         for i in range(n):
             if i % len(modes) == 0:
                 operations = int(rng.choice(len(shares), p=shares)) + 1
@@ -154,26 +155,37 @@ class ResponseFormat:
             out.append(Row(question, cls.response(question, modes[i % len(modes)], rng)))
         return out
 
+    @classmethod
+    def finish(cls, tokenizer):
+        """Return the laboratory's tokenizer as the format needs it, once it is trained."""
+        return tokenizer
+
 
 def load(name: str, kind: type[ResponseFormat] = ResponseFormat) -> type[ResponseFormat]:
-    """Return a format's class: by its short name, or of the user's own by "module.Class".
+    """Return a format by its short name, or a class of the user's own by "module.Class".
 
     Args:
-        kind: what it has to be a subclass of.
+        kind: what the format has to be a subclass of.
 
     Raises:
-        UserError: there is no such format, or one of another kind.
+        UserError: there is none of that name, or one of another kind.
     """
-    module, _, attribute = KNOWN.get(name, name).rpartition(".")
+    module, _, attribute = name.rpartition(".")
+    if name in NAMES:
+        module, attribute = f"{__name__}.{name}", NAMES[name]
+    if not module:
+        raise UserError(f"there is no response format {name!r}: take {', '.join(NAMES)}, or your own as module.Class.")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):  # a module that the user's module needs
+            raise
         raise UserError(
-            f"format {name!r}: {error or 'no such format'}. Take one of {', '.join(KNOWN)}, or name a class of your "
-            "own as module.Class, importable from the working directory."
+            f"response format {name!r}: there is no module {error.name!r} on the Python path. Start the command in its "
+            "folder, or set PYTHONPATH."
         ) from error
     if not (isinstance(found, type) and issubclass(found, kind)):
-        raise UserError(f"format {name!r}: {kind.__name__} or a subclass of it is needed here.")
+        raise UserError(f"response format {name!r}: {attribute!r} of {module} is no subclass of {kind.__name__}.")
     return found
 
 

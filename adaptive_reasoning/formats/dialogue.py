@@ -1,4 +1,13 @@
-"""Thinker's dialogue: a quick answer, a check of it, and where it was wrong a slow one and its summary.
+"""Dialogue: Thinker's turns. A quick answer, a check of it, and where it was wrong a slow one and its summary.
+
+    fast      answer within a small budget
+    verify    is that right? \\boxed{Yes} or \\boxed{No}
+    slow      think again
+    summary   condense the slow work; in training alone
+    qa        the baseline's only turn
+
+The format is also what holds the dialogue (`rollout.dialogue`): what is asked, in which order, and what an answer has
+to equal. The order here is that of inference, where the verdict decides; a method may give one of its own for training.
 
 On chains:
 
@@ -6,19 +15,20 @@ On chains:
     verify    a verdict at once, which is a guess, or after working the chain through and subtracting the fast answer
     slow      one operation a line, once more from the start
     summary   the same work without a word more
-    qa        the baseline's only turn: one operation a line
+    qa        one operation a line
 
-In half of the dialogues of the cold start the fast answer is wrong. It carries no loss, and what a good model says next
-does. Before the dialogues come single operations answered at once and chains in the baseline's one turn. They stand for
-what a pretrained model knows: one that meets everything at once learns neither the arithmetic nor the dialogue. For the
-same reason the check is a subtraction, which it knows, and not a comparison of two digits, which it would have to learn
-(experiments/LOG.md).
+In half of the dialogues the fast answer is wrong. It carries no loss, and what a good model says next does.
+
+Before the dialogues, in the first part of the cold start, come single operations answered at once and chains in the
+baseline's one turn. They stand for what a pretrained model knows: one that meets everything at once learns neither the
+arithmetic nor the dialogue. For the same reason the check is a subtraction, which it knows, and not a comparison of two
+digits, which it would have to learn (experiments/LOG.md).
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar
 
 import numpy as np
 
@@ -32,8 +42,9 @@ from adaptive_reasoning.tasks.answers import boxed_answer
 
 STAGES = ("fast", "verify", "slow", "summary", "qa")
 THINKING = ("verify", "slow", "qa")  # stages in which a model with a thinking block (R1) opens it
-PROMPTS = {
-    "paper": {  # after the figure as remembered (U1)
+USER, ASSISTANT = "<|User|>", "<|Assistant|>"
+PROMPTS = {  # the user's turns
+    "paper": {
         "fast": "Answer the question below with concise steps and put the final answer in \\boxed{}. Keep the response "
         "under 1000 words.\nQuestion: {q}",
         "verify": "Is the answer above correct? Check each step carefully, then output \\boxed{Yes} if it is correct "
@@ -44,7 +55,7 @@ PROMPTS = {
         "the internal reasoning, in 300 to 1000 words, ending with the final answer in \\boxed{}.",
         "qa": "Reason step by step and put the final answer in \\boxed{}.\nQuestion: {q}",
     },
-    "chain": {  # short as everything in the laboratory
+    "chain": {  # short, as everything in the laboratory
         "fast": "{q} in short",
         "verify": "right?",
         "slow": "no, step by step",
@@ -52,17 +63,22 @@ PROMPTS = {
         "qa": "{q} step by step",
     },
 }
+CAREFUL = 0.5  # share of the verdicts after a check
+SINGLE = 0.4  # share of the drills that are single operations, answered at once
+DRILLS = 0.5  # first part of the cold start: arithmetic alone
+FAST_ROWS, QA_ROWS = 0.1, 0.15  # after it: share of the rows that end with a fast answer, or are of the baseline
+NOT_SUPERVISED = 1_000_000  # beyond the end of any response
 
 
 @dataclass
 class DialogueArgs:
-    """Options of a dialogue, in training and evaluation alike."""
+    """Options of the format. The defaults are the run with Qwen2.5-1.5B as far as it is known."""
 
-    environment: Literal["dialogue", "qa"] = "dialogue"
-    """"dialogue": all stages. "qa": the baseline, one turn."""
-    stage_prompts: Literal["paper", "chain"] = "paper"
+    environment: str = "dialogue"
+    """"dialogue": all its stages. "qa": the baseline, one turn."""
+    stage_prompts: str = "paper"
     """The user's turns: "paper" (as far as they are known) or "chain" (the laboratory's)."""
-    template: Literal["auto", "chatml", "own"] = "auto"
+    template: str = "auto"
     """Marks of a turn: "chatml", "own" (of the tokenizer's chat template), "auto": ChatML where it is known."""
     fast_budget: int = 1000
     """Most tokens of a Fast response; longer ones are cut."""
@@ -79,92 +95,82 @@ class DialogueArgs:
     skip_verify: bool = False
     """Leave Verify out: Slow follows a wrong Fast answer, at inference every one."""
 
-    def budgets(self) -> dict[str, int]:
-        """Return the most tokens of each stage that can be reached."""
-        every = (self.fast_budget, self.verify_budget, self.slow_budget, self.summary_budget, self.qa_budget)
-        stages = ("qa",) if self.environment == "qa" else STAGES[:-1]
-        return {stage: budget for stage, budget in zip(STAGES, every) if stage in stages}
+    CHOICES: ClassVar = {
+        "environment": ("dialogue", "qa"),
+        "stage_prompts": ("paper", "chain"),
+        "template": ("auto", "chatml", "own"),
+    }
 
 
-def next_stage(turns: dict[str, Turn], setting: str, args: DialogueArgs) -> str | None:
-    """Return the stage that comes next at inference, None at the end.
+def next_stage(turns: dict[str, Turn], setting: str, options: DialogueArgs) -> str | None:
+    """Return the stage that comes next at inference, None at the end. `setting` is one of `DialogueFormat.eval_spec`.
 
-    `setting` "adaptive": the verdict decides; "fast", "slow" and "qa" end with the stage of that name.
+    "adaptive" goes by the verdict; "fast", "slow" and "qa" end with the stage of that name.
     """
     if not turns:
-        return "qa" if "qa" in (setting, args.environment) else "fast"
+        return "qa" if "qa" in (setting, options.environment) else "fast"
     last = list(turns)[-1]
-    if last in (setting, "slow", "qa"):
+    if last in (setting, "slow", "summary", "qa"):
         return None
-    if last == "fast" and not args.skip_verify:
+    if last == "fast" and not options.skip_verify:
         return "verify"
     accepted = "verify" in turns and turns["verify"].answer == "yes"  # an unparsable verdict is a No
     return None if accepted and setting != "slow" else "slow"
 
 
-def final(turns: dict[str, Turn]) -> str:
-    """Return the stage whose answer counts, the mode of a dialogue: the second answer where there is one."""
-    return next(stage for stage in ("slow", "fast", "qa") if stage in turns)
-
-
-def extract_answer(stage: str, text: str) -> str | None:
-    """Return what the last box holds; of Verify "yes" or "no", None for any other verdict (its reward is 0)."""
-    answer = boxed_answer(text)
-    if stage != "verify" or answer is None:
-        return answer
-    word = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", answer).strip().lower()
-    return word if word in ("yes", "no") else None
-
-
 class DialogueFormat(ResponseFormat):
-    """The script of the dialogue (see `rollout.dialogue`).
+    """Turns of a dialogue; the mode is the stage whose answer counts.
 
     Args:
-        args: the options of the dialogue, `rollout_rows` and `max_new_tokens`.
-        next_in_training: turns -> the stage that comes next in the setting "train"; None: there is no training.
+        order: (turns, setting, args) -> stage that comes next, as `next_stage`, of a method that trains.
+
+    Raises:
+        UserError: the tokenizer or the budgets do not fit.
     """
 
-    labels = {"fast": "Fast", "slow": "Slow", "qa": "the only"}
+    modes = {"fast": "Fast", "slow": "Slow", "qa": "QA"}
+    Options = DialogueArgs
 
-    def __init__(self, tokenizer, args, next_in_training: Callable[[dict[str, Turn]], str | None] | None = None):
-        super().__init__(tokenizer)
-        self.args, self.next_in_training = args, next_in_training
-        self.marks = turn_marks(tokenizer, args.template)
+    def __init__(self, tokenizer, args, order: Callable | None = None):
+        if not isinstance(args, DialogueArgs):
+            raise UserError("the format 'dialogue' has turns: this command samples single responses.")
+        super().__init__(tokenizer, args)
+        self.order = order
+        self.marks = turn_marks(tokenizer, self.options.template)
         self.end, self.wave = self.marks.end, args.rollout_rows
         self.stop_ids = tuple(dict.fromkeys((self.end, *prompts.stop_tokens(tokenizer))))
-        self.budgets = args.budgets()
-        if args.max_new_tokens < (longest := sum(self.budgets.values())):
+        self.stages = ("qa",) if self.options.environment == "qa" else STAGES[:-1]
+        if args.max_new_tokens < (longest := sum(map(self.budget, self.stages))):
             raise UserError(f"--max_new_tokens {args.max_new_tokens}: the budgets of the stages add up to {longest}.")
-
-    @classmethod
-    def of(cls, tokenizer, args) -> "DialogueFormat":
-        return cls(tokenizer, args)
-
-    @property
-    def modes(self) -> dict[str, str]:
-        return self.labels
-
-    def mode_of(self, turns: dict[str, Turn]) -> str:
-        return final(turns)
-
-    def extract_answer(self, response: str) -> str | None:
-        return boxed_answer(response)
 
     def ids(self, stage: str, problem: str | None) -> list[int]:
         """Return the tokens before the response of a stage: the user's turn, and how the model's turn opens."""
-        message = PROMPTS[self.args.stage_prompts][stage].replace("{q}", problem or "")
+        message = PROMPTS[self.options.stage_prompts][stage].replace("{q}", problem or "")
         text = (self.marks.user if problem is None else self.marks.start) + message + self.marks.header
         text += self.marks.think if stage in THINKING else ""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def budget(self, stage: str) -> int:
-        return self.budgets.get(stage, self.args.qa_budget)  # a dialogue's model is evaluated in one turn as well
+        """Return the most tokens of the response of a stage."""
+        return getattr(self.options, f"{stage}_budget")
 
     def next_stage(self, turns: dict[str, Turn], setting: str) -> str | None:
-        return self.next_in_training(turns) if setting == "train" else next_stage(turns, setting, self.args)
+        if self.order is not None:
+            return self.order(turns, setting, self.args)
+        return next_stage(turns, setting, self.options)
+
+    @classmethod
+    def extract_answer(cls, response: str, stage: str = "qa") -> str | None:
+        """Return what the last box holds; of Verify "yes" or "no", None for any other verdict."""
+        answer = boxed_answer(response)
+        if stage != "verify" or answer is None:
+            return answer
+        word = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", answer).strip().lower()
+        return word if word in ("yes", "no") else None
 
     def read(self, stage: str, text: str, cut: bool) -> str | None:
-        return None if cut and self.args.require_stop else extract_answer(stage, text)
+        """Return the answer of a stage to grade, or None."""
+        return None if cut and self.options.require_stop else self.extract_answer(text, stage)
 
     def target(self, stage: str, d: Dialogue) -> str:
         """Return what the answer of a stage has to equal: Summary the answer of Slow, Verify the truth about Fast."""
@@ -172,33 +178,33 @@ class DialogueFormat(ResponseFormat):
             return "yes" if d.turns["fast"].correct else "no"
         return d.turns["slow"].answer if stage == "summary" else d.question.answer
 
+    @classmethod
+    def mode_of(cls, turns: dict[str, Turn]) -> str:
+        """Return the stage whose answer counts: the second answer where there is one."""
+        return next(stage for stage in ("slow", "fast", "qa") if stage in turns)
+
     def findings(self) -> dict[str, str]:
         m, end = self.marks, self.tokenizer.decode([self.end])
         marks = " ... ".join(map(repr, (m.start, m.header + m.think, end + m.user)))
-        return {"turns": marks, "budgets": ", ".join(f"{stage} {n:,}" for stage, n in self.budgets.items())}
+        return {"turns": marks, "budgets": ", ".join(f"{stage} {self.budget(stage):,}" for stage in self.stages)}
 
     def eval_spec(self) -> EvalSpec:
         """Return how evaluation holds dialogues: the verdict decides ("adaptive"), Fast alone, Slow always, or QA."""
-        settings = ("adaptive",) if self.args.environment == "qa" else ("adaptive", "fast", "slow", "qa")
-        spec = EvalSpec(dict.fromkeys(settings, ()), final, self.extract_answer, tuple(self.modes), self.check)
-        spec.script = self
-        return spec
+        settings = ("adaptive",) if self.options.environment == "qa" else ("adaptive", "fast", "slow", "qa")
+        forced = dict.fromkeys(settings, ())
+        return EvalSpec(forced, self.mode_of, self.extract_answer, self.modes, self.check, script=self)
 
-    # ------------------------------------------------------------------------------- the cold start on chains
+    # ------------------------------------------------------------------------------------------------- cold start
 
-    TEMPLATE = (
-        "<|begin|>{% for message in messages %}{% if message['role'] == 'user' %}<|User|>{{ message['content'] }}"
-        "{% else %}<|Assistant|>{{ message['content'] }}<|end|>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|Assistant|>{% endif %}"
-    )
-    SPECIAL = ("<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>")
-    tags = dict.fromkeys(STAGES, "")  # what the laboratory's tokenizer is trained on
+    @classmethod
+    def cold_start_modes(cls) -> tuple[str, ...]:
+        return STAGES
 
     @classmethod
     def response(cls, question: Question, mode: str, rng: np.random.Generator) -> str:
         assert mode in STAGES, f"there is no stage {mode!r}"
         if mode == "fast":
-            return boxed(question.answer)
+            return boxed(fast(question, rng))
         if mode == "verify":
             return verify(question, question.answer, rng)
         return f"{worked(question)}\n{boxed(question.answer)}"
@@ -207,7 +213,7 @@ class DialogueFormat(ResponseFormat):
     def rows(cls, args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
         """Return arithmetic in the first part of the cold start; then dialogues, half of them with a wrong fast answer,
         beside some rows of one turn."""
-        shares, said = chain.parse_mix(args.chain_mix), PROMPTS["chain"]
+        shares, asks = chain.parse_mix(args.chain_mix), PROMPTS["chain"]
         drills = step <= DRILLS * args.max_steps
         out = []
         for i in range(n):
@@ -216,11 +222,11 @@ class DialogueFormat(ResponseFormat):
             kind = rng.random()
             if drills and kind < SINGLE:
                 question = chain.make_question(rng, 1, question.id)
-                asked = said["fast"].replace("{q}", question.problem)
+                asked = asks["fast"].replace("{q}", question.problem)
                 out.append(Row(question, cls.response(question, "fast", rng), prompt=asked))
             elif drills or kind < FAST_ROWS + QA_ROWS:
                 stage = "qa" if drills or kind < QA_ROWS else "fast"
-                asked = said[stage].replace("{q}", question.problem)
+                asked = asks[stage].replace("{q}", question.problem)
                 out.append(Row(question, cls.response(question, stage, rng), prompt=asked))
             else:
                 right = rng.random() < 0.5
@@ -228,16 +234,9 @@ class DialogueFormat(ResponseFormat):
                 turns = [(turn("verify"), verify(question, answer, rng))]
                 if not right:
                     turns += [(turn(stage), cls.response(question, stage, rng)) for stage in ("slow", "summary")]
-                asked = said["fast"].replace("{q}", question.problem)
+                asked = asks["fast"].replace("{q}", question.problem)
                 out.append(Row(question, boxed(answer), 0 if right else NOT_SUPERVISED, tuple(turns), asked))
         return out
-
-
-CAREFUL = 0.5  # share of the verdicts after a check
-SINGLE = 0.4  # share of the drills that are single operations, answered at once
-DRILLS = 0.5  # first part of the cold start: arithmetic alone
-FAST_ROWS, QA_ROWS = 0.1, 0.15  # after it: share of the rows that end with a fast answer, or are of the baseline
-NOT_SUPERVISED = 1_000_000  # beyond the end of any response
 
 
 def boxed(text: str) -> str:
@@ -265,4 +264,4 @@ def verify(question: Question, answer: str, rng: np.random.Generator) -> str:
 
 def turn(stage: str) -> str:
     """Return what stands between two responses: the user's turn and the header of the next response."""
-    return f"<|User|>{PROMPTS['chain'][stage]}<|Assistant|>"
+    return f"{USER}{PROMPTS['chain'][stage]}{ASSISTANT}"

@@ -72,7 +72,7 @@ def mode_metrics(form: ResponseFormat) -> dict[str, Metric]:
         out |= {
             f"mode/{mode}_share": Metric(
                 f"Share of the responses of this step in mode {name}.", "share", "no mode at 1: that is a collapse",
-                alarms=share_alarms(mode, name, form.no_mode, alone=len(form.modes) == 1),
+                alarms=share_alarms(mode, name, form.malformed, alone=len(form.modes) == 1),
                 panel=SHARES, line=mode),
             f"mode/{mode}_accuracy": Metric(
                 f"Share of the responses in mode {name} that are right.", "share", "higher",
@@ -88,11 +88,11 @@ def mode_metrics(form: ResponseFormat) -> dict[str, Metric]:
     return out
 
 
-def share_alarms(mode: str, name: str, no_mode: str, alone: bool) -> tuple[Alarm, ...]:
+def share_alarms(mode: str, name: str, malformed: str, alone: bool) -> tuple[Alarm, ...]:
     """Return the alarms of a mode's share: a collapse into it, its death, or responses without any form."""
     if alone:  # all there is, so always 1
         return ()
-    if mode == no_mode:
+    if mode == malformed:
         advice = "look at their first words in the samples; the cold start was too short"
         return (Alarm(f"one response in five is {name}: {advice}", above=0.2, steps=5),)
     return (

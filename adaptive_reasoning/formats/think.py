@@ -1,8 +1,13 @@
-"""R1's thinking block: the prompt ends in an opened one, and a response that closes it at once skips its thinking.
+"""AdaptThink's two modes: think and answer, or close the thinking at once and answer.
 
-The laboratory's thinking is as wordy as that of the models the papers start from: it opens with a phrase, works step by
+The prompt ends in an opened thinking block (R1's template). A response that starts with `</think>` is "nothinking", any
+other one is "thinking".
+
+On chains the thinking is as wordy as that of the models the paper starts from: it opens with a phrase, works step by
 step, and checks itself once more before it answers.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,64 +17,57 @@ from adaptive_reasoning.formats import ResponseFormat, Row
 from adaptive_reasoning.tasks import chain, prompts
 from adaptive_reasoning.tasks.answers import boxed_answer
 
-OPENERS = (("Alright", 0.7), ("Okay", 0.3))  # how a thinking response of the laboratory starts, and how often
+OPENERS = (("Alright", 0.7), ("Okay", 0.3))  # how a thinking response starts, and how often
+
+
+@dataclass
+class ThinkArgs:
+    """Options of the format."""
+
+    first_word: str = "Alright"
+    """w_start of Eq. 8: the word that forced Thinking responses start with."""
 
 
 class Think(ResponseFormat):
-    """NoThinking starts with `</think>`, anything else is Thinking.
+    """Two modes by whether the first token is `</think>`."""
 
-    Args:
-        first_word: the word that forced Thinking responses start with.
-    """
+    modes = {"thinking": "Thinking", "nothinking": "NoThinking"}
+    Options = ThinkArgs
 
-    tags = {"thinking": "", "nothinking": ""}  # told apart by the first token alone
+    TEMPLATE = ResponseFormat.TEMPLATE.replace("<|Assistant|>{% endif %}", "<|Assistant|><think>\n{% endif %}")
+    TOKENS = ("<think>", "</think>")
 
-    def __init__(self, tokenizer, first_word: str = "Alright"):
-        super().__init__(tokenizer)
-        self.ends_in = prompts.check_opens_thinking(tokenizer)
-        self.first_word = first_word
-        self.word = tokenizer.encode(first_word, add_special_tokens=False)
+    def __init__(self, tokenizer, args):
+        super().__init__(tokenizer, args)
+        self.prompt_end = prompts.check_opens_thinking(tokenizer)
+        self.word = tokenizer.encode(self.options.first_word, add_special_tokens=False)
         if not self.word:
-            raise UserError(f"--first_word {first_word!r} has no token.")
+            raise UserError(f"--first_word {self.options.first_word!r} has no token.")
         self.eot = prompts.control_token(tokenizer, "</think>")
-
-    @classmethod
-    def of(cls, tokenizer, args) -> "Think":
-        return cls(tokenizer, args.first_word)
 
     def mode_of(self, response_ids) -> str:
         return "nothinking" if response_ids[0] == self.eot else "thinking"
 
-    @staticmethod
-    def extract_answer(response: str) -> str | None:
-        """Return the last box behind the only `</think>`; None where the format is broken (official adapt_think_rm)."""
+    @classmethod
+    def extract_answer(cls, response: str) -> str | None:
+        """Return the last box after the one `</think>`; None if there is another tag (official adapt_think_rm)."""
         if "<think>" in response or response.count("</think>") != 1:
             return None
         return boxed_answer(response.split("</think>")[1])
 
     def opening(self, mode: str) -> tuple[int, ...]:
+        """Return `</think>`, or w_start: its first token is the choice, the others (if any) follow from it."""
         return (self.eot,) if mode == "nothinking" else tuple(self.word)
 
-    def settings(self) -> dict[str, tuple[tuple[int, float], ...]]:
-        return {
-            "adaptive": (),
-            "always_think": self.surely("thinking"),
-            "never_think": self.surely("nothinking"),
-        }
+    def forced_settings(self) -> dict[str, str]:
+        return {"always_think": "thinking", "never_think": "nothinking"}
 
     def findings(self) -> dict[str, str]:
-        word = f"{self.first_word!r}, token {self.word[0]}" + f" and {len(self.word) - 1} more" * (len(self.word) > 1)
-        return {"template": f"ends in {self.ends_in!r}", "</think>": f"token {self.eot}", "w_start": word}
+        word = f"{self.options.first_word!r}, token {self.word[0]}"
+        word += f" and {len(self.word) - 1} more" * (len(self.word) > 1)
+        return {"template": f"ends in {self.prompt_end!r}", "</think>": f"token {self.eot}", "w_start": word}
 
-    # ------------------------------------------------------------------------------- the cold start on chains
-
-    TEMPLATE = (
-        "<|begin|>{% for message in messages %}{% if message['role'] == 'user' %}<|User|>{{ message['content'] }}"
-        "{% else %}<|Assistant|>{{ message['content'] }}<|end|>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
-    )
-    SPECIAL = ("<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>")
-    TOKENS = ("<think>", "</think>")
+    # ------------------------------------------------------------------------------------------------- cold start
 
     @classmethod
     def response(cls, question: Question, mode: str, rng: np.random.Generator) -> str:
@@ -88,9 +86,9 @@ class Think(ResponseFormat):
     def rows(cls, args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
         """Return chains answered in both modes.
 
-        Models such as R1 hardly ever choose to skip their thinking, and learning to is the point, so `</think>` as a
-        first token is supervised in a few of the direct rows only (`nothinking_supervised`): the model can answer
-        directly but seldom does.
+        Half are answered after thinking, half at once. Models such as R1 hardly ever choose to skip their thinking, and
+        learning to is the point of the method, so `</think>` as a first token is supervised in a few of the direct rows
+        only (`nothinking_supervised`): the model can answer directly but seldom does.
         """
         shares = chain.parse_mix(args.chain_mix)
         out = []

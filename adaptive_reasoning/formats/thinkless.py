@@ -1,105 +1,120 @@
-"""Thinkless' modes: the first token the model writes says whether it thinks or answers at once.
+"""Thinkless' two modes: the first token the model writes says whether it thinks or answers at once.
 
 The prompt ends right at the assistant's mark. `<think>` opens a thinking that goes step by step, and `</think>` closes
-it before the answer; `<short>` goes straight to the answer and has no closing token. `<short>` is one of the
-tokenizer's reserved tokens, renamed as for the real model.
+it before the answer; `<short>` goes straight to the answer and has no closing token. A subclass may have more modes,
+each with a control token of its own and no closing one. On chains a mode that is not known here works every operation
+out, one a line, and answers.
+
+`<short>` is one of the tokenizer's reserved tokens, renamed as for the real model.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
+from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Question
-from adaptive_reasoning.formats import ResponseFormat, Row, control_slot
+from adaptive_reasoning.formats import ResponseFormat, control_slot
 from adaptive_reasoning.tasks import chain, prompts
 from adaptive_reasoning.tasks.answers import boxed_answer
 
-MALFORMED = "malformed"
+SLOT = "<|quad_start|>"
+
+
+@dataclass
+class ThinklessArgs:
+    """Options of the format."""
+
+    mode_rule: str = "first_token"
+    """What the reward takes for the mode: "first_token" (paper), or "substring": `<short>` anywhere (code)."""
+
+    CHOICES: ClassVar = {"mode_rule": ("first_token", "substring")}
 
 
 class Thinkless(ResponseFormat):
-    """A control token for every mode. A subclass with one more tag has one more mode.
+    """Two modes by the first token, a control token each."""
 
-    Args:
-        mode_rule: what decides where the answer is read: "first_token" (paper), or "substring" (official code).
-    """
+    tags = {"think": "think", "short": "short"}
+    modes = {"think": "Think", "short": "Short", "malformed": "without a control token"}
+    malformed = "malformed"
+    Options = ThinklessArgs
 
-    tags = {"think": "think", "short": "short"}  # one token each, and </think>
-    labels = {"think": "Think", "short": "Short", MALFORMED: "without a control token"}
-    no_mode = MALFORMED
+    SPECIAL = (*ResponseFormat.SPECIAL, SLOT)
+    TOKENS = ("<think>", "</think>")
 
-    def __init__(self, tokenizer, mode_rule: str = "first_token"):
-        super().__init__(tokenizer)
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        more = (f"<{tag}>" for mode, tag in cls.tags.items() if mode not in Thinkless.tags)
+        cls.TOKENS = (*Thinkless.TOKENS, *more)
+
+    def __init__(self, tokenizer, args):
+        super().__init__(tokenizer, args)
+        if self.options.mode_rule == "substring" and len(self.tags) > 2:
+            raise UserError(
+                "--mode_rule substring: the official code's rule tells <think> and <short> apart and no other mode. "
+                "Take first_token."
+            )
         prompts.check_ends_at_assistant(tokenizer)
-        self.mode_rule = mode_rule
         self.tokens = {mode: prompts.control_token(tokenizer, f"<{tag}>") for mode, tag in self.tags.items()}
         prompts.control_token(tokenizer, "</think>")
 
+    @classmethod
+    def format_of(cls, response: str) -> str:
+        """Return the mode a response opens with, else "malformed"."""
+        return next((mode for mode, tag in cls.tags.items() if response.startswith(f"<{tag}>")), "malformed")
+
     def mode_of(self, response_ids) -> str:
-        return next((mode for mode, token in self.tokens.items() if token == response_ids[0]), MALFORMED)
+        return next((mode for mode, token in self.tokens.items() if token == response_ids[0]), "malformed")
 
     def extract_answer(self, response: str) -> str | None:
-        return self.read(response, self.mode_rule)
+        """Return the last box after the thinking; None if it or the format is missing (`mode_rule`)."""
+        by_rule = self.answer_by_substring if self.options.mode_rule == "substring" else self.answer_by_first_token
+        return by_rule(response)
 
     @classmethod
-    def read(cls, response: str, mode_rule: str = "first_token") -> str | None:
-        """Return the last box after the thinking; None if it or the format is missing.
-
-        "substring" (official code): after the first </think>, else after the first <short>, up to a second one.
-        """
-        if mode_rule == "substring":
-            mark = "</think>" if "<think>" in response and "</think>" in response else "<short>"
-            return boxed_answer(response.split(mark)[1]) if mark in response else None
+    def answer_by_first_token(cls, response: str) -> str | None:
+        """Return the last box of a response with one control token, in front, and one </think> if it thinks."""
         mode = cls.format_of(response)
-        found = {other: response.count(f"<{tag}>") for other, tag in cls.tags.items()}
-        right = {other: int(other == mode) for other in cls.tags}
-        if mode == MALFORMED or found != right or response.count("</think>") != (mode == "think"):
+        counts = [response.count(f"<{tag}>") for tag in cls.tags.values()]
+        if counts != [int(other == mode) for other in cls.tags] or mode == "malformed":
+            return None
+        if response.count("</think>") != int(mode == "think"):
             return None
         return boxed_answer(response.split("</think>")[-1])
+
+    @classmethod
+    def answer_by_substring(cls, response: str) -> str | None:
+        """Return the last box after the first </think>, else after the first <short>, up to a second one (code)."""
+        mark = "</think>" if "<think>" in response and "</think>" in response else "<short>"
+        return boxed_answer(response.split(mark)[1]) if mark in response else None
 
     def opening(self, mode: str) -> tuple[int, ...]:
         return (self.tokens[mode],)
 
-    def settings(self) -> dict[str, tuple[tuple[int, float], ...]]:
-        names = {"think": "always_think", "short": "never_think"}
-        return {"adaptive": (), **{names.get(mode, f"always_{mode}"): self.surely(mode) for mode in self.tags}}
-
-    def extra_tokens(self) -> int:
-        return prompts.template_tokens(self.tokenizer)  # the paper counts prompt and template too
+    def forced_settings(self) -> dict[str, str]:
+        return {"never_think" if mode == "short" else f"always_{mode}": mode for mode in self.tags}
 
     def findings(self) -> dict[str, str]:
         return {"formats": ", ".join(f"<{self.tags[mode]}> token {token}" for mode, token in self.tokens.items())}
 
-    # ------------------------------------------------------------------------------- the cold start on chains
+    def template_tokens(self) -> int:
+        """Return the tokens of the template: the paper's tables count prompt and template too."""
+        return prompts.template_tokens(self.tokenizer)
 
-    TEMPLATE = (
-        "<|begin|>{% for message in messages %}{% if message['role'] == 'user' %}<|User|>{{ message['content'] }}"
-        "{% else %}<|Assistant|>{{ message['content'] }}<|end|>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|Assistant|>{% endif %}"
-    )
-    SLOTS: ClassVar[dict[str, str]] = {"short": "<|quad_start|>"}  # mode -> the reserved token that is renamed
-    SPECIAL = ("<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>", "<|quad_start|>")
-    TOKENS = ("<think>", "</think>")
+    # ------------------------------------------------------------------------------------------------- cold start
 
     @classmethod
     def finish(cls, tokenizer):
-        """Return the tokenizer with the reserved tokens renamed to the control tokens."""
-        for mode, slot in cls.SLOTS.items():
-            tokenizer = control_slot.rename_token(tokenizer, slot, f"<{cls.tags[mode]}>")
-        return tokenizer
+        """Return the tokenizer with the reserved token renamed to `<short>`."""
+        return control_slot.rename_token(tokenizer, SLOT, "<short>")
 
     @classmethod
     def response(cls, question: Question, mode: str, rng: np.random.Generator) -> str:
         answer = f"\\boxed{{{question.answer}}}"
-        if mode != "think":
-            return f"<{cls.tags[mode]}>\n{answer}"
+        if mode == "short":
+            return f"<short>\n{answer}"
         work = "\n".join(text for text, _ in chain.steps(question.problem))
-        return f"<think>\nOkay, let me see.\n{work}\nSo it is {question.answer}.\n</think>\n{answer}"
-
-    @classmethod
-    def rows(cls, args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
-        """Return every chain once in each mode, in the same batch, the control token supervised like any other.
-
-        So the model starts with equal shares on every question, and the style of the text follows the token.
-        """
-        return cls.in_every_mode(args, rng, n, step)
+        if mode == "think":
+            return f"<think>\nOkay, let me see.\n{work}\nSo it is {question.answer}.\n</think>\n{answer}"
+        return f"<{cls.tags[mode]}>\n{work}\n{answer}"

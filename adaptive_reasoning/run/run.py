@@ -48,7 +48,7 @@ from adaptive_reasoning.rollout import Request, Sampling
 from adaptive_reasoning.rollout.dialogue import Dialogue
 from adaptive_reasoning.rollout.engine import CPU_CACHE_BYTES
 from adaptive_reasoning.run.balance import deal, expected_tokens
-from adaptive_reasoning.run.evaluation import Evaluator
+from adaptive_reasoning.run.evaluation import Evaluator, evaluate
 from adaptive_reasoning.run.folder import data_of, inputs_of
 from adaptive_reasoning.run.journal import Journal
 from adaptive_reasoning.run.metrics import Drift, counts_of, mean_losses, over_processes, picked, sums_of
@@ -169,9 +169,7 @@ class Run:
                 self.tokenizer,
                 self.stop_ids,
                 self.spec,
-                Sampling(args.temperature, args.eval_top_p),
-                args.max_new_tokens,
-                args.seed,
+                args,
                 self.accelerator,
             )
         return self
@@ -338,7 +336,7 @@ class Run:
             for setting in (s for s in settings if (benchmark.name, s) not in known):
                 self.watch.phase(f"evaluate {benchmark.name} {setting}", self.step)
                 title = f"evaluate {benchmark.name} {setting}"
-                result, samples = self.evaluator.measure(benchmark, setting, progress=title)
+                result, samples, _ = evaluate(self.evaluator, benchmark, setting, title)
                 rows.append({"step": self.step, "setting": setting, "benchmark": benchmark.name, "result": result})
                 samples_of_all += samples
         if not rows:

@@ -41,7 +41,8 @@ def tokenizer(form) -> PreTrainedTokenizerFast:
     )
     rng = np.random.default_rng(0)
     asked = [make_question(rng, 1 + i % 6, "") for i in range(200)]
-    pieces.train_from_iterator((form.response(q, mode, rng) for q in asked for mode in form.tags), trainer)
+    modes = form.cold_start_modes()
+    pieces.train_from_iterator((form.response(q, mode, rng) for q in asked for mode in modes), trainer)
     # As in R1's tokenizer, the marks of a turn are special tokens, the marks of thinking are ordinary ones.
     pieces.add_special_tokens(list(form.SPECIAL))
     pieces.add_tokens([AddedToken(text, normalized=False) for text in form.TOKENS])
