@@ -11,7 +11,6 @@ the parts.
 import torch
 import triton
 import triton.language as tl
-
 from adaptive_reasoning.kernels.launch import dot, multiprocessors
 
 TILES = {2: (64, 4, 3), 4: (32, 8, 3)}  # by bytes of a number: columns of a block, warps, pipeline stages

@@ -9,7 +9,6 @@ three times: for the mean, for the deviations from it, and to write.
 import torch
 import triton
 import triton.language as tl
-
 from adaptive_reasoning.kernels.group_advantage import STD, Advantages, Groups
 
 BLOCK = 32  # samples

@@ -26,7 +26,6 @@ Legend of shapes: N tokens, H hidden size, V vocabulary, C columns of a chunk.
 import torch
 import triton
 import triton.language as tl
-
 from adaptive_reasoning.kernels.launch import capability, dot
 from adaptive_reasoning.kernels.token_logprobs import matmul
 from adaptive_reasoning.kernels.token_logprobs import token_logprobs as torch_token_logprobs
