@@ -21,7 +21,6 @@ from gpu_harness import DEVICE, HIDDEN, SHAPES, SMOKE, V, copy_rate, main_of, no
 
 # isort: split
 import torch
-
 from adaptive_reasoning.kernels import torch_version, triton_version
 from adaptive_reasoning.kernels.group_advantage import Groups
 
