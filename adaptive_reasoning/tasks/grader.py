@@ -31,7 +31,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 
@@ -70,9 +70,6 @@ class GraderPool:
     timeout: float
     check: Callable[[str, str | int | float], bool] | None = None
     memory_gib: float = 4.0
-    graded: int = field(default=0, init=False)  # grades handed out by drain(), of which ...
-    timeouts: int = field(default=0, init=False)
-    errors: int = field(default=0, init=False)
 
     def __post_init__(self):
         assert self.workers >= 1 and self.timeout > 0 and self.memory_gib >= 0
@@ -134,9 +131,6 @@ class GraderPool:
             self._raise_failure()
             grades, self._grades = self._grades, {}
         self._counted += grades.values()
-        self.graded += len(grades)
-        self.timeouts += sum(grade.status == "timeout" for grade in grades.values())
-        self.errors += sum(grade.status == "error" for grade in grades.values())
         return grades
 
     def count_anew(self) -> None:
@@ -148,12 +142,12 @@ class GraderPool:
 
         Rates are None where nothing was graded.
         """
-        n = len(self._counted)
+        grades, n = self._counted, len(self._counted)
         return {
             "grader/graded": n,
-            "grader/timeout_rate": sum(g.status == "timeout" for g in self._counted) / n if n else None,
-            "grader/error_rate": sum(g.status == "error" for g in self._counted) / n if n else None,
-            "grader/seconds_mean": sum(g.seconds for g in self._counted) / n if n else None,
+            "grader/timeout_rate": sum(g.status == "timeout" for g in grades) / n if n else None,
+            "grader/error_rate": sum(g.status == "error" for g in grades) / n if n else None,
+            "grader/seconds_mean": sum(g.seconds for g in grades) / n if n else None,
         }
 
     def _raise_failure(self) -> None:
@@ -192,13 +186,14 @@ class GraderPool:
 
     def _start(self) -> bool:
         """Start a server, unless the pool closes."""
+        command = "from adaptive_reasoning.tasks.grader import serve; serve()"
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         with self._changed:
             if self._closing:
                 return False
             self._connection, theirs = Pipe()
             self._server = subprocess.Popen(
-                [sys.executable, "-c", "from adaptive_reasoning.tasks.grader import serve; serve()", f"{theirs.fileno()}"],
+                [sys.executable, "-c", command, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
                 pass_fds=[theirs.fileno()],
@@ -280,9 +275,9 @@ def serve() -> None:
         elif code == -signal.SIGALRM:
             grade = Grade(False, "timeout", f"no verdict after {timeout:g} s", timeout)
         elif code is None and not isinstance(error, TimeoutError):
-            os._exit(1)  # the pool is broken, as after the death of an idle worker
+            return None  # the pool is broken: the server ends, and the run gives the answer to the next one
         elif tries == 1:  # pebble may take the answer before it for the one that its worker died of
-            return schedule(pair, 2)
+            return schedule(pair, tries=2)
         elif code == OUT_OF_MEMORY:
             grade = Grade(False, "error", "MemoryError")
         else:
@@ -292,8 +287,9 @@ def serve() -> None:
 
     run.send("")
     with contextlib.suppress(EOFError):
-        while True:
-            schedule(run.recv(), 1)
+        while pool.active:  # until it breaks, as after the death of an idle worker
+            if run.poll(1.0):
+                schedule(run.recv(), tries=1)
 
 
 def _prepare(run: Connection, parent: int, memory_gib: float) -> None:
