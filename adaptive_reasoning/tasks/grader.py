@@ -1,18 +1,18 @@
 """GraderPool: check answers in worker processes that cannot take the run down with them.
 
-Some answers make sympy run forever, eat all memory or crash the interpreter. So every slot of the pool is one process
-that answers over a pipe, and the run owns the deadline: a worker that misses it is killed by pid and replaced. A
-failure is never a silent zero: every grade says ok, timeout or error, and `rates` counts them.
+Some answers make sympy run forever, eat all memory or crash the interpreter. So a check runs in a worker process, with
+a deadline and a memory limit. A failure is never a silent zero: every grade says ok, timeout or error, and `rates`
+counts them.
 
     with GraderPool(workers=8, timeout=10.0) as pool:
         pool.submit("\\frac12", "0.5", key=0)       # returns at once; grading overlaps whatever comes next
         pool.drain()                                # {0: Grade(correct=True, status="ok", ...)}
 
-A slot is a fresh interpreter (never a fork of the run, so its threads and its CUDA do not matter) that imports the
-checking function's module once, calls its `warm_up` if it has one, does no check itself, and forks the worker that
-does. A killed worker is so replaced in milliseconds instead of the seconds that importing sympy and filling its caches
-take: a hundred hanging answers cost their deadlines, no more. One thread of the run talks to all slots; the calling
-thread may be any thread.
+The run starts one server, a fresh interpreter (never a fork of the run, so its threads and its CUDA do not matter). The
+server imports the checking function's module, calls its `warm_up` if it has one, and keeps a pebble ProcessPool of
+workers forked from itself: a killed worker is replaced in milliseconds, without importing sympy again. A timer of the
+kernel ends a worker whose check misses its deadline, whatever code it hangs in; pebble sees the death and forks the
+next one. Where the server itself ends, the run starts another and sends it what has no verdict yet.
 
 A verdict is a function of the answer and its reference alone, on whatever rank and after whatever other answers: hashes
 and random numbers, by which sympy orders sets and tries points, start from the same seed for every answer. What a clock
@@ -20,26 +20,28 @@ decides cannot be such a function. An answer that missed its deadline is not tri
 answer would double what they cost, and a slow machine shows in `rates`, which the run watches (--max_ungraded).
 """
 
+import contextlib
 import gc
 import importlib
-import json
 import os
 import random
-import selectors
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 
 from adaptive_reasoning.core.errors import UserError
 
-START_SECONDS = 120.0  # a worker that is not ready by then never will be
-MAX_START_FAILURES = 3  # in a row
+START_SECONDS = 120.0  # a server that is not ready by then never will be
+MAX_STARTS = 3  # in a row without a verdict
 CACHE_SIZE = 100_000  # verdicts kept for identical (answer, gold) pairs
+OUT_OF_MEMORY = 99  # exit code of a worker
+LOST_SECONDS = 2.0  # past its deadline a check without an end is taken for lost
 
 
 @dataclass(frozen=True)
@@ -49,22 +51,7 @@ class Grade:
     correct: bool
     status: str  # "ok", "timeout" (killed at the deadline) or "error" (the check raised or its process died)
     detail: str = ""  # what happened, where the status is not "ok"
-    seconds: float = 0.0  # wall-clock time of the check
-
-
-@dataclass(eq=False)
-class _Slot:
-    """One process that forks workers, its present worker, and what that is doing."""
-
-    process: subprocess.Popen | None = None
-    worker: int = 0  # pid
-    ready: bool = False
-    job: tuple | None = None  # the (answer, gold) pair in work
-    number: int = 0  # of the job, counted by the slot: a reply to an earlier one comes too late
-    begun: bool = False  # the worker has read the job
-    started: float = 0.0  # monotonic time at which the process or, once it is ready, the job was started
-    received: bytes = b""
-    failures: int = 0  # starts in a row that led to nothing
+    seconds: float = 0.0  # wall-clock time of the check; 0 where its process died before the deadline
 
 
 @dataclass(eq=False)
@@ -74,7 +61,8 @@ class GraderPool:
     Args:
         workers: number of processes.
         timeout: seconds one check may take. Starting a worker is not charged to an answer.
-        check: check(answer, gold) -> bool, a module-level function of an importable module. None: `same_answer`.
+        check: check(answer, gold) -> bool, a module-level function of an importable module that leaves SIGALRM alone.
+            None: `same_answer`.
         memory_gib: address space of one worker (RLIMIT_AS); beyond it the check gets a MemoryError. 0: no limit.
     """
 
@@ -82,9 +70,6 @@ class GraderPool:
     timeout: float
     check: Callable[[str, str | int | float], bool] | None = None
     memory_gib: float = 4.0
-    graded: int = field(default=0, init=False)  # grades handed out by drain(), of which ...
-    timeouts: int = field(default=0, init=False)
-    errors: int = field(default=0, init=False)
 
     def __post_init__(self):
         assert self.workers >= 1 and self.timeout > 0 and self.memory_gib >= 0
@@ -94,21 +79,18 @@ class GraderPool:
             self._target = f"{self.check.__module__}:{self.check.__qualname__}"
             assert "<" not in self._target and self.check.__module__ != "__main__", "workers have to import the check"
         self._changed = threading.Condition()  # guards everything below
-        self._queue: deque[tuple] = deque()  # (answer, gold) pairs that wait for a worker
-        self._keys: dict[tuple, list] = {}  # pair that waits or is in work -> keys it was submitted under
+        self._waiting: dict[tuple, list] = {}  # (answer, gold, type of gold) without a verdict -> its keys
         self._cache: dict[tuple, Grade] = {}
-        self._grades: dict[Hashable, Grade] = {}
-        self._submitted: dict[Hashable, None] = {}  # keys since the last drain, in order
+        self._grades: dict[Hashable, Grade | None] = {}  # of the keys since the last drain, in order; None: waits
         self._counted: list[Grade] = []  # what `rates` is about
         self._failure: BaseException | None = None
-        self._closing = False
+        self._closing = self._ready = False
+        self._server: subprocess.Popen | None = None
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "GraderPool":
         assert self._thread is None, "a pool is entered once"
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_write, False)
-        self._thread = threading.Thread(target=self._dispatch, name="grader-pool", daemon=True)
+        self._thread = threading.Thread(target=self._supervise, name="grader-pool", daemon=True)
         self._thread.start()
         return self
 
@@ -116,10 +98,8 @@ class GraderPool:
         """Kill all workers, answers in work included."""
         with self._changed:
             self._closing = True
-        self._wake()
+            self._kill()
         self._thread.join()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
 
     def submit(self, answer: str, gold: str | int | float, key: Hashable) -> None:
         """Queue one answer and return at once. `key` names it in what drain() returns; identical pairs share a check.
@@ -132,16 +112,13 @@ class GraderPool:
         pair = (answer, gold, type(gold))
         with self._changed:
             self._raise_failure()
-            assert key not in self._submitted, f"key {key!r} was submitted twice"
-            self._submitted[key] = None
-            if pair in self._cache:
-                self._grades[key] = self._cache[pair]
-            elif pair in self._keys:
-                self._keys[pair].append(key)
-            else:
-                self._keys[pair] = [key]
-                self._queue.append(pair)
-        self._wake()
+            assert key not in self._grades, f"key {key!r} was submitted twice"
+            self._grades[key] = self._cache.get(pair)
+            if pair in self._waiting:
+                self._waiting[pair].append(key)
+            elif self._grades[key] is None:
+                self._waiting[pair] = [key]
+                self._send(pair)
 
     def drain(self) -> dict[Hashable, Grade]:
         """Wait for everything submitted since the last call and return {key: Grade} in the order of submission.
@@ -150,14 +127,10 @@ class GraderPool:
             UserError: no worker can be started; the message says why.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._failure or len(self._grades) == len(self._submitted))
+            self._changed.wait_for(lambda: self._failure or not self._waiting)
             self._raise_failure()
-            grades = {key: self._grades[key] for key in self._submitted}
-            self._grades, self._submitted = {}, {}
+            grades, self._grades = self._grades, {}
         self._counted += grades.values()
-        self.graded += len(grades)
-        self.timeouts += sum(grade.status == "timeout" for grade in grades.values())
-        self.errors += sum(grade.status == "error" for grade in grades.values())
         return grades
 
     def count_anew(self) -> None:
@@ -169,250 +142,189 @@ class GraderPool:
 
         Rates are None where nothing was graded.
         """
-        n = len(self._counted)
+        grades, n = self._counted, len(self._counted)
         return {
             "grader/graded": n,
-            "grader/timeout_rate": sum(g.status == "timeout" for g in self._counted) / n if n else None,
-            "grader/error_rate": sum(g.status == "error" for g in self._counted) / n if n else None,
-            "grader/seconds_mean": sum(g.seconds for g in self._counted) / n if n else None,
+            "grader/timeout_rate": sum(g.status == "timeout" for g in grades) / n if n else None,
+            "grader/error_rate": sum(g.status == "error" for g in grades) / n if n else None,
+            "grader/seconds_mean": sum(g.seconds for g in grades) / n if n else None,
         }
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
 
-    def _wake(self) -> None:
-        try:
-            os.write(self._wake_write, b"x")
-        except BlockingIOError:  # 64 KiB of wake-up calls lie there already
-            pass
+    def _send(self, pair: tuple) -> None:
+        if self._ready:
+            with contextlib.suppress(OSError):  # the server is gone: the next one is sent all that waits
+                self._connection.send(pair)
 
-    # --- the dispatcher thread: all that follows runs in it alone
+    def _kill(self) -> None:
+        """Kill the server and its workers, which are one process group."""
+        if self._server is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # all of them have just ended
+                os.killpg(self._server.pid, signal.SIGKILL)
 
-    def _dispatch(self) -> None:
-        slots = [_Slot() for _ in range(self.workers)]
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+    # --- the thread that starts servers and hears them; the kernel kills a server when the thread that started it ends
+
+    def _supervise(self) -> None:
+        starts = 0
         try:
-            for slot in slots:
-                self._start(slot)
-            while not self._closing:
-                for slot in slots:
-                    self._assign(slot)
-                limits = [self._limit(slot) for slot in slots]
-                wait = min((t for t in limits if t is not None), default=None)
-                for event, _ in self._selector.select(None if wait is None else max(0.0, wait - time.monotonic())):
-                    if event.data is None:
-                        os.read(self._wake_read, 65536)
-                    else:
-                        self._receive(event.data)
-                for slot in slots:
-                    self._enforce(slot)
+            while self._start():
+                starts = 1 if self._listen() else starts + 1
+                with self._changed:
+                    self._kill()
+                    code, self._server, self._ready = self._server.wait(), None, False
+                    self._connection.close()
+                if starts >= MAX_STARTS:
+                    raise UserError(f"Grader processes die (exit code {code}). Is memory or a limit short?")
         except BaseException as failure:  # handed to the calling thread, which would wait forever otherwise
             with self._changed:
                 self._failure = failure
+                self._kill()
                 self._changed.notify_all()
-        finally:
-            for slot in slots:
-                self._kill(slot)
-            self._selector.close()
 
-    def _start(self, slot: _Slot) -> None:
-        """Start a worker. From this thread only: the kernel kills it when the thread that started it ends."""
+    def _start(self) -> bool:
+        """Start a server, unless the pool closes."""
         command = "from adaptive_reasoning.tasks.grader import serve; serve()"
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-        slot.process = subprocess.Popen(
-            [sys.executable, "-c", command, self._target, str(self.memory_gib), str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
-            start_new_session=True,  # Ctrl-C goes to the run, which closes the pool
-        )
-        slot.ready, slot.job, slot.received, slot.started = False, None, b"", time.monotonic()
-        slot.worker = 0
-        self._selector.register(slot.process.stdout, selectors.EVENT_READ, slot)
-
-    def _kill(self, slot: _Slot) -> int | None:
-        """Kill the slot's processes and return the exit code of the first (negative: a signal)."""
-        process, slot.process = slot.process, None
-        if process is None:
-            return None
-        self._selector.unregister(process.stdout)
-        process.kill()
-        self._kill_worker(slot)
-        code = process.wait()
-        process.stdin.close()
-        process.stdout.close()
-        return code
-
-    def _kill_worker(self, slot: _Slot) -> None:
-        """Kill the worker alone; its parent then reports the death and forks the next one."""
-        worker, slot.worker, slot.ready = slot.worker, 0, False
-        if worker:
-            try:
-                os.kill(worker, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # it has just died by itself
-
-    def _limit(self, slot: _Slot) -> float | None:
-        """Return the monotonic time at which the slot's patience ends, None if nothing is expected of it."""
-        if slot.ready and slot.job is None:
-            return None
-        return slot.started + (self.timeout if slot.ready else START_SECONDS)
-
-    def _assign(self, slot: _Slot) -> None:
         with self._changed:
-            if not slot.ready or slot.job is not None or not self._queue:
-                return
-            slot.job = self._queue.popleft()
-        answer, gold, _ = slot.job
-        slot.started, slot.number, slot.begun = time.monotonic(), slot.number + 1, False
-        try:
-            _write(slot.process.stdin.fileno(), [slot.number, answer, gold])
-        except BrokenPipeError:  # it died while idle: no fault of this answer, which goes to the next worker
+            if self._closing:
+                return False
+            self._connection, theirs = Pipe()
+            self._server = subprocess.Popen(
+                [sys.executable, "-c", command, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C goes to the run, which closes the pool
+            )  # fmt: skip
+            theirs.close()
+        return True
+
+    def _listen(self) -> bool:
+        """Take the server's verdicts until it ends, and return whether there was one."""
+        answered, patience = False, START_SECONDS + 3 * self.timeout
+        with contextlib.suppress(EOFError, OSError):  # the server has ended
+            self._connection.send((os.getpid(), self._target, self.workers, self.timeout, self.memory_gib))
+            if not self._connection.poll(START_SECONDS):
+                raise UserError(f"A grader is not ready after {START_SECONDS:.0f} s. Use fewer --grader_workers.")
+            if failure := self._connection.recv():
+                raise UserError(f"A grader process cannot import {self._target}: {failure}")
             with self._changed:
-                self._queue.appendleft(slot.job)
-            self._kill(slot)
-            self._start(slot)
+                self._ready = True
+                for pair in self._waiting:
+                    self._send(pair)
+            while True:
+                waiting = bool(self._waiting)
+                if self._connection.poll(patience):
+                    self._finish(*self._connection.recv())
+                    answered = True
+                elif waiting:  # a worker was killed from outside while it held the lock of all
+                    break
+        return answered
 
-    def _receive(self, slot: _Slot) -> None:
-        chunk = os.read(slot.process.stdout.fileno(), 65536)
-        if not chunk:
-            return self._died(slot)
-        *lines, slot.received = (slot.received + chunk).split(b"\n")
-        for line in lines:
-            message = json.loads(line)
-            if "failure" in message:
-                raise UserError(f"A grader process cannot import {self._target}: {message['failure']}")
-            if "worker" in message:
-                slot.worker, slot.ready, slot.failures = message["worker"], True, 0
-            elif "died" in message:
-                slot.worker = 0
-                if slot.job is not None and slot.begun:  # else it died idle, and the next worker reads the job
-                    self._finish(slot, False, "error", f"the worker died with exit code {message['died']}")
-                if slot.job is None:
-                    slot.ready, slot.started = False, time.monotonic()
-            elif slot.job is None or message["number"] != slot.number:
-                pass  # its deadline was over
-            elif "begun" in message:
-                slot.begun = True
-            else:
-                self._finish(slot, message["correct"], message["status"], message["detail"])
-                if message["detail"] == "MemoryError":  # it ends itself: what else is broken in there nobody knows
-                    slot.ready = False
-
-    def _died(self, slot: _Slot) -> None:
-        was_ready, code = slot.ready, self._kill(slot)
-        if not was_ready:
-            slot.failures += 1
-            if slot.failures >= MAX_START_FAILURES:
-                raise UserError(f"Grader processes die at their start (exit code {code}). Is memory or a limit short?")
-        elif slot.job is not None:
-            self._finish(slot, False, "error", f"the worker died with exit code {code}")
-        self._start(slot)
-
-    def _enforce(self, slot: _Slot) -> None:
-        limit = self._limit(slot)
-        if limit is None or time.monotonic() < limit:
-            return
-        if not slot.ready:
-            raise UserError(f"A grader process is not ready after {START_SECONDS:.0f} s. Use fewer --grader_workers.")
-        self._finish(slot, False, "timeout", f"no verdict after {self.timeout:g} s")
-        if slot.begun:
-            self._kill_worker(slot)
-            slot.started = time.monotonic()
-        else:  # the job is still in the pipe, where the next worker would find it
-            self._kill(slot)
-            self._start(slot)
-
-    def _finish(self, slot: _Slot, correct: bool, status: str, detail: str) -> None:
-        grade = Grade(correct, status, detail, time.monotonic() - slot.started)
+    def _finish(self, pair: tuple, grade: Grade) -> None:
         with self._changed:
-            if status == "ok":  # a failure may be the machine's, so the next step tries again
+            if grade.status == "ok":  # a failure may be the machine's, so the next step tries again
                 if len(self._cache) >= CACHE_SIZE:
                     self._cache.clear()
-                self._cache[slot.job] = grade
-            for key in self._keys.pop(slot.job):
+                self._cache[pair] = grade
+            for key in self._waiting.pop(pair):
                 self._grades[key] = grade
-            self._changed.notify_all()
-        slot.job = None
+            if not self._waiting:
+                self._changed.notify_all()
 
 
-# --- the worker process
-
-
-def _write(pipe: int, message) -> None:
-    data = json.dumps(message).encode() + b"\n"
-    while data:
-        data = data[os.write(pipe, data) :]
+# --- the server and its workers
 
 
 def serve() -> None:
-    """Main function of a slot: import the check, warm up, then keep one worker alive until the pipe closes.
+    """Main function of the server, on the connection whose file descriptor is on the command line.
 
-    Command line: module:function, memory limit in GiB, pid of the run. One JSON document a line on stdin
-    ([number, answer, gold]) and stdout: {"failure"}; {"worker": pid} when a worker is ready, {"died": exit code} when
-    it is gone; {"number", "begun"} and {"number", "correct", "status", "detail"} for an answer.
+    It is sent the settings, then (answer, gold, type) tuples, and sends "" once it is ready or why it cannot be, then
+    ((answer, gold, type), Grade) in any order. It ends with the connection, or where the pool breaks.
     """
-    target, memory_gib, parent = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+    run = Connection(int(sys.argv[1]))
+    parent, target, workers, timeout, memory_gib = run.recv()
     _die_with(parent)
-    requests, replies, nothing = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0)
-    os.dup2(nothing, 1)  # whatever the check prints must not end up between the replies
     try:
+        from pebble import ProcessPool
+
         module, name = target.split(":")
         check = importlib.import_module(module)
+        getattr(check, "warm_up", lambda: None)()
         for part in name.split("."):
             check = getattr(check, part)
-        getattr(importlib.import_module(module), "warm_up", lambda: None)()
     except Exception as error:
-        return _write(replies, {"failure": f"{type(error).__name__}: {error}"})
-    os.dup2(nothing, 2)
+        return run.send(f"{type(error).__name__}: {error}")
     gc.freeze()  # a collection in a worker would touch, and so copy, every page it shares with its parent
-    code = None
-    while code != 0:  # a worker ends with 0 when the pipe is closed
-        me, worker = os.getpid(), os.fork()
-        if worker == 0:
-            _die_with(me)
-            _limit_memory(memory_gib)
-            os._exit(_work(check, requests, replies))
-        code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
-        if code != 0:
-            _write(replies, {"died": code})
+    pool = ProcessPool(workers, 0, _prepare, (run, os.getpid(), memory_gib), get_context("fork"))
+    sending = threading.Lock()
+
+    def schedule(pair: tuple, tries: int) -> None:
+        # The deadline is the kernel's; pebble's is for a worker that ended with exit code 0, which it overlooks.
+        future = pool.schedule(_check, (check, *pair[:2], timeout), timeout=timeout + LOST_SECONDS)
+        future.add_done_callback(lambda future: finish(pair, tries, future))
+
+    def finish(pair: tuple, tries: int, future) -> None:
+        error = future.exception()
+        code = getattr(error, "exitcode", None)
+        if error is None:
+            grade = future.result()
+        elif code == -signal.SIGALRM:
+            grade = Grade(False, "timeout", f"no verdict after {timeout:g} s", timeout)
+        elif code is None and not isinstance(error, TimeoutError):
+            return None  # the pool is broken: the server ends, and the run gives the answer to the next one
+        elif tries == 1:  # pebble may take the answer before it for the one that its worker died of
+            return schedule(pair, tries=2)
+        elif code == OUT_OF_MEMORY:
+            grade = Grade(False, "error", "MemoryError")
+        else:
+            grade = Grade(False, "error", f"the worker died with exit code {code or 0}")
+        with sending:
+            run.send((pair, grade))
+
+    run.send("")
+    with contextlib.suppress(EOFError):
+        while pool.active:  # until it breaks, as after the death of an idle worker
+            if run.poll(1.0):
+                schedule(run.recv(), tries=1)
 
 
-def _work(check, requests: int, replies: int) -> int:
-    """Answer requests until the pipe closes, and return the exit code of the worker: 0 when nothing is left to do."""
-    _write(replies, {"worker": os.getpid()})
-    received = b""
-    while chunk := os.read(requests, 65536):
-        received += chunk
-        if not received.endswith(b"\n"):
-            continue
-        line, received = received, b""
-        try:
-            number, answer, gold = json.loads(line)
-        except ValueError:
-            continue  # the rest of a job that a worker died reading; its deadline ends it
-        _write(replies, {"number": number, "begun": True})
-        _seed()
-        try:
-            reply = {"correct": bool(check(answer, gold)), "status": "ok", "detail": ""}
-        except BaseException as error:  # SystemExit too: whatever the check raises is a verdict that was not reached
-            # The name alone: the message of a failed comparison may itself take forever to print.
-            reply = {"correct": False, "status": "error", "detail": type(error).__name__}
-        _write(replies, {"number": number, **reply})
-        if reply["detail"] == "MemoryError":
-            return 1
-    return 0
+def _prepare(run: Connection, parent: int, memory_gib: float) -> None:
+    """Set up a worker."""
+    import resource
+
+    _die_with(parent)
+    run.close()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for the check to return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory_gib:
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = int(memory_gib * 2**30)
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
-def _seed() -> None:
-    """Start the random numbers anew; sympy, where the check has imported it, tries random points of its own."""
+def _check(check, answer: str, gold: str | int | float, timeout: float) -> Grade:
+    """Grade one answer in a worker, which SIGALRM ends at the deadline."""
     random.seed(0)
-    if "sympy" in sys.modules:
+    if "sympy" in sys.modules:  # it tries random points of its own
         sys.modules["sympy"].core.random.seed(0)
+    start = time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, timeout)
+    correct, status, detail = False, "ok", ""
+    try:
+        correct = bool(check(answer, gold))
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)  # what else is broken in there nobody knows
+    except BaseException as error:  # SystemExit too: whatever the check raises is a verdict that was not reached
+        # The name alone: the message of a failed comparison may itself take forever to print.
+        status, detail = "error", type(error).__name__
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return Grade(correct, status, detail, time.monotonic() - start)
 
 
 def _die_with(parent: int) -> None:
@@ -423,14 +335,3 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
         if os.getppid() != parent:  # it died before the call
             os._exit(1)
-
-
-def _limit_memory(gib: float) -> None:
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if gib:
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        limit = int(gib * 2**30)
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
