@@ -207,10 +207,11 @@ def loss(logprobs, entropy, mb: MicroBatch, counts: Counts, args) -> tuple[torch
     return value, {"loss/policy": policy.detach(), **{key: x.detach() for key, x in stats.items()}}
 
 
-def empty_rationales(episodes: list[Episode], form) -> list[bool]:
-    """Return whether each rationale of these episodes is a shell: modes that are labels alone teach nothing."""
-    found = [form.empty_rationale(e.text) for e in episodes]
-    return [empty for empty in found if empty is not None]
+def metrics(episodes: list[Episode], form, run) -> dict[str, float | None]:
+    """Return the metrics of the step over all processes: modes and groups, and whether the modes are labels alone."""
+    own = mode_statistics(run.gather(mode_rows(episodes)), form.modes)
+    empty = run.gather([form.empty_rationale(e.text) for e in episodes])
+    return own | {"rollout/empty_rationale_share": mean(x for x in empty if x is not None)}
 
 
 def main() -> None:
@@ -253,9 +254,7 @@ def main() -> None:
             run.refresh()
 
             # --- log, evaluate, save
-            own = mode_statistics(run.gather(mode_rows(episodes)), form.modes)
-            own["rollout/empty_rationale_share"] = mean(run.gather(empty_rationales(episodes, form)))
-            run.log(episodes, own, losses, updates, minibatches)
+            run.log(episodes, metrics(episodes, form, run), losses, updates, minibatches)
             run.evaluate_if_due()
             run.save_if_due()
         run.finish()

@@ -222,10 +222,13 @@ def think_prob(e: Episode, form: Thinkless) -> float | None:
     return p if e.mode == "think" else 1 - p
 
 
-def metrics(rows: list[dict], modes: dict[str, str]) -> dict[str, float | None]:
-    """Return DeGRPO's own metrics; `rows` of all processes hold mode and "think_prob"."""
-    out = {f"degrpo/num_{mode}": sum(row["mode"] == mode for row in rows) for mode in modes}
-    return out | {"degrpo/first_think_prob": mean(row["think_prob"] for row in rows if row["think_prob"] is not None)}
+def metrics(episodes: list[Episode], form: Thinkless, run) -> dict[str, float | None]:
+    """Return the metrics of the step over all processes: modes and groups, and what the control token has become."""
+    own = mode_statistics(run.gather(mode_rows(episodes)), form.modes)
+    modes = run.gather([e.mode for e in episodes])
+    own |= {f"degrpo/num_{mode}": modes.count(mode) for mode in form.modes}
+    think = run.gather([think_prob(e, form) for e in episodes])
+    return own | {"degrpo/first_think_prob": mean(p for p in think if p is not None)}
 
 
 def main() -> None:
@@ -270,11 +273,7 @@ def main() -> None:
             run.refresh()
 
             # --- log, evaluate, save
-            own = mode_statistics(run.gather(mode_rows(episodes)), form.modes)
-            own |= metrics(
-                run.gather([{"mode": e.mode, "think_prob": think_prob(e, form)} for e in episodes]), form.modes
-            )
-            run.log(episodes, own, losses, updates, minibatches)
+            run.log(episodes, metrics(episodes, form, run), losses, updates, minibatches)
             run.evaluate_if_due()
             run.save_if_due()
         run.finish()

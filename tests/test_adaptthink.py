@@ -64,7 +64,6 @@ def test_loss_and_gradient_equal_the_official_code(inputs, case, dtype):
     args = SimpleNamespace(
         ratio="sequence_mean" if sequence_path else "token",
         token_average=AVERAGES.get(inputs.get("loss_agg_mode"), "token_mean"),
-        fused=False,
         clip_low=inputs["clip_low"],
         clip_high=inputs["clip_high"],
     )
@@ -91,7 +90,7 @@ def one_sequence(T, lp, A, ratio="sequence_mean"):
         sequence=torch.zeros(T, dtype=torch.int64),
         lengths=torch.tensor([T]),
     )
-    args = SimpleNamespace(ratio=ratio, token_average="token_mean", clip_low=0.2, clip_high=0.2, fused=False)
+    args = SimpleNamespace(ratio=ratio, token_average="token_mean", clip_low=0.2, clip_high=0.2)
     value, stats = loss(logprobs, mb, Counts(T, 1), args)
     value.backward()
     return value.item(), logprobs.grad, stats
@@ -139,7 +138,7 @@ def test_bandit_from_a_millionth(ratio, low, high):
         old_logprobs=torch.full((20,), math.log(0.5), dtype=torch.float64),
         sequence_advantages=A, sequence=torch.arange(20), lengths=torch.tensor([400, 5000])[mode], advantages=A,
     )  # fmt: skip
-    args = SimpleNamespace(ratio=ratio, token_average="token_mean", clip_low=0.2, clip_high=0.2, fused=False)
+    args = SimpleNamespace(ratio=ratio, token_average="token_mean", clip_low=0.2, clip_high=0.2)
     for _ in range(400):
         value, _ = loss(logit.log_softmax(-1)[mode], mb, Counts(54_000, 20), args)
         optimizer.zero_grad()

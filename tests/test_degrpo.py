@@ -14,7 +14,7 @@ import torch
 from small_model import make_folder
 from transformers import AutoTokenizer
 
-from adaptive_reasoning import degrpo, formats
+from adaptive_reasoning import formats
 from adaptive_reasoning.benchmark import routers as router
 from adaptive_reasoning.benchmark.__main__ import Args as EvaluateArgs
 from adaptive_reasoning.benchmark.lenient import lenient_answer, lenient_same
@@ -40,6 +40,7 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 THINK, SHORT = 303, 302
 FORM = object.__new__(Thinkless)  # without a tokenizer: two tokens are all that these tests need
+ONE_PROCESS = SimpleNamespace(gather=list)
 FORM.tokens = {"think": THINK, "short": SHORT}
 EXTRACT = {"first_token": Thinkless.answer_by_first_token, "substring": Thinkless.answer_by_substring}
 PLAIN = {"alpha": 0.001, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "entropy_coef": 0.0, "max_new_tokens": 64,
@@ -429,14 +430,14 @@ def test_advantages_equal_the_official_code(inputs, case):
         got = [0.0] * len(inputs["rewards"])
         for rows in groups.values():
             es = [episode("think", 4, reward=inputs["rewards"][i]) for i in rows]
-            for i, a in zip(rows, advantages(es, SimpleNamespace(std=std, fused=False))):
+            for i, a in zip(rows, advantages(es, SimpleNamespace(std=std))):
                 got[i] = a
         assert got == pytest.approx(case["expected"][key], abs=2e-6 if std == "unbiased" else 1e-9)
 
 
 def test_equal_rewards_teach_nothing_even_if_fp32_cannot_hold_them():
     for std in ("none", "unbiased"):
-        A = advantages([episode("think", 4, reward=0.8)] * 8, SimpleNamespace(std=std, fused=False))
+        A = advantages([episode("think", 4, reward=0.8)] * 8, SimpleNamespace(std=std))
         assert A == [0.0] * 8
 
 
@@ -463,7 +464,7 @@ def test_metrics_by_mode():
         episode("short", 4, group=1, first=math.log(0.4), **right), episode("short", 6, group=1, first=0.0, **right),
         episode("malformed", 5, group=2, first=math.log(0.1)), episode("think", 10, group=2, first=math.log(0.2)),
     ]  # fmt: skip
-    got = metrics(degrpo.metric_rows(es, FORM), FORM.modes)
+    got = metrics(es, FORM, ONE_PROCESS)
     assert (got["degrpo/num_think"], got["degrpo/num_short"], got["degrpo/num_malformed"]) == (3, 2, 1)
     assert got["mode/malformed_share"] == pytest.approx(1 / 6)  # token 0 is neither
     assert (got["mode/think_accuracy"], got["mode/short_accuracy"]) == (pytest.approx(2 / 3), 1.0)
@@ -474,7 +475,7 @@ def test_metrics_by_mode():
 
 
 def test_metrics_of_a_mode_that_is_gone():
-    got = metrics(degrpo.metric_rows([episode("malformed", 4)] * 2, FORM), FORM.modes)
+    got = metrics([episode("malformed", 4)] * 2, FORM, ONE_PROCESS)
     assert got["mode/think_accuracy"] is None and got["mode/think_share"] == 0 == got["degrpo/num_think"]
     assert got["mode/malformed_share"] == 1 and got["degrpo/first_think_prob"] is None
 

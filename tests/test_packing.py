@@ -18,6 +18,7 @@ def tiny(prompt, response, **changes):
     episode.prompt_ids, episode.response_ids = torch.tensor(prompt), torch.tensor(response)
     episode.behaviour_logprobs = -torch.arange(1.0, len(response) + 1)
     episode.action_mask = torch.ones(len(response), dtype=torch.bool)
+    episode.forced = ~episode.action_mask
     for name, value in changes.items():
         setattr(episode, name, value)
     return episode

@@ -32,8 +32,8 @@ def test_the_repeated_blocks_are_equal(name):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_sections_are_in_the_same_order(name):
-    wanted = ["class Args", "def control_tokens", "def plan_rollouts", "def reward", "def advantages", "def loss",
-              "def metric_rows", "def metrics", "def main"]  # fmt: skip
+    wanted = ["class Args", "def plan_rollouts", "def reward", "def advantages", "def loss",
+              "def metrics", "def main"]  # fmt: skip
     text = (FOLDER / f"{name}.py").read_text()
     places = [text.find("\n" + start) for start in wanted]
     assert -1 not in places and places == sorted(places), dict(zip(wanted, places))

@@ -188,11 +188,12 @@ def test_most_direct_rows_do_not_teach_the_choice_to_skip_thinking(tokenizer):
 
 
 def test_cosine_schedule():
-    args = SimpleNamespace(lr_schedule="cosine", max_steps=100)
-    assert rate(args, 2.0, 1) == 2.0
-    assert rate(args, 2.0, 51) == pytest.approx(1.0)
-    assert 0 < rate(args, 2.0, 100) < 0.002
-    assert rate(SimpleNamespace(lr_schedule="constant", max_steps=100), 2.0, 70) == 2.0
+    args = SimpleNamespace(lr_schedule="cosine", max_steps=100, learning_rate=2.0, warmup_share=0.0, warmup_steps=0)
+    assert rate(args, 1) == 2.0
+    assert rate(args, 51) == pytest.approx(1.0)
+    assert 0 < rate(args, 100) < 0.002
+    args.lr_schedule = "constant"
+    assert rate(args, 70) == 2.0
 
 
 # --- options

@@ -244,8 +244,8 @@ class Run:
         """Return the elementwise sum of numbers over all processes, every one of which must call this."""
         return all_reduce(self.accelerator, values, "sum").tolist()
 
-    def gather(self, rows: list[dict]) -> list[dict]:
-        """Return the rows of all processes, in order of process."""
+    def gather(self, rows: list) -> list:
+        """Return the rows of all processes, plain values that can travel, in order of process."""
         return [row for part in all_gather(self.accelerator, rows) for row in part]
 
     # ------------------------------------------------------------------------------------------------- metrics
