@@ -448,7 +448,7 @@ def test_every_sample_is_free_to_choose_its_mode():
     args = Args(num_generations=8)
     asked = [(i, Question(f"q{i}", "1+1", "2"), [5, 6]) for i in (4, 9)]
     requests = plan_rollouts(asked, args, (3,), step=2)
-    assert len(requests) == 16 and all(r.forced == () and r.allowed_first == () for r in requests)
+    assert len(requests) == 16 and all(r.forced == () for r in requests)
     assert len({r.seed for r in requests}) == 16 and [r.tag[1] for r in requests] == [4] * 8 + [9] * 8
 
 

@@ -11,7 +11,7 @@ from test_rollout import NEVER, prompts, reference_logprobs
 
 from adaptive_reasoning import kernels
 from adaptive_reasoning.core.errors import UserError
-from adaptive_reasoning.rollout import Closer, Decoder, Engine, Request, Sampling
+from adaptive_reasoning.rollout import Decoder, Engine, Forced, Request, Sampling
 from adaptive_reasoning.rollout import engine as engine_module
 from adaptive_reasoning.rollout.arena import TRASH, Shares
 from adaptive_reasoning.rollout.graphs import Graphs, buckets
@@ -24,12 +24,20 @@ def paged(model, pages=400, page=PAGE, **kw):
     return Engine(decoder, cache_bytes=pages * page * decoder.cache_bytes_per_token(), page=page, **kw)
 
 
+SECOND = Forced(((70, 0.5), (71, 1.0)), after=tuple(range(0, 120, 12)))  # at the second sentence
+
+
+def closer(at):
+    """What closes a budget: no action, unless its second token came before."""
+    return Forced(((60, 1.0), (61, 1.0)), at, unless=61, action=False)
+
+
 def mixed(n=14, keep=False):
     """Groups of one prompt and single ones around the edges of pages, with every feature of a request."""
     asked = [[3] * 8, [4] * 7, [5] * 9, [6] * 16, *prompts(4)]
     extras = (
-        {}, {"forced": ((50, 0.5), (51, 1.0))}, {"allowed_first": (10, 20, 30)}, {"closer": Closer((60, 61), 5, 61)},
-        {"forced": ((61, 1.0),), "closer": Closer((60, 61), 5, 61)}, {},
+        {}, {"forced": ((50, 0.5), (51, 1.0))}, {"forced": (SECOND,)}, {"forced": (closer(5),)},
+        {"forced": ((61, 1.0), closer(5))}, {},
     )  # fmt: skip
     return [
         Request(asked[i % 8], 8 + 5 * (i % 5), (7, 8, 9)[: i % 4], i, keep=keep, **extras[i % len(extras)])
@@ -42,6 +50,7 @@ def same(a, b):
         assert x.response_ids.tolist() == y.response_ids.tolist()
         assert torch.allclose(x.logprobs, y.logprobs, atol=1e-5)
         assert (x.finish_reason, x.action_mask.tolist()) == (y.finish_reason, y.action_mask.tolist())
+        assert x.forced.tolist() == y.forced.tolist()
 
 
 def all_free(engine):
@@ -92,7 +101,7 @@ def test_turns_continue_on_kept_pages(model):
 @pytest.mark.parametrize("pages, sync_every", [(9, 1), (12, 4), (20, 1)])
 def test_preempted_rows_go_on_where_they_were(model, pages, sync_every):
     """A pool of a few rows' size: tokens, log-probs and finish reasons are those of a run with room for all."""
-    requests = [Request([i % 4] * 5, 30 + i, NEVER, i, closer=Closer((60, 61), 25, 61)) for i in range(12)]
+    requests = [Request([i % 4] * 5, 30 + i, NEVER, i, forced=(closer(25), SECOND)) for i in range(12)]
     requests += mixed(8)
     want = Engine(Decoder.from_model(model)).run(requests, Sampling(1.0))
     engine = paged(model, pages=pages, sync_every=sync_every)

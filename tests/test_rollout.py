@@ -1,4 +1,4 @@
-"""The rollout loop against `transformers`, and its own promises: P2, P3, forced tokens, closers, turns, refresh."""
+"""The rollout loop against `transformers`, and its own promises: P2, P3, forced tokens, turns, refresh."""
 
 import math
 
@@ -8,7 +8,7 @@ from adaptive_reasoning.kernels.sample import restrict
 from conftest import CONFIGS, make_model
 
 from adaptive_reasoning.core.errors import UserError
-from adaptive_reasoning.rollout import Closer, Decoder, Engine, Request, Sampling, request_seed
+from adaptive_reasoning.rollout import Decoder, Engine, Forced, Request, Sampling, request_seed
 from adaptive_reasoning.rollout.sampler import sample
 
 NEVER = ()  # no stop token
@@ -114,45 +114,75 @@ def test_forced_first_tokens_come_back_with_the_log_of_their_probability(model):
     assert free.response_ids[0] != 50 or free.response_ids[1] != 51
 
 
-def test_restricted_first_token_is_renormalised(model):
-    p, allowed = prompts(1)[0], (10, 20, 30)
-    got = engine_of(model).run([Request(p, 3, NEVER, i, allowed_first=allowed) for i in range(40)], Sampling(1.0))
-    firsts = [int(c.response_ids[0]) for c in got]
-    assert set(firsts) <= set(allowed) and len(set(firsts)) > 1
-    with torch.no_grad():
-        logits = model(torch.tensor([p])).logits[0, -1, list(allowed)]
-    want = dict(zip(allowed, logits.log_softmax(-1).tolist()))
-    for c in got:
-        assert c.logprobs[0].item() == pytest.approx(want[int(c.response_ids[0])], abs=1e-5)
-        assert torch.allclose(c.logprobs[1:], reference_logprobs(model, c)[1:], atol=1e-5)
+CLOSER = Forced(((60, 1.0), (61, 1.0)), at=5, unless=61, action=False)
 
 
-def test_budget_closer_is_forced_at_its_place_and_is_no_action(model):
+def test_a_budget_is_closed_at_its_place_by_tokens_that_are_no_actions(model):
     p = prompts(1)[0]
-    closer = Closer(ids=(60, 61), at=5, unless=61)
-    c = engine_of(model).run([Request(p, 12, NEVER, 1, closer=closer)], Sampling(1.0))[0]
+    c = engine_of(model).run([Request(p, 12, NEVER, 1, forced=(CLOSER,))], Sampling(1.0))[0]
     assert c.response_ids[5:7].tolist() == [60, 61]
-    assert c.action_mask.tolist() == [True] * 5 + [False] * 2 + [True] * 5
+    assert c.action_mask.tolist() == [True] * 5 + [False] * 2 + [True] * 5 == (~c.forced).tolist()
     assert c.logprobs[5:7].tolist() == [0.0, 0.0]
     assert torch.allclose(c.logprobs[7:], reference_logprobs(model, c)[7:], atol=1e-5)
 
 
-def test_budget_closer_is_left_out_where_its_token_came_before(model):
+def test_what_closes_a_budget_is_left_out_where_its_token_came_before(model):
     p = prompts(1)[0]
     plain = Request(p, 12, NEVER, 1, forced=((61, 1.0),))
-    closed = Request(p, 12, NEVER, 1, forced=((61, 1.0),), closer=Closer((60, 61), 5, unless=61))
+    closed = Request(p, 12, NEVER, 1, forced=((61, 1.0), CLOSER))
     a, b = engine_of(model).run([plain, closed], Sampling(1.0))
     assert a.response_ids.tolist() == b.response_ids.tolist()
-    assert b.action_mask.all()
+    assert b.action_mask.all() and b.forced.tolist() == [True] + [False] * 11
 
 
 def test_different_budgets_side_by_side_do_not_mix(model):
     p = prompts(1)[0]
-    requests = [Request(p, n, NEVER, 5, closer=Closer((60,), at, 60)) for n, at in ((30, 3), (8, 6), (20, 19))]
-    for r, c in zip(requests, engine_of(model, max_rows=2).run(requests, Sampling(1.0))):
-        assert len(c.response_ids) == r.max_new_tokens
-        assert c.response_ids[r.closer.at] == 60
-        assert (~c.action_mask).nonzero().flatten().tolist() in ([r.closer.at], [])
+    budgets = ((30, 3), (8, 6), (20, 19))
+    requests = [
+        Request(p, n, NEVER, 5, forced=(Forced(((60, 1.0),), at, unless=60, action=False),)) for n, at in budgets
+    ]
+    for (n, at), c in zip(budgets, engine_of(model, max_rows=2).run(requests, Sampling(1.0))):
+        assert len(c.response_ids) == n and c.response_ids[at] == 60
+        assert (~c.action_mask).nonzero().flatten().tolist() in ([at], [])
+
+
+@pytest.mark.parametrize("action", [True, False])
+def test_forced_at_the_second_sentence(model, action):
+    """Behind the first sampled full stop two tokens are forced, once; before and behind them nothing is."""
+    full_stops = tuple(range(0, 120, 6))  # frequent enough to come up
+    p = prompts(1)[0]
+    second = Forced(((50, 0.5), (51, 1.0)), after=full_stops, action=action)
+    requests = [Request(p, 20, NEVER, seed, forced=(second,)) for seed in range(8)]
+    requests.append(Request(p, 20, NEVER, 0, forced=((full_stops[1], 0.25), second)))  # a forced one is no full stop
+    free = engine_of(model).run([Request(p, 20, NEVER, seed) for seed in range(8)], Sampling(1.0))
+    found = engine_of(model, max_rows=3).run(requests, Sampling(1.0))
+    fired = 0
+    for c in found:
+        ids, forced = c.response_ids.tolist(), c.forced.tolist()
+        stops = [t for t, token in enumerate(ids) if token in full_stops and not forced[t]]
+        leading = len([pair for pair in c.request.forced if not isinstance(pair, Forced)])
+        places = [t for t in (stops[0] + 1, stops[0] + 2) if t < 20] if stops else []
+        fired += bool(places)
+        assert [t for t in range(20) if forced[t]] == [*range(leading), *places]
+        assert [ids[t] for t in places] == [50, 51][: len(places)]
+        assert c.logprobs[places].tolist() == pytest.approx([math.log(0.5) * action, 0.0][: len(places)])
+        assert c.action_mask[places].tolist() == [action] * len(places)
+        sampled = ~c.forced
+        assert torch.allclose(c.logprobs[sampled], reference_logprobs(model, c)[sampled], atol=1e-5)
+    assert fired >= 6
+    for a, b in zip(free, found):  # the same until the full stop
+        first = next((t for t in range(20) if b.forced[t]), 20)
+        assert a.response_ids[:first].tolist() == b.response_ids[:first].tolist()
+
+
+def test_forced_at_several_places(model):
+    p = prompts(1)[0]
+    places = (Forced(((40, 0.5),), at=3), Forced(((41, 0.25), (42, 1.0)), at=7), Forced(((43, 1.0),), at=99))
+    c = engine_of(model).run([Request(p, 10, NEVER, 1, forced=((50, 0.5), *places))], Sampling(1.0))[0]
+    assert c.forced.nonzero().flatten().tolist() == [0, 3, 7, 8]
+    assert c.response_ids[c.forced].tolist() == [50, 40, 41, 42]
+    assert c.logprobs[c.forced].tolist() == pytest.approx([math.log(0.5), math.log(0.5), math.log(0.25), 0.0])
+    assert c.action_mask.all()
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
@@ -258,8 +288,11 @@ def test_logprobs_of_a_cut_distribution_are_renormalised(model):
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"forced": ((5, 0.0),)}, "probability in"),
         ({"forced": ((5, 1.0),) * 9}, "do not fit"),
-        ({"closer": Closer((60, 61), 7, 61)}, "does not fit"),
-        ({"forced": ((5, 1.0),), "closer": Closer((60,), 0, 60)}, "overwrite forced tokens"),
+        ({"forced": (Forced(((60, 1.0), (61, 1.0)), at=7),)}, "do not fit"),
+        ({"forced": ((5, 1.0), Forced(((60, 1.0),)))}, "at the same position"),
+        ({"forced": (Forced(((60, 1.0),), after=(131,)),)}, "token id 131 does not exist"),
+        ({"forced": (Forced(((60, 1.0),), after=(1,)), Forced(((60, 1.0),), after=(2,)))}, "one Forced with"),
+        ({"forced": (Forced(((60, 1.0),), after=(1,), unless=3),)}, "either `after` or `unless`"),
     ],
 )
 def test_impossible_requests_are_refused(model, change, message):

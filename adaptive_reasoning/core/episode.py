@@ -58,7 +58,7 @@ class Episode:
             completion.logprobs,
             completion.action_mask,
             completion.finish_reason,
-            torch.arange(len(completion.response_ids)) < len(completion.request.forced),
+            completion.forced,
             **more,
         )
 

@@ -179,13 +179,19 @@ class Engine:
             self.arena.cache_bytes = measured_bytes(self.decoder, self.max_rows, self.prefill_tokens)
         size = self.arena.open(self.max_rows, len(jobs), longest)
         self.decoder.reserve_positions(longest)
-        need = max(r.max_new_tokens for r in requests), max(len(r.stop_ids) for r in requests)
+        after = [f for r in requests for f in r.forcing() if f.after]
+        need = (
+            max(r.max_new_tokens for r in requests),
+            max(len(r.stop_ids) for r in requests),
+            max((len(f.after) for f in after), default=0),
+            max((len(f.tokens) for f in after), default=0),
+        )
         paged = self.arena.table is not None
         if not paged:
-            self.rows = Rows(size, *need, self.decoder.device)
-        elif self.rows is None or not self.rows.fit(*need):  # else kept where they are, for the graphs
-            there = (self.rows.max_new_tokens, self.rows.stop.shape[1]) if self.rows else (0, 0)
-            self.rows = Rows(self.max_rows, *map(max, need, there), self.decoder.device)
+            self.rows = Rows(size, need, self.decoder.device)
+        elif self.rows is None or not self.rows.fit(need):  # else kept where they are, for the graphs
+            there = self.rows.shape if self.rows else (0, 0, 0, 0)
+            self.rows = Rows(self.max_rows, tuple(map(max, need, there)), self.decoder.device)
         else:
             self.rows.clear(0, self.max_rows)
         if self.graphs is not None:
@@ -300,11 +306,6 @@ class Engine:
                 del run.prompts[key]
         self._extend([(o, job) for o, job in enumerate(jobs) if job.turn], first, logits)
 
-        for offset, job in enumerate(new):
-            if job.request.allowed_first and not job.request.forced:
-                allowed = torch.full_like(logits[offset], float("-inf"))
-                allowed[list(job.request.allowed_first)] = 0
-                logits[offset] += allowed
         if new:
             rows.advance(first, logits, run.sampling)
         for offset, job in enumerate(jobs[len(new) :], len(new)):
@@ -383,8 +384,6 @@ class Engine:
         action = rows.out_action[row, :n].cpu().clone()
         logprobs = rows.out_logprob[row, :n].cpu().clone()
         logprobs.masked_fill_(~action, 0.0)
-        for t, (_, q) in enumerate(request.forced):
-            logprobs[t] = torch.tensor(q).log()
         assert bool(logprobs.isfinite().all()), f"non-finite log-prob in a response to {context[-8:]}"
         return Completion(
             request,
@@ -392,6 +391,7 @@ class Engine:
             rows.out_token[row, :n].cpu().clone(),
             logprobs,
             action,
+            rows.out_forced[row, :n].cpu().clone(),
             "stop" if bool(rows.stopped[row]) else "length",
             # The last token was never fed back, so its keys and values do not exist yet: the next turn runs it first.
             self.arena.read(row, len(context) + n - 1) if request.keep else None,

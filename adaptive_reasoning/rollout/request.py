@@ -8,16 +8,29 @@ from adaptive_reasoning.core.errors import UserError
 
 
 @dataclass(frozen=True)
-class Closer:
-    """Tokens to force when a budget runs out, e.g. `</think>` after so many tokens of thinking.
+class Forced:
+    """Tokens that the behaviour policy is made to take, anywhere in a response.
 
-    At response position `at` the tokens `ids` are forced, unless the token `unless` came before; the row then goes on
-    to its answer. These tokens are nobody's choice: their action mask is False and their log-prob 0.
+    Args:
+        tokens: (token id, probability q with which the behaviour policy was made to take it); they come back with
+            log q. A forced token never ends a response.
+        at: response position of the first one.
+        after: instead of `at`: right behind the first sampled token among these ids, once.
+        unless: not if this token came before; -1: whatever came before. Not together with `after`.
+        action: False for tokens that are nobody's choice, such as `</think>` when a budget of thinking runs out: their
+            action mask is False and their log-prob 0.
     """
 
-    ids: tuple[int, ...]
-    at: int
-    unless: int
+    tokens: tuple[tuple[int, float], ...]
+    at: int = 0
+    after: tuple[int, ...] = ()
+    unless: int = -1
+    action: bool = True
+
+    @property
+    def places(self) -> range:
+        """Response positions, where they are known beforehand."""
+        return range(0) if self.after else range(self.at, self.at + len(self.tokens))
 
 
 @dataclass(eq=False)
@@ -29,10 +42,7 @@ class Request:
         max_new_tokens: most response tokens, forced ones and the stop token included.
         stop_ids: a row ends with the first sampled token among these; that token belongs to the response.
         seed: the random stream of this response; equal seeds and weights give equal tokens whatever else is running.
-        forced: first tokens as (token id, probability q with which the behaviour policy was made to take it); they are
-            actions and come back with log q.
-        allowed_first: if not empty, the first free token is drawn from these ids alone, renormalised.
-        closer: what to force at a budget, or None.
+        forced: first tokens as (token id, q), and `Forced` ones anywhere.
         keep: keep the keys and values on the completion, so that a later request can continue it.
         continues: a kept completion this request goes on from.
         tag: anything of the caller's; comes back on the completion.
@@ -42,17 +52,22 @@ class Request:
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     seed: int
-    forced: tuple[tuple[int, float], ...] = ()
-    allowed_first: tuple[int, ...] = ()
-    closer: Closer | None = None
+    forced: tuple["tuple[int, float] | Forced", ...] = ()
     keep: bool = False
     continues: "Completion | None" = None
     tag: object = None
 
+    def forcing(self) -> list[Forced]:
+        """Return all that is forced, without what would stand behind the end."""
+        leading = tuple(pair for pair in self.forced if not isinstance(pair, Forced))
+        everything = [*([Forced(leading)] if leading else []), *(f for f in self.forced if isinstance(f, Forced))]
+        return [f for f in everything if f.after or f.at < self.max_new_tokens]
+
     def check(self, vocab: int) -> None:
         """Raise UserError for a request that could not be run."""
-        ids = [*self.prompt_ids, *(t for t, _ in self.forced), *self.allowed_first]
-        ids += self.closer.ids if self.closer else ()
+        forcing = self.forcing()
+        pairs = [pair for f in forcing for pair in f.tokens]
+        ids = [*self.prompt_ids, *(token for token, _ in pairs), *(token for f in forcing for token in f.after)]
         if not self.prompt_ids:
             raise UserError("a request needs at least one prompt token.")
         if ids and not (0 <= min(ids) and max(ids) < vocab):
@@ -60,14 +75,20 @@ class Request:
             raise UserError(f"token id {wrong} does not exist: the model has {vocab} tokens.")
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}: a response needs room for at least one token.")
-        if len(self.forced) > self.max_new_tokens:
-            raise UserError(f"{len(self.forced)} forced tokens do not fit into max_new_tokens {self.max_new_tokens}.")
-        if any(not 0 < q <= 1 for _, q in self.forced):
-            raise UserError(f"forced tokens {self.forced}: each needs a probability in (0, 1].")
-        if self.closer and self.closer.at + len(self.closer.ids) > self.max_new_tokens > self.closer.at:
-            raise UserError(f"the closer at {self.closer.at} does not fit into max_new_tokens {self.max_new_tokens}.")
-        if self.closer and not len(self.forced) <= self.closer.at:
-            raise UserError(f"the closer at {self.closer.at} would overwrite forced tokens.")
+        if any(not 0 < q <= 1 for _, q in pairs):
+            raise UserError(f"forced tokens {pairs}: each needs a probability in (0, 1].")
+        places = [place for f in forcing for place in f.places]
+        if max(places, default=0) >= self.max_new_tokens:
+            raise UserError(
+                f"forced tokens at positions {min(places)} to {max(places)} do not fit into max_new_tokens "
+                f"{self.max_new_tokens}."
+            )
+        if len(set(places)) < len(places):
+            raise UserError(f"two forced tokens stand at the same position: {sorted(places)}.")
+        if sum(bool(f.after) for f in forcing) > 1 or sum(f.unless >= 0 for f in forcing) > 1:
+            raise UserError("a request can have one Forced with `after`, and one with `unless`.")
+        if any(f.after and f.unless >= 0 for f in forcing):
+            raise UserError("a Forced has either `after` or `unless`.")
         if self.continues is not None and self.continues.cache is None:
             raise UserError("the completion to continue was not kept: set keep=True on its request.")
 
@@ -80,6 +101,7 @@ class Completion:
     context_ids: list[int]  # everything before the response, earlier turns included
     response_ids: torch.Tensor  # [T] int64
     logprobs: torch.Tensor  # [T] fp32: log-prob under the distribution sampled from; log q where forced
-    action_mask: torch.Tensor  # [T] bool: False for the closer's tokens
+    action_mask: torch.Tensor  # [T] bool: False for forced tokens that are nobody's choice
+    forced: torch.Tensor  # [T] bool: tokens that were not sampled
     finish_reason: str  # "stop" or "length"
     cache: torch.Tensor | None = field(default=None, repr=False)  # [L, 2k, tokens - 1, D] where kept

@@ -9,7 +9,8 @@ from adaptive_reasoning.rollout.decoder import Decoder
 from adaptive_reasoning.rollout.request import Request
 from adaptive_reasoning.rollout.sampler import Sampling, sample, uniforms
 
-FREE = -1  # in `force`: this position is sampled
+FREE, FORCED, SILENT, CONDITIONAL = 0, 1, 2, 4  # in `kind`: bits; 0: this position is sampled
+NEVER = 1 << 30  # position that no response reaches
 
 
 @dataclass(frozen=True)
@@ -19,21 +20,27 @@ class Saved:
     token: torch.Tensor  # [n] int64
     logprob: torch.Tensor  # [n] fp32
     action: torch.Tensor  # [n] bool
+    forced: torch.Tensor  # [n] bool
     closed: bool
+    fired: int
 
 
 class Rows:
     """Buffers over S rows. Live rows are 0 .. n-1; a response of row r has `count[r]` tokens so far.
 
     Everything a decode step needs is a tensor here, so that a step neither asks the host nor tells it anything:
-    forced tokens, the budget closer, stop ids and random numbers are looked up by (row, count).
+    forced tokens, stop ids and random numbers are looked up by (row, count).
+
+    Args:
+        shape: (longest response, most stop ids, most ids of `Forced.after`, most tokens forced behind one of them).
     """
 
-    def __init__(self, rows: int, max_new_tokens: int, num_stop: int, device: torch.device):
+    def __init__(self, rows: int, shape: tuple[int, int, int, int], device: torch.device):
         def new(*shape, dtype=torch.int64, value=0):
             return torch.full(shape, value, dtype=dtype, device=device)
 
-        S, N = rows, max_new_tokens
+        S, self.shape = rows, shape
+        N, stops, triggers, tail = shape
         self.max_new_tokens = N
         self.token = new(S)  # last token, not yet in the cache
         self.position = new(S)  # where that token goes in the cache
@@ -41,41 +48,67 @@ class Rows:
         self.budget = new(S)
         self.done = new(S, dtype=torch.bool, value=True)
         self.stopped = new(S, dtype=torch.bool)
-        self.stop = new(S, max(num_stop, 1), value=-1)
-        self.closer_at = new(S, value=N + 1)
-        self.closer_unless = new(S, value=-1)
-        self.closed = new(S, dtype=torch.bool)
+        self.stop = new(S, max(stops, 1), value=-1)
         # One column more than needed: finished rows write there until they are read back.
-        self.force = new(S, N + 1, dtype=torch.int32, value=FREE)
+        self.kind = new(S, N + 1, dtype=torch.uint8)  # of a forced position
+        self.force = new(S, N + 1, dtype=torch.int32)  # the token
+        self.force_logq = new(S, N + 1, dtype=torch.float32)
+        self.unless = new(S, value=-1)  # the token that makes the conditional positions, from `since` on, free
+        self.since = new(S, value=NEVER)
+        self.closed = new(S, dtype=torch.bool)  # whether it came
+        self.trigger = new(S, triggers, value=-1)  # what the tail is forced behind
+        self.tail = new(S, tail)
+        self.tail_logq = new(S, tail, dtype=torch.float32)
+        self.tail_length = new(S)
+        self.tail_action = new(S, dtype=torch.bool)
+        self.fired = new(S, value=NEVER)  # position of its first token, once it is known
         self.uniform = new(S, N + 1, dtype=torch.float32)
         self.out_token = new(S, N + 1)
         self.out_logprob = new(S, N + 1, dtype=torch.float32)
         self.out_action = new(S, N + 1, dtype=torch.bool)
+        self.out_forced = new(S, N + 1, dtype=torch.bool)
         self.all = [v for v in vars(self).values() if isinstance(v, torch.Tensor)]
 
     def admit(self, first: int, requests: list[Request], contexts: list[list[int]], sampling: Sampling) -> None:
         """Set the free rows first, first + 1, ... up for `requests`, whose contexts are all in the cache."""
         B, N = len(requests), self.max_new_tokens
         stop = np.full((B, self.stop.shape[1]), -1)
-        force = np.full((B, N + 1), FREE, dtype=np.int32)
-        uniform = np.zeros((B, N + 1), dtype=np.float32)
-        closer = np.tile([N + 1, -1], (B, 1))  # position, and the token that makes it unnecessary
+        kind, force = np.zeros((B, N + 1), dtype=np.uint8), np.zeros((B, N + 1), dtype=np.int32)
+        logq, uniform = np.zeros((B, N + 1), dtype=np.float32), np.zeros((B, N + 1), dtype=np.float32)
+        condition = np.tile([-1, NEVER], (B, 1))
+        trigger = np.full((B, self.trigger.shape[1]), -1)
+        tail, tail_logq = (
+            np.zeros((B, self.tail.shape[1]), dtype=np.int64),
+            np.zeros((B, self.tail.shape[1]), np.float32),
+        )
+        about = np.zeros((B, 2), dtype=np.int64)  # tokens of the tail, and whether they are actions
         for b, request in enumerate(requests):
             stop[b, : len(request.stop_ids)] = request.stop_ids
-            force[b, : len(request.forced)] = [token for token, _ in request.forced]
-            if request.closer is not None and request.closer.at < request.max_new_tokens:
-                at, ids = request.closer.at, request.closer.ids
-                closer[b] = at, request.closer.unless
-                force[b, at : at + len(ids)] = ids
+            for f in request.forcing():
+                ids, qs = zip(*f.tokens)
+                logqs = torch.tensor(qs).log().numpy()  # as everywhere: the logarithm of the fp32 number
+                if f.after:
+                    trigger[b, : len(f.after)], about[b] = f.after, (len(ids), f.action)
+                    tail[b, : len(ids)], tail_logq[b, : len(ids)] = ids, logqs
+                    continue
+                here = slice(f.at, f.at + len(ids))
+                force[b, here], logq[b, here] = ids, logqs
+                kind[b, here] = FORCED | SILENT * (not f.action) | CONDITIONAL * (f.unless >= 0)
+                if f.unless >= 0:
+                    condition[b] = f.unless, f.at
             if sampling.temperature > 0:
                 uniform[b, : request.max_new_tokens] = uniforms(request.seed, request.max_new_tokens)
         here = slice(first, first + B)
         self.position[here] = torch.tensor([len(c) - 1 for c in contexts])
         self.budget[here] = torch.tensor([r.max_new_tokens for r in requests])
-        self.stop[here], self.force[here] = torch.from_numpy(stop), torch.from_numpy(force)
-        self.uniform[here] = torch.from_numpy(uniform)
-        self.closer_at[here], self.closer_unless[here] = torch.from_numpy(closer).T
-        self.count[here] = 0
+        for buffer, values in (
+            (self.stop, stop), (self.kind, kind), (self.force, force), (self.force_logq, logq), (self.uniform, uniform),
+            (self.trigger, trigger), (self.tail, tail), (self.tail_logq, tail_logq),
+        ):  # fmt: skip
+            buffer[here] = torch.from_numpy(values)
+        self.unless[here], self.since[here] = torch.from_numpy(condition).T
+        self.tail_length[here], self.tail_action[here] = torch.from_numpy(about).T
+        self.count[here], self.fired[here] = 0, NEVER
         self.done[here] = self.stopped[here] = self.closed[here] = False
 
     def move(self, source: list[int], target: list[int]) -> None:
@@ -83,9 +116,9 @@ class Rows:
         for buffer in self.all:
             buffer[target] = buffer[source]
 
-    def fit(self, max_new_tokens: int, num_stop: int) -> bool:
+    def fit(self, shape: tuple[int, int, int, int]) -> bool:
         """Return whether there is room for such responses."""
-        return max_new_tokens <= self.max_new_tokens and num_stop <= self.stop.shape[1]
+        return all(need <= room for need, room in zip(shape, self.shape))
 
     def clear(self, first: int, last: int) -> None:
         """Make rows first .. last-1 finished ones: a batch that is padded with them runs them to no effect."""
@@ -94,8 +127,9 @@ class Rows:
 
     def save(self, row: int, n: int) -> Saved:
         """Read back what a row needs to go on later: its n tokens. Its random stream is a function of its seed."""
-        said = (buffer[row, :n].cpu().clone() for buffer in (self.out_token, self.out_logprob, self.out_action))
-        return Saved(*said, bool(self.closed[row]))
+        outputs = (self.out_token, self.out_logprob, self.out_action, self.out_forced)
+        said = (buffer[row, :n].cpu().clone() for buffer in outputs)
+        return Saved(*said, bool(self.closed[row]), int(self.fired[row]))
 
     def restore(self, row: int, saved: Saved) -> None:
         """Go on with a row that was admitted anew and whose tokens, but for the last, are in the cache."""
@@ -103,7 +137,9 @@ class Rows:
         self.out_token[row, :n] = saved.token.to(self.token.device)
         self.out_logprob[row, :n] = saved.logprob.to(self.token.device)
         self.out_action[row, :n] = saved.action.to(self.token.device)
+        self.out_forced[row, :n] = saved.forced.to(self.token.device)
         self.token[row], self.count[row], self.closed[row] = saved.token[-1].item(), n, saved.closed
+        self.fired[row] = saved.fired
         self.position[row] += n  # from the last token of the context to the last token said
 
     def advance(self, first: int, logits: torch.Tensor, sampling: Sampling) -> None:
@@ -116,17 +152,32 @@ class Rows:
         column = count.masked_fill(done, self.max_new_tokens).unsqueeze(1)  # finished rows write the spare column
         token, logprob = sample(logits, self.uniform[here].gather(1, column).squeeze(1), sampling)
 
-        force = self.force[here].gather(1, column).squeeze(1).long()
-        closing = count >= self.closer_at[here]
-        forced = (force != FREE) & ~(closing & self.closed[here])
-        token = torch.where(forced, force, token)
+        kind, force, logq = (x[here].gather(1, column).squeeze(1) for x in (self.kind, self.force, self.force_logq))
+        forced = (kind != FREE) & ~((kind & CONDITIONAL != 0) & self.closed[here])
+        silent = forced & (kind & SILENT != 0)
+        token, logprob = torch.where(forced, force.long(), token), torch.where(forced, logq, logprob)
+        if self.shape[3]:
+            fired = self.fired[here]
+            place = count - fired
+            inside = (place >= 0) & (place < self.tail_length[here]) & ~forced
+            place = place.clamp(0, self.shape[3] - 1).unsqueeze(1)
+            token = torch.where(inside, self.tail[here].gather(1, place).squeeze(1), token)
+            logprob = torch.where(inside, self.tail_logq[here].gather(1, place).squeeze(1), logprob)
+            silent, forced = silent | (inside & ~self.tail_action[here]), forced | inside
+            found = (token.unsqueeze(1) == self.trigger[here]).any(1) & ~forced & ~done & (fired == NEVER)
+            fired.copy_(torch.where(found, count + 1, fired))
         stopped = ~forced & (token.unsqueeze(1) == self.stop[here]).any(1)
 
-        self.out_token[here].scatter_(1, column, token.unsqueeze(1))
-        self.out_logprob[here].scatter_(1, column, logprob.unsqueeze(1))
-        self.out_action[here].scatter_(1, column, ~(forced & closing).unsqueeze(1))
+        outputs = (
+            (self.out_token, token),
+            (self.out_logprob, logprob),
+            (self.out_action, ~silent),
+            (self.out_forced, forced),
+        )
+        for buffer, values in outputs:
+            buffer[here].scatter_(1, column, values.unsqueeze(1))
         alive = ~done
-        self.closed[here].bitwise_or_((token == self.closer_unless[here]) & alive & ~closing)
+        self.closed[here].bitwise_or_((token == self.unless[here]) & alive & (count < self.since[here]))
         last = self.token[here]
         last.copy_(torch.where(done, last, token))
         self.stopped[here].bitwise_or_(stopped & alive)

@@ -88,7 +88,7 @@ def one_step(step: int, args: Args, learner, engine, pool, stop_ids, seconds: di
     lap("rollout")
     grades = pool.drain()
     lap("grade_wait")
-    episodes = [Episode.of(c, info={"forced": len(c.request.forced)}) for c in completions]
+    episodes = [Episode.of(c) for c in completions]
     for i, e in enumerate(episodes):
         e.mode, e.reward = control.mode_of(e.response_ids.tolist()), float(grades[step, i].correct)
         e.advantage = advantage(e, 0.5, args)
