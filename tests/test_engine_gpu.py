@@ -90,7 +90,7 @@ def test_steps_do_not_wait_for_the_device(model, graphs):
     engine.run(requests, Sampling(1.0))  # compiles
     with torch.no_grad():
         run = engine._open(requests, Sampling(1.0))
-        engine._admit(run, engine._next_jobs(run))
+        engine._admit(run, engine._next_sequences(run))
         columns = engine._grow(run)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -102,7 +102,7 @@ def test_steps_do_not_wait_for_the_device(model, graphs):
 
 
 def test_memory_stays_put(model):
-    """The arena is taken once: later runs allocate no more than small buffers of their own and leave nothing behind."""
+    """The KV cache is taken once: later runs allocate no more than small buffers of their own, and leave nothing."""
     engine = on_gpu(model, max_rows=8)
     requests = [Request(p, 60, (1, 2), i) for i, p in enumerate(prompts(24))]
     engine.run(requests, Sampling(1.0))
@@ -118,4 +118,4 @@ def test_the_arena_is_measured_where_no_size_is_given(model):
     free = torch.cuda.mem_get_info()[0]
     engine = Engine(decoder, max_rows=8, cache_bytes=None, sync_every=4)
     engine.run([Request(p, 20, NEVER, i) for i, p in enumerate(prompts(4))], Sampling(1.0))
-    assert 0.5 * free < engine.arena.cache.nbytes < 0.95 * free
+    assert 0.5 * free < engine.kv_cache.cache.nbytes < 0.95 * free

@@ -13,8 +13,8 @@ from adaptive_reasoning import kernels
 from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.rollout import Decoder, Engine, Forced, Request, Sampling
 from adaptive_reasoning.rollout import engine as engine_module
-from adaptive_reasoning.rollout.arena import TRASH, Shares
 from adaptive_reasoning.rollout.graphs import Graphs, buckets
+from adaptive_reasoning.rollout.kv_cache import TRASH, Shares
 
 PAGE = 8
 
@@ -54,8 +54,8 @@ def same(a, b):
 
 
 def all_free(engine):
-    arena = engine.arena
-    return arena.free_pages == arena.cache.shape[1] - 1 and (arena.host == TRASH).all()
+    kv_cache = engine.kv_cache
+    return kv_cache.free_pages == kv_cache.cache.shape[1] - 1 and (kv_cache.host == TRASH).all()
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0), Sampling(0.7, top_p=0.8)], ids=str)
@@ -152,15 +152,15 @@ def test_more_rows_run_than_longest_responses_would_fit(model):
 def test_a_group_shares_the_full_pages_of_its_prompt(model):
     engine = paged(model, pages=40)
     run = engine._open([Request([9] * 20, 30, NEVER, i) for i in range(5)], Sampling(1.0))
-    engine._admit(run, engine._next_jobs(run))
-    owned = engine.arena.owned[:5]
+    engine._admit(run, engine._next_sequences(run))
+    owned = engine.kv_cache.owned[:5]
     assert len({tuple(pages[:2]) for pages in owned}) == 1 and len({pages[2] for pages in owned}) == 5
-    assert [engine.arena.shares.count[page] for page in owned[0]] == [5, 5, 1]
-    assert engine.arena.free_pages == 39 - 2 - 5 and not run.prompts
+    assert [engine.kv_cache.shares.count[page] for page in owned[0]] == [5, 5, 1]
+    assert engine.kv_cache.free_pages == 39 - 2 - 5 and not run.prompts
     engine._grow(run)
     engine._compact(run, [0, 3])
-    assert engine.arena.shares.count[owned[1][0]] == 3 and engine.arena.free_pages == 39 - 2 - 3
-    assert (engine.arena.host[3:] == TRASH).all() and run.rows.done[3:].all()
+    assert engine.kv_cache.shares.count[owned[1][0]] == 3 and engine.kv_cache.free_pages == 39 - 2 - 3
+    assert (engine.kv_cache.host[3:] == TRASH).all() and run.rows.done[3:].all()
 
 
 def test_a_stream_that_is_left_gives_its_pages_back(model):

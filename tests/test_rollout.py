@@ -320,7 +320,7 @@ def test_few_cache_bytes_only_cost_rows(model):
     tight = engine_of(model, cache_bytes=3 * 60 * Decoder.from_model(model).cache_bytes_per_token())
     for a, b in zip(wide, tight.run(requests, Sampling(1.0))):
         assert a.response_ids.tolist() == b.response_ids.tolist()
-    assert tight.arena.cache.nbytes <= tight.arena.cache_bytes and tight.arena.cache.shape[1] < 8
+    assert tight.kv_cache.cache.nbytes <= tight.kv_cache.cache_bytes and tight.kv_cache.cache.shape[1] < 8
 
 
 def test_weights_of_another_model_are_refused(model):

@@ -203,7 +203,7 @@ class Scripted:
             reason = "stop" if len(ids) <= r.max_new_tokens else "length"
             ids = torch.tensor(ids[: r.max_new_tokens])
             ones = torch.ones(len(ids))
-            on_finish(i, Completion(r, context, ids, -ones, ones.bool(), reason, cache=torch.zeros(1)))
+            on_finish(i, Completion(r, context, ids, -ones, ones.bool(), ~ones.bool(), reason, cache=torch.zeros(1)))
 
 
 def form_of(tokenizer, args) -> DialogueFormat:

@@ -151,7 +151,7 @@ def converse(engine, grader, dialogues, script, sampling: Sampling, setting: str
                 if d.last:
                     d.last.cache = None
                 d.last = completion
-                completion.cache = completion.cache.cpu()  # the arena fills a GPU: what waits does so on the host
+                completion.cache = completion.cache.cpu()  # the kv_cache fills a GPU: what waits does so on the host
                 ids = completion.response_ids
                 text = prompts.decode(script.tokenizer, ids.tolist(), script.stop_ids)
                 cut = completion.finish_reason == "length"

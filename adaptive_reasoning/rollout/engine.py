@@ -2,10 +2,10 @@
 
 One pass of the loop: fill free rows from the queue (longest budget first, so that the long answers do not start last),
 decode one token for every live row, hand out what ended, and close the gaps so that live rows are always 0 .. n-1.
-A prompt is run once for all samples of it. Rows never depend on each other: each has its own random stream, so a
+A prompt is run once for all samples of it. BatchState never depend on each other: each has its own random stream, so a
 response is the same whatever else is in the batch.
 
-On CUDA rows are lists of pages (`arena.py`), admitted by the pages they need now and not by the longest response
+On CUDA rows are lists of pages (`kv_cache.py`), admitted by the pages they need now and not by the longest response
 possible. Where pages run out, the row that has said least gives its own back and waits with what it has said; later its
 prompt and response are run again as a prompt, and it goes on. The decode step is replayed from a graph (`graphs.py`).
 """
@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 import torch
 from tqdm import tqdm
 
-from adaptive_reasoning.rollout.arena import Pages, Slots
+from adaptive_reasoning.rollout.batch_state import BatchState, decode_step
 from adaptive_reasoning.rollout.decoder import Decoder, varlen_attention
 from adaptive_reasoning.rollout.graphs import Graphs, buckets
-from adaptive_reasoning.rollout.job import Job, Prompt, State
+from adaptive_reasoning.rollout.kv_cache import Pages, Slots
 from adaptive_reasoning.rollout.request import Completion, Request
-from adaptive_reasoning.rollout.rows import Rows, decode_step
 from adaptive_reasoning.rollout.sampler import Sampling
+from adaptive_reasoning.rollout.scheduler import Prompt, SchedulerState, Sequence
 
 CPU_CACHE_BYTES = 4 << 30
 CUDA_SYNC_EVERY = 8
@@ -73,9 +73,9 @@ class Engine:
         self.decoder, self.max_rows, self.batch_invariant = decoder, max_rows, batch_invariant
         self.prefill_tokens, self.sync_every = 1 if batch_invariant else prefill_tokens, sync_every
         width = FIXED_WIDTH if batch_invariant else 1
-        self.arena = Pages(decoder, cache_bytes, page, width) if page else Slots(decoder, cache_bytes)
+        self.kv_cache = Pages(decoder, cache_bytes, page, width) if page else Slots(decoder, cache_bytes)
         self.graphs = Graphs() if graphs is True else graphs or None
-        self.rows: Rows | None = None
+        self.rows: BatchState | None = None
         self.stats: dict[str, float] = {}
 
     def refresh(self, weights) -> None:
@@ -132,10 +132,10 @@ class Engine:
         show = None if progress else True  # tqdm's None: only on a terminal
         bar = tqdm(total=None, desc=progress, unit=" tok", unit_scale=True, leave=False, disable=show)
         while run.queue or run.live:
-            jobs = self._next_jobs(run)
-            if jobs:
-                self._admit(run, jobs)
-                bar.update(len(jobs))
+            sequences = self._next_sequences(run)
+            if sequences:
+                self._admit(run, sequences)
+                bar.update(len(sequences))
             else:
                 columns = self._grow(run)
                 n = len(run.live)
@@ -145,10 +145,10 @@ class Engine:
 
             finished = rows.done[: len(run.live)].nonzero().flatten().tolist()
             for row in finished:
-                job = run.live[row]
-                completion = self._complete(job, rows, row)
+                seq = run.live[row]
+                completion = self._complete(seq, rows, row)
                 tokens += len(completion.response_ids)
-                yield job.index, completion
+                yield seq.index, completion
             if finished:
                 self._compact(run, finished)
         bar.close()
@@ -164,20 +164,20 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------- a run
 
-    def _open(self, requests: list[Request], sampling: Sampling) -> State:
+    def _open(self, requests: list[Request], sampling: Sampling) -> SchedulerState:
         """Set up buffers for these requests, and graphs where there are graphs."""
-        jobs, prompts = [], {}
+        sequences, prompts = [], {}
         for i, request in enumerate(requests):
             request.check(self.decoder.vocab)
             before, context = request.continues, list(request.prompt_ids)
             if before is not None:
                 context = before.context_ids + before.response_ids.tolist() + context
             key = -1 - i if before is not None else prompts.setdefault(tuple(context), len(prompts))
-            jobs.append(Job(i, request, context, key, context))
-        longest = max(job.total for job in jobs)
-        if self.arena.cache_bytes is None:
-            self.arena.cache_bytes = measured_bytes(self.decoder, self.max_rows, self.prefill_tokens)
-        size = self.arena.open(self.max_rows, len(jobs), longest)
+            sequences.append(Sequence(i, request, context, key, context))
+        longest = max(seq.total for seq in sequences)
+        if self.kv_cache.cache_bytes is None:
+            self.kv_cache.cache_bytes = measured_bytes(self.decoder, self.max_rows, self.prefill_tokens)
+        size = self.kv_cache.open(self.max_rows, len(sequences), longest)
         self.decoder.reserve_positions(longest)
         after = [f for r in requests for f in r.forcing() if f.after]
         need = (
@@ -186,32 +186,32 @@ class Engine:
             max((len(f.after) for f in after), default=0),
             max((len(f.tokens) for f in after), default=0),
         )
-        paged = self.arena.table is not None
+        paged = self.kv_cache.table is not None
         if not paged:
-            self.rows = Rows(size, need, self.decoder.device)
+            self.rows = BatchState(size, need, self.decoder.device)
         elif self.rows is None or not self.rows.fit(need):  # else kept where they are, for the graphs
             there = self.rows.shape if self.rows else (0, 0, 0, 0)
-            self.rows = Rows(self.max_rows, tuple(map(max, need, there)), self.decoder.device)
+            self.rows = BatchState(self.max_rows, tuple(map(max, need, there)), self.decoder.device)
         else:
             self.rows.clear(0, self.max_rows)
         if self.graphs is not None:
-            columns = self.arena.table.shape[1] * self.arena.page
+            columns = self.kv_cache.table.shape[1] * self.kv_cache.page
             self.graphs.prepare(
-                [self.decoder.angles, self.arena.cache, self.arena.table, self.rows],
+                [self.decoder.angles, self.kv_cache.cache, self.kv_cache.table, self.rows],
                 sampling,
                 self._sizes(size),
-                lambda n: decode_step(self.decoder, self.arena, self.rows, n, columns, sampling),
+                lambda n: decode_step(self.decoder, self.kv_cache, self.rows, n, columns, sampling),
             )
-        queue = sorted(jobs, key=lambda job: job.request.max_new_tokens)
-        return State(self.rows, size, queue, sampling)
+        queue = sorted(sequences, key=lambda seq: seq.request.max_new_tokens)
+        return SchedulerState(self.rows, size, queue, sampling)
 
     def _sizes(self, rows: int) -> list[int]:
         """Return the batch sizes that up to `rows` live rows can need."""
         sizes = [self.max_rows] if self.batch_invariant else buckets(self.max_rows)
         return [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < rows]
 
-    def _decode(self, run: State, columns: int) -> None:
-        """Take `sync_every` steps. Rows that end on the way go on to no effect."""
+    def _decode(self, run: SchedulerState, columns: int) -> None:
+        """Take `sync_every` steps. BatchState that end on the way go on to no effect."""
         n = len(run.live)
         if self.graphs is not None or self.batch_invariant:
             n = self._sizes(n)[-1]
@@ -219,126 +219,126 @@ class Engine:
             if self.graphs is not None:
                 self.graphs.replay(run.sampling, n)
             else:
-                decode_step(self.decoder, self.arena, run.rows, n, columns, run.sampling)
+                decode_step(self.decoder, self.kv_cache, run.rows, n, columns, run.sampling)
         run.step += self.sync_every
 
     # ------------------------------------------------------------------------------------------------- memory
 
-    def _next_jobs(self, run: State) -> list[Job]:
+    def _next_sequences(self, run: SchedulerState) -> list[Sequence]:
         """Take from the queue what can have a row now; nothing while there are only few free rows."""
         live = len(run.live)
         free = run.size - live
-        if not run.queue or (live and free < min(len(run.queue), self.arena.enough(live))):
+        if not run.queue or (live and free < min(len(run.queue), self.kv_cache.enough(live))):
             return []
         asked = run.queue[: -free - 1 : -1]  # from the end
-        number = self.arena.fitting(asked, live, run.prompts)
+        number = self.kv_cache.fitting(asked, live, run.prompts)
         if not number and not live:  # prompts that wait for their samples are in the way of all of them
             for key in [key for key in run.prompts if key != asked[0].key]:
-                self.arena.drop(run.prompts.pop(key).held)
+                self.kv_cache.drop(run.prompts.pop(key).held)
             number = 1
         del run.queue[len(run.queue) - number :]
         return asked[:number]
 
-    def _grow(self, run: State) -> int:
+    def _grow(self, run: SchedulerState) -> int:
         """Make room for the next steps of all live rows; return how many columns they read.
 
         Where room runs out, prompts give theirs back first, which only costs their prefill; then the row that has said
         least, and of those the one admitted last. The row that has said most always goes on.
         """
-        while (columns := self.arena.grow(run.born, run.step + self.sync_every, run.live)) is None:
+        while (columns := self.kv_cache.grow(run.born, run.step + self.sync_every, run.live)) is None:
             if run.prompts:
-                self.arena.drop(run.prompts.popitem()[1].held)
+                self.kv_cache.drop(run.prompts.popitem()[1].held)
                 continue
             assert len(run.live) > 1, "one row of any length has room"
-            said = [born + run.step - len(job.context) for born, job in zip(run.born, run.live)]
+            said = [born + run.step - len(seq.context) for born, seq in zip(run.born, run.live)]
             row = min(range(len(said)), key=lambda r: (said[r], -r))
-            job = run.live[row]
-            job.saved = run.rows.save(row, said[row] + 1)
-            job.prefix = job.context + job.saved.token[:-1].tolist()
-            job.key = -1 - job.index
-            run.queue.append(job)
+            seq = run.live[row]
+            seq.saved = run.rows.save(row, said[row] + 1)
+            seq.prefix = seq.context + seq.saved.token[:-1].tolist()
+            seq.key = -1 - seq.index
+            run.queue.append(seq)
             run.preempted += 1
             self._compact(run, [row])
         return columns
 
-    def _compact(self, run: State, finished: list[int]) -> None:
+    def _compact(self, run: SchedulerState, finished: list[int]) -> None:
         """Move the last live rows into the gaps that `finished` rows leave, so that live rows are 0 .. n-1 again."""
         live, born, gone = run.live, run.born, set(finished)
         before, n = len(live), len(live) - len(finished)
         gaps = [row for row in finished if row < n]
         movers = [row for row in range(n, before) if row not in gone]
         if gaps:
-            self.arena.move(movers, gaps, max(born[row] for row in movers) + run.step)
+            self.kv_cache.move(movers, gaps, max(born[row] for row in movers) + run.step)
             run.rows.move(movers, gaps)
             for gap, mover in zip(gaps, movers):
                 live[gap], born[gap] = live[mover], born[mover]
         del live[n:], born[n:]
-        if self.arena.table is not None:
-            self.arena.free(n, before)
+        if self.kv_cache.table is not None:
+            self.kv_cache.free(n, before)
             run.rows.clear(n, before)
 
     # ------------------------------------------------------------------------------------------------- rows
 
-    def _admit(self, run: State, jobs: list[Job]) -> None:
-        """Give the next rows to `jobs`: fill the cache with their prefix and take the first token of each.
+    def _admit(self, run: SchedulerState, sequences: list[Sequence]) -> None:
+        """Give the next rows to `sequences`: fill the cache with their prefix and take the first token of each.
 
         Preempted ones come last: they have their next token already.
         """
-        jobs = sorted(jobs, key=lambda job: job.saved is not None)
-        new = [job for job in jobs if job.saved is None]
+        sequences = sorted(sequences, key=lambda seq: seq.saved is not None)
+        new = [seq for seq in sequences if seq.saved is None]
         first, rows = len(run.live), run.rows
-        self._run_prompts(run, [job for job in jobs if not job.turn])
-        rows.admit(first, [job.request for job in jobs], [job.context for job in jobs], run.sampling)
+        self._run_prompts(run, [seq for seq in sequences if not seq.turn])
+        rows.admit(first, [seq.request for seq in sequences], [seq.context for seq in sequences], run.sampling)
         logits = torch.empty(len(new), self.decoder.vocab, device=self.decoder.device)
 
         by_prompt: dict[int, list[int]] = {}
-        for offset, job in enumerate(jobs):
-            if not job.turn:
-                by_prompt.setdefault(job.key, []).append(offset)
+        for offset, seq in enumerate(sequences):
+            if not seq.turn:
+                by_prompt.setdefault(seq.key, []).append(offset)
         for key, offsets in by_prompt.items():
             prompt = run.prompts[key]
             prompt.waiting -= len(offsets)
-            last = prompt.waiting == 0 or not self.arena.spare
-            self.arena.give([first + o for o in offsets], prompt.held, prompt.tokens, last)
+            last = prompt.waiting == 0 or not self.kv_cache.spare
+            self.kv_cache.give([first + o for o in offsets], prompt.held, prompt.tokens, last)
             if offsets[0] < len(new):
                 logits[offsets] = prompt.logits
             if last:
                 del run.prompts[key]
-        self._extend([(o, job) for o, job in enumerate(jobs) if job.turn], first, logits)
+        self._extend([(o, seq) for o, seq in enumerate(sequences) if seq.turn], first, logits)
 
         if new:
             rows.advance(first, logits, run.sampling)
-        for offset, job in enumerate(jobs[len(new) :], len(new)):
-            rows.restore(first + offset, job.saved)
-            job.saved = None
-        run.live += jobs
-        run.born += [len(job.prefix) - run.step for job in jobs]
+        for offset, seq in enumerate(sequences[len(new) :], len(new)):
+            rows.restore(first + offset, seq.saved)
+            seq.saved = None
+        run.live += sequences
+        run.born += [len(seq.prefix) - run.step for seq in sequences]
 
-    def _run_prompts(self, run: State, jobs: list[Job]) -> None:
-        """Run every prompt of `jobs` that has not been run, and as many of those still queued as fill the pass."""
-        missing = {job.key: job for job in jobs if job.key not in run.prompts}
+    def _run_prompts(self, run: SchedulerState, sequences: list[Sequence]) -> None:
+        """Run every prompt of `sequences` that has not been run, and as many of those still queued as fill the pass."""
+        missing = {seq.key: seq for seq in sequences if seq.key not in run.prompts}
         if not missing:
             return
         counts: dict[int, int] = {}
-        room = self.prefill_tokens - sum(len(job.prefix) for job in missing.values())
-        queued = [job for job in reversed(run.queue) if not job.turn and job.saved is None]
-        for job in [*jobs, *queued]:
-            counts[job.key] = counts.get(job.key, 0) + 1
-        for job in queued:
-            if job.key not in run.prompts and job.key not in missing:
-                room -= len(job.prefix)
-                if room < 0 or not self.arena.affords(len(job.prefix)):
+        room = self.prefill_tokens - sum(len(seq.prefix) for seq in missing.values())
+        queued = [seq for seq in reversed(run.queue) if not seq.turn and seq.saved is None]
+        for seq in [*sequences, *queued]:
+            counts[seq.key] = counts.get(seq.key, 0) + 1
+        for seq in queued:
+            if seq.key not in run.prompts and seq.key not in missing:
+                room -= len(seq.prefix)
+                if room < 0 or not self.kv_cache.affords(len(seq.prefix)):
                     break
-                missing[job.key] = job
-        left = sorted(missing.values(), key=lambda job: len(job.prefix))
+                missing[seq.key] = seq
+        left = sorted(missing.values(), key=lambda seq: len(seq.prefix))
         while left:
             batch = [left.pop()]  # the longest sets the width of the pass
             width = len(batch[0].prefix)
             while left and (len(batch) + 1) * width <= self.prefill_tokens:
                 batch.append(left.pop())
-            logits, entries = self._prefill([job.prefix for job in batch])
-            for b, (job, kv) in enumerate(zip(batch, entries)):
-                run.prompts[job.key] = Prompt(self.arena.hold(kv), len(job.prefix), logits[b], counts[job.key])
+            logits, entries = self._prefill([seq.prefix for seq in batch])
+            for b, (seq, kv) in enumerate(zip(batch, entries)):
+                run.prompts[seq.key] = Prompt(self.kv_cache.hold(kv), len(seq.prefix), logits[b], counts[seq.key])
 
     @property
     def packs_prompts(self) -> bool:
@@ -361,26 +361,26 @@ class Engine:
             tokens[b, : len(row)] = torch.tensor(row)
         return tokens.to(self.decoder.device), torch.tensor([len(row) for row in rows], device=self.decoder.device)
 
-    def _extend(self, turns: list[tuple[int, Job]], first: int, logits: torch.Tensor) -> None:
+    def _extend(self, turns: list[tuple[int, Sequence]], first: int, logits: torch.Tensor) -> None:
         """Put kept keys and values back into rows and run the new tokens of each dialogue behind them."""
         turns = sorted(turns, key=lambda turn: len(turn[1].context))
         while turns:
             take = max(1, self.prefill_tokens // len(turns[-1][1].context))  # columns that are gathered at a time
             batch, turns = turns[-take:], turns[:-take]
-            kept = [job.request.continues.cache for _, job in batch]
+            kept = [seq.request.continues.cache for _, seq in batch]
             start = [cache.shape[2] for cache in kept]
-            new = [job.context[s:] for (_, job), s in zip(batch, start)]
+            new = [seq.context[s:] for (_, seq), s in zip(batch, start)]
             past = self.decoder.new_cache(len(batch), max(start) + max(map(len, new)))
             for b, cache in enumerate(kept):
                 past[:, b, :, : start[b]] = cache
             out, past = self.decoder.extend(*self._padded(new), torch.tensor(start, device=past.device), past)
-            for b, (offset, job) in enumerate(batch):
-                self.arena.put(first + offset, past[:, b, :, : len(job.context)])
+            for b, (offset, seq) in enumerate(batch):
+                self.kv_cache.put(first + offset, past[:, b, :, : len(seq.context)])
                 logits[offset] = out[b]
 
-    def _complete(self, job: Job, rows: Rows, row: int) -> Completion:
+    def _complete(self, seq: Sequence, rows: BatchState, row: int) -> Completion:
         """Read a finished row back."""
-        request, context, n = job.request, job.context, int(rows.count[row])
+        request, context, n = seq.request, seq.context, int(rows.count[row])
         action = rows.out_action[row, :n].cpu().clone()
         logprobs = rows.out_logprob[row, :n].cpu().clone()
         logprobs.masked_fill_(~action, 0.0)
@@ -394,7 +394,7 @@ class Engine:
             rows.out_forced[row, :n].cpu().clone(),
             "stop" if bool(rows.stopped[row]) else "length",
             # The last token was never fed back, so its keys and values do not exist yet: the next turn runs it first.
-            self.arena.read(row, len(context) + n - 1) if request.keep else None,
+            self.kv_cache.read(row, len(context) + n - 1) if request.keep else None,
         )
 
 

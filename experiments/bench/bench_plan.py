@@ -205,7 +205,7 @@ def predict(size: Size, baseline: int, flops: float, bandwidth: float):
     from adaptive_reasoning.rollout.engine import CPU_CACHE_BYTES
 
     shapes, args = shapes_of(size.config()), size.options("-")
-    where = Where(cuda=False, longest_prompt=size.prompt_tokens, arena=CPU_CACHE_BYTES, libraries=baseline)
+    where = Where(cuda=False, longest_prompt=size.prompt_tokens, kv_cache=CPU_CACHE_BYTES, libraries=baseline)
     a = Assumptions(
         prompt_tokens=size.prompt_tokens,
         mean_response_tokens=size.max_new_tokens,

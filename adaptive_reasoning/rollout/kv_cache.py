@@ -1,12 +1,12 @@
-"""The arena: where keys and values of all rows live, and who may write where.
+"""KV cache: where keys and values of all rows live, and who may write where.
 
-Two arenas with one interface. `Slots`, for the CPU: a row is a contiguous stretch, and attention reads it as it is.
+Two kinds with one interface. `Slots`, for the CPU: a row is a contiguous stretch, and attention reads it as it is.
 `Pages`, for CUDA: memory is cut once into pages of C columns, a row is a list of pages (a line of the page table), and
 it holds only the pages its tokens need. Samples of a group share the full pages of their prompt by count; compaction
 moves lines of the table, never keys and values. Page 0 is the trash: whatever a row without an owner writes goes there.
 
     open(rows, wanted, longest)      start of a run: everything is free again; how many rows there are
-    fitting(jobs, live, held)        how many of the jobs can have a row now
+    fitting(sequences, live, held)   how many of the sequences can have a row now
     hold(kv) / drop(held)            keep a prompt for its samples / forget it
     give(rows, held, n, last)        put a held prompt of n tokens into rows; the last one takes it over
     put(row, kv) / read(row, n)      write / read keys and values of one row
@@ -56,8 +56,8 @@ class Slots:
             self.cache = None
         return self.rows
 
-    def fitting(self, jobs: list, live: int, held: Iterable[int]) -> int:
-        return len(jobs)
+    def fitting(self, sequences: list, live: int, held: Iterable[int]) -> int:
+        return len(sequences)
 
     def enough(self, live: int) -> int:
         """Return how many rows have to be free before it is worth while to stop decoding and fill them."""
@@ -138,7 +138,7 @@ class Shares:
 
 
 class Pages:
-    """Rows as lists of pages: `cache` [L, P, 2k, C, D], `table` [S, W] int32 on the device.
+    """BatchState as lists of pages: `cache` [L, P, 2k, C, D], `table` [S, W] int32 on the device.
 
     Args:
         page: columns of a page, a power of two; the Triton kernels need 16 or more.
@@ -195,24 +195,24 @@ class Pages:
 
     # --- admission
 
-    def fitting(self, jobs: list, live: int, held: Iterable[int]) -> int:
-        """Return how many of the jobs have room now, one page of growth for each row that lives set aside."""
+    def fitting(self, sequences: list, live: int, held: Iterable[int]) -> int:
+        """Return how many of the sequences have room now, one page of growth for each row that lives set aside."""
         left, planned, number = self.free_pages - live, set(held), 0
-        for job in jobs:
-            after = left - self._cost(job, planned) - 1
+        for seq in sequences:
+            after = left - self._cost(seq, planned) - 1
             if after < 0:
                 break
             left, number = after, number + 1
         self.left = max(left, 0) if number else 0
         return number
 
-    def _cost(self, job, planned: set) -> int:
-        """Return how many pages a job takes that nobody has yet; its prompt is `planned` from now on."""
-        tokens = len(job.prefix)
+    def _cost(self, seq, planned: set) -> int:
+        """Return how many pages a seq takes that nobody has yet; its prompt is `planned` from now on."""
+        tokens = len(seq.prefix)
         cost = self.pages_of(tokens + 1)
-        if not job.turn:  # one more for the copy of the last page, which the prompt itself keeps
-            cost += -(tokens // self.page) if job.key in planned else 1
-            planned.add(job.key)
+        if not seq.turn:  # one more for the copy of the last page, which the prompt itself keeps
+            cost += -(tokens // self.page) if seq.key in planned else 1
+            planned.add(seq.key)
         return cost
 
     def enough(self, live: int) -> int:
@@ -273,8 +273,8 @@ class Pages:
 
     def grow(self, born: list[int], step: int, live: list) -> int | None:
         """Give each row pages for its next columns. None where they run out: the caller has to free some."""
-        for row, (start, job) in enumerate(zip(born, live)):
-            missing = self.pages_of(min(start + step, job.total)) - len(self.owned[row])
+        for row, (start, seq) in enumerate(zip(born, live)):
+            missing = self.pages_of(min(start + step, seq.total)) - len(self.owned[row])
             if missing > 0:
                 if missing > self.free_pages:
                     return None

@@ -1,4 +1,4 @@
-"""Rows: the static buffers of all responses that decode side by side, and the step that moves them on by one token."""
+"""Batch state: static buffers of all responses that decode side by side, and the step that moves them on by a token."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class Saved:
     fired: int
 
 
-class Rows:
+class BatchState:
     """Buffers over S rows. Live rows are 0 .. n-1; a response of row r has `count[r]` tokens so far.
 
     Everything a decode step needs is a tensor here, so that a step neither asks the host nor tells it anything:
@@ -187,15 +187,15 @@ class Rows:
 
 
 @torch.inference_mode()  # cheaper than no_grad; nothing made inside leaves, only the buffers change
-def decode_step(decoder: Decoder, arena, rows: Rows, n: int, columns: int, sampling: Sampling) -> None:
+def decode_step(decoder: Decoder, kv_cache, rows: BatchState, n: int, columns: int, sampling: Sampling) -> None:
     """One token for the rows 0 .. n-1, whose positions all lie below `columns`: forward, sample, book-keeping.
 
     The whole step is a function of static buffers with shapes fixed by (n, columns): what a CUDA graph captures. Over
     pages the shapes follow from n alone.
     """
     token, position = rows.token[:n], rows.position[:n]
-    if arena.table is None:
-        logits = decoder.decode(token, position, arena.cache, columns)
+    if kv_cache.table is None:
+        logits = decoder.decode(token, position, kv_cache.cache, columns)
     else:
-        logits = decoder.decode_paged(token, position, arena.cache, arena.table[:n])
+        logits = decoder.decode_paged(token, position, kv_cache.cache, kv_cache.table[:n])
     rows.advance(0, logits, sampling)

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from adaptive_reasoning.rollout.batch_state import BatchState, Saved
 from adaptive_reasoning.rollout.request import Request
-from adaptive_reasoning.rollout.rows import Rows, Saved
 from adaptive_reasoning.rollout.sampler import Sampling
 
 
 @dataclass(eq=False)
-class Job:
+class Sequence:
     """A request on its way: in the queue, in a row, or back in the queue with what it has said."""
 
     index: int  # of the request
@@ -34,22 +34,22 @@ class Job:
 class Prompt:
     """A prompt that was run: shared by all samples of it until the last one has a row."""
 
-    held: object  # the arena's
+    held: object  # what the KV cache returned for it
     tokens: int
     logits: torch.Tensor  # [V] fp32 after its last token
     waiting: int  # samples that still need it
 
 
 @dataclass
-class State:
+class SchedulerState:
     """One run of the loop."""
 
-    rows: Rows
+    rows: BatchState
     size: int  # most live rows
-    queue: list[Job]  # popped from the end
+    queue: list[Sequence]  # popped from the end
     sampling: Sampling
     prompts: dict[int, Prompt] = field(default_factory=dict)
-    live: list[Job] = field(default_factory=list)  # of row 0, 1, ...
+    live: list[Sequence] = field(default_factory=list)  # of row 0, 1, ...
     born: list[int] = field(default_factory=list)  # of row 0, 1, ...: born + step = its tokens in the cache
     step: int = 0
     preempted: int = 0
