@@ -86,10 +86,10 @@ def module(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def opened(name, **options):
+def opened(name):
     """Return (format, its tokenizer from the laboratory)."""
     tokenizer = formats.tokenizer(name)
-    return formats.load(name)(tokenizer, SimpleNamespace(**options)), tokenizer
+    return formats.load(name)(tokenizer, SimpleNamespace()), tokenizer
 
 
 def ids_of(tokenizer, text):
@@ -196,8 +196,9 @@ def test_a_method_takes_the_formats_it_can_train():
         formats.load("arm", Think)
     with pytest.raises(UserError, match="this command samples single responses"):
         formats.load("dialogue")(formats.tokenizer("dialogue"), SimpleNamespace())
+    tokenizer = formats.tokenizer("my_formats.ThreeModes")
     with pytest.raises(UserError, match="--mode_rule substring.*no other mode"):
-        opened("my_formats.ThreeModes", mode_rule="substring")
+        formats.load("my_formats.ThreeModes")(tokenizer, Args(mode_rule="substring"))
 
 
 def test_an_error_in_the_users_module_keeps_its_traceback():
@@ -225,7 +226,7 @@ def test_an_option_that_a_command_lacks_keeps_its_default():
     """GRPO has neither --first_word nor --mode_rule; the benchmark has all."""
     tokenizer = formats.tokenizer("think")
     word = tokenizer.encode("Okay", add_special_tokens=False)
-    assert Think(tokenizer, SimpleNamespace(first_word="Okay")).word == word != Think(tokenizer, SimpleNamespace()).word
+    assert Think(tokenizer, Args(first_word="Okay")).word == word != Think(tokenizer, SimpleNamespace()).word
     assert (Args().first_word, Args().mode_rule, Args().fast_budget) == ("Alright", "first_token", 1000)
 
 
