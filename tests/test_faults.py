@@ -99,7 +99,7 @@ def test_an_evaluation_measures_only_what_is_not_finished(go, model, tmp_path, m
     """P6: killed in its second setting; results, samples and kept rows are those of an untouched evaluation."""
     options = f"--task chain --chain_eval_questions 10 --model {model} --max_new_tokens 8 --dtype fp32 --eval_samples 2"
     options = [*options.split(), "--maj_k", "2"]
-    assert go("benchmark", *options, "--output_dir", tmp_path / "whole") == (0, "")
+    assert go("benchmark.__main__", *options, "--output_dir", tmp_path / "whole") == (0, "")
     (tmp_path / "killed").mkdir()
     shutil.copy(tmp_path / "whole" / "config.yaml", tmp_path / "killed")
     lines = (tmp_path / "whole" / "finished.jsonl").read_bytes().splitlines(keepends=True)
@@ -107,12 +107,12 @@ def test_an_evaluation_measures_only_what_is_not_finished(go, model, tmp_path, m
     (tmp_path / "killed" / "samples.jsonl").write_text('{"step": 0, "sp')
     evaluate = importlib.import_module("adaptive_reasoning.benchmark.__main__")
     real, measured = evaluate.evaluate, []
-    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: (measured.append(a[6]), real(*a, **k))[1])
-    assert go("benchmark", *options, "--output_dir", tmp_path / "killed") == (0, "")
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: (measured.append(a[2]), real(*a, **k))[1])
+    assert go("benchmark.__main__", *options, "--output_dir", tmp_path / "killed") == (0, "")
     assert measured == ["always_think", "never_think"]
     for name in ("evaluation.json", "samples.jsonl", "finished.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    code, error = go("benchmark", *options, "--output_dir", tmp_path / "killed", "--chain_mix", "1")
+    code, error = go("benchmark.__main__", *options, "--output_dir", tmp_path / "killed", "--chain_mix", "1")
     assert code == 2 and "holds a run with chain_mix" in error
 
 

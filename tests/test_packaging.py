@@ -262,7 +262,7 @@ def test_every_run_has_its_file(make):
 def test_run_files_hold_options_only(path):
     from adaptive_reasoning.run.options import read_yaml
 
-    starts = {"cold_start": "sft", "sft": "sft", "warmup": "sft", "eval": "benchmark"}
+    starts = {"cold_start": "sft", "sft": "sft", "warmup": "sft", "eval": "benchmark.__main__"}
     module = next((m for start, m in starts.items() if path.stem.startswith(start)), "")
     if not module:  # <algorithm>_<size>, toy_<algorithm>, ...
         names = ("ada_grpo", "degrpo", "grpo", "thinker", "adaptthink", "quickstart")

@@ -62,7 +62,7 @@ def reward(response: list[int]) -> float:
 
 def ours(pipe, plan: Plan) -> None:
     """Take one step for every message, with the parts that the algorithm files are made of."""
-    from adaptive_reasoning.adaptthink import Args, Control, loss, plan_rollouts
+    from adaptive_reasoning.adaptthink import Args, loss, plan_rollouts
     from adaptive_reasoning.core.episode import Episode
     from adaptive_reasoning.core.question import Question
     from adaptive_reasoning.learner.learner import Learner
@@ -88,12 +88,11 @@ def ours(pipe, plan: Plan) -> None:
     learner = Learner(args, model, make_accelerator(args))
     engine = Engine(Decoder(model.config))
     engine.refresh(learner.named_weights())
-    control = Control(0, [1], 0.5)
     for step in range(plan.steps):
         pipe.recv()
         start = time.perf_counter()
         asked = [(i, Question(str(i), "", "", 1, ""), prompt) for i, prompt in enumerate(questions[step])]
-        requests = plan_rollouts(asked, control, args, tuple(range(plan.stops)), step)
+        requests = plan_rollouts(asked, None, args, tuple(range(plan.stops)), step)
         done = engine.run(requests, Sampling(1.0))
         episodes = [Episode.of(c, reward=reward(c.response_ids.tolist())) for c in done]
         for g in range(plan.prompts):  # GRPO: A = (R - mean) / (std + 1e-4) within a group

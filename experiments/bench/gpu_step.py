@@ -35,9 +35,10 @@ from gpu_harness import (
 # isort: split
 import torch
 
-from adaptive_reasoning.adaptthink import Args, Control, advantage, loss, plan_rollouts
+from adaptive_reasoning.adaptthink import Args, advantage, loss, plan_rollouts
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.formats.think import Think
 from adaptive_reasoning.rollout import Decoder, Engine, Sampling
 from adaptive_reasoning.tasks.grader import GraderPool
 from adaptive_reasoning.tasks.task import ExactGrader
@@ -73,7 +74,8 @@ def one_step(step: int, args: Args, learner, engine, pool, stop_ids, seconds: di
 
     synchronize()
     lap.since = time.perf_counter()
-    vocab, control = engine.decoder.vocab, Control(1, [2])
+    vocab, form = engine.decoder.vocab, object.__new__(Think)  # the tokens of a mode, without a tokenizer
+    form.eot, form.word = 1, [2]
     generator = torch.Generator().manual_seed(step)
     asked = [
         (i, Question(str(i), "", "7"), torch.randint(3, vocab, (8 if SMOKE else 128,), generator=generator).tolist())
@@ -83,14 +85,14 @@ def one_step(step: int, args: Args, learner, engine, pool, stop_ids, seconds: di
     def on_finish(i: int, completion) -> None:
         pool.submit(" ".join(map(str, completion.response_ids[-20:].tolist())), "7", (step, i))
 
-    requests = plan_rollouts(asked, control, args, stop_ids, step)
+    requests = plan_rollouts(asked, form, args, stop_ids, step)
     completions = engine.run(requests, Sampling(args.temperature), on_finish)
     lap("rollout")
     grades = pool.drain()
     lap("grade_wait")
     episodes = [Episode.of(c) for c in completions]
     for i, e in enumerate(episodes):
-        e.mode, e.reward = control.mode_of(e.response_ids.tolist()), float(grades[step, i].correct)
+        e.mode, e.reward = form.mode_of(e.response_ids.tolist()), float(grades[step, i].correct)
         e.advantage = advantage(e, 0.5, args)
     for minibatch in learner.minibatches(episodes, 1, step, skip_zero_advantage=True):
         for mb in minibatch:
