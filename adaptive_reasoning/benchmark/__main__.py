@@ -10,9 +10,10 @@ import importlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Literal
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from adaptive_reasoning.benchmark import routers as router
 from adaptive_reasoning.benchmark.lenient import lenient_answer, lenient_same
@@ -25,10 +26,9 @@ from adaptive_reasoning.learner.runtime import all_gather, end, make_accelerator
 from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.report.console import evaluation_table
 from adaptive_reasoning.rollout import Decoder, Engine
-from adaptive_reasoning.run.bank import fingerprint
 from adaptive_reasoning.run.evaluation import Protocol, evaluate, summarise
-from adaptive_reasoning.run.journal import MAY_CHANGE, check_inputs, data_of, inputs_of, open_folder
-from adaptive_reasoning.run.options import RunArgs, parse_args
+from adaptive_reasoning.run.folder import MAY_CHANGE, check_inputs, data_of, inputs_of, open_folder
+from adaptive_reasoning.run.options import NonNegative, PositiveShare, RunArgs, parse_args
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.task import load_task
 
@@ -39,63 +39,62 @@ CONTINUES = MAY_CHANGE | {"settings", "eval_data", "paper"}  # what an evaluatio
 class Args(RunArgs):
     """Options of a stand-alone evaluation."""
 
-    algorithm: str = "adaptthink"
+    model: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    """Model to evaluate: a Hugging Face folder or a hub name (Qwen2, Qwen3 or Llama)."""
+    eval_data: str = "gsm8k,math500,aime24"
+    """Evaluation questions, comma separated: files, hub data sets, or the names of the built-in benchmarks."""
+    temperature: NonNegative = 0.6
+    """Sampling temperature (0: greedy)."""
+    eval_top_p: PositiveShare = 0.95
+    """Nucleus of the sampler."""
+    max_new_tokens: PositiveInt = 16384
+    """Longest response in tokens, EOS included."""
+
+    algorithm: Literal[tuple(PAPERS)] = "adaptthink"
     """Whose control tokens, answer format and settings are used: adaptthink, grpo, ada_grpo, degrpo or thinker."""
     settings: str = ""
     """Settings to measure, comma separated; empty: all that the algorithm has, apart from the routers of degrpo."""
-    maj_k: int = 0
+    maj_k: NonNegativeInt = 0
     """Report maj@k beside the mean over the samples: the vote of the first k responses (0: no vote)."""
     execute_code: bool = False
     """Run the programs of the CODE format, each in a sandboxed process, and take their answers (ARM's appendix H)."""
-    answer_format: str = "tags"
+    answer_format: Literal["tags", "boxed"] = "tags"
     """Answers of grpo: "tags" (ARM's formats) or "boxed"."""
-    paper: str = ""
+    paper: Literal[("", *(size for rows, _ in PAPERS.values() for size in rows))] = ""
     """Print the paper's rows beside ours: "1.5b" or "7b" (AdaptThink), "3b", "7b" or "14b" (ARM), "q1.5b", "r1.5b" or
     "r7b" (Thinker), "thinkless-1.5b"."""
-    scoring: str = "strict"
+    scoring: Literal["strict", "lenient"] = "strict"
     """"strict": as in training. "lenient": a box anywhere, other places, the first number (Thinkless' scripts)."""
     instruction: str = ""
     """Text put before every problem, e.g. to ask for a box."""
     judge_model: str = ""
     """Judge of router_judge: a folder or hub name; empty: the evaluated model itself."""
-    judge_max_new_tokens: int = 1024
+    judge_max_new_tokens: PositiveInt = 1024
     """Longest reply of the judge."""
     first_word: str = "Alright"
     """The word forced by always_think."""
-    eval_data: str = "gsm8k,math500,aime24"
-    """Evaluation questions, comma separated: files, hub data sets, or the names of the built-in benchmarks."""
 
     # --- Thinker's dialogue, as in thinker.py
-    environment: str = "thinker"
+    environment: Literal["thinker", "qa"] = "thinker"
     """Thinker: "thinker" for dialogues, "qa" for the baseline's one turn."""
-    stage_prompts: str = "paper"
+    stage_prompts: Literal["paper", "chain"] = "paper"
     """Thinker: the user's turns, "paper" or "chain"."""
-    template: str = "auto"
+    template: Literal["auto", "chatml", "own"] = "auto"
     """Thinker: marks of a turn, "auto", "chatml" or "own"."""
-    fast_budget: int = 1000
+    fast_budget: PositiveInt = 1000
     """Thinker: most tokens of a Fast response."""
-    verify_budget: int = 6000
+    verify_budget: PositiveInt = 6000
     """Thinker: most tokens of a Verify response."""
-    slow_budget: int = 6000
+    slow_budget: PositiveInt = 6000
     """Thinker: most tokens of a Slow response."""
-    summary_budget: int = 1000
+    summary_budget: PositiveInt = 1000
     """Thinker: most tokens of a Summary, of which evaluation has none."""
-    qa_budget: int = 8000
+    qa_budget: PositiveInt = 8000
     """Thinker: most tokens of the baseline's response."""
     require_stop: bool = False
     """Thinker: a response cut at its budget has no answer."""
     skip_verify: bool = False
     """Thinker: the model was trained without Verify; every question goes to Slow."""
-
-    CHOICES: ClassVar = {
-        "algorithm": tuple(PAPERS),
-        "answer_format": ("tags", "boxed"),
-        "scoring": ("strict", "lenient"),
-        "paper": ("", *dict.fromkeys(size for rows, _ in PAPERS.values() for size in rows)),
-        "environment": ("thinker", "qa"),
-        "stage_prompts": ("paper", "chain"),
-        "template": ("auto", "chatml", "own"),
-    }
 
 
 def check_args(args) -> None:
@@ -188,7 +187,7 @@ def measure(args, accelerator, watch: Watch) -> None:
     folder, data = Path(args.output_dir), data_of(task)
 
     def begin():
-        inputs = inputs_of(data, tokenizer) | {f"the model {args.model}": fingerprint(args.model)}
+        inputs = inputs_of(data, tokenizer, args.model)
         return inputs, finished(folder, args, inputs)
 
     inputs, kept = all_gather(accelerator, on_main(accelerator, begin))[0]
