@@ -32,7 +32,9 @@ setup(
         # math-verify's LaTeX parser. Its own extra "antlr4_13_2" is not found by pip before 24, so it is named here.
         "antlr4-python3-runtime>=4.13.2,<4.14",
         "datasets>=4,<6",
+        "docstring-parser>=0.17,<1",  # with which jsonargparse finds the help below a field
         "jinja2>=3.1,<4",
+        "jsonargparse>=4.53,<5",
         "math-verify>=0.9,<0.10",
         "matplotlib>=3.9,<4",
         "numpy>=1.26,<3",

@@ -31,9 +31,10 @@ Where paper [P] and code [C] disagree, and what we do (specification, section 9)
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from adaptive_reasoning import formats, kernels
 from adaptive_reasoning.core.episode import Episode
@@ -43,7 +44,7 @@ from adaptive_reasoning.formats.statistics import mean, mode_metrics, mode_rows,
 from adaptive_reasoning.kernels.group_advantage import Groups
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, request_seed
-from adaptive_reasoning.run.options import RunArgs, parse_args
+from adaptive_reasoning.run.options import NonNegative, Positive, PositiveShare, RunArgs, check_minibatches, parse_args
 from adaptive_reasoning.run.run import Run
 
 STD_EPS = 1e-6
@@ -54,56 +55,54 @@ PER_MICRO_BATCH = ("micro_batch",)  # aggregations that depend on which sequence
 class Args(RunArgs):
     """Options of Ada-GRPO. The defaults are ARM's run."""
 
+    model: str = "runs/sft-arm-3b/model"
+    """Model to start from: a Hugging Face folder or a hub name (Qwen2, Qwen3 or Llama)."""
+    data: str = "agentica-org/DeepScaleR-Preview-Dataset"
+    """Training questions, comma separated: files with `problem` and `answer`, or hub data sets."""
+    max_steps: PositiveInt = 170
+    """Training steps: one rollout batch each."""
+    temperature: Positive = 1.0
+    """Sampling temperature of training and evaluation; log-probs are taken at the same temperature."""
+    eval_top_p: PositiveShare = 0.95
+    """Nucleus of the evaluation sampler (training always samples from the whole distribution)."""
+    max_prompt_tokens: PositiveInt = 2048
+    """Questions with a longer prompt are left out of training, and counted."""
+    max_new_tokens: PositiveInt = 4096
+    """Longest response in tokens, EOS included."""
+    learning_rate: Positive = 1e-6
+    """AdamW learning rate, constant."""
+
     answer_format: str = "arm"
     """"arm": ARM's four formats, with its gate. Or a format of your own, "module.Class", with another mode."""
-    std: str = "shaped"
+    std: Literal["shaped", "raw", "none"] = "shaped"
     """Divide the advantage by the standard deviation of the "shaped" rewards, of the "raw" ones, or by "none"."""
     drop_all_correct: bool = False
     """Give questions that every response gets right advantage 0, as plain GRPO does."""
-    decay: str = "cosine"
+    decay: Literal["cosine", "none"] = "cosine"
     """w(t): "cosine" falls from 1 to 0, "none" stays at 1."""
-    total_steps: int = 0
+    total_steps: NonNegativeInt = 0
     """T of the decay; 0: max_steps + 1, so that t = 1 .. T - 1 as in the official loop."""
-    aggregation: str = "token_mean"
+    aggregation: Literal["token_mean", "sequence_mean", "constant", "micro_batch"] = "token_mean"
     """Weight of a token in the loss: "token_mean", "sequence_mean" (Eq. 3), "constant" (Dr. GRPO) or "micro_batch"."""
-    clip_low: float = 0.2
+    clip_low: Positive = 0.2
     """epsilon below 1."""
-    clip_high: float = 0.2
+    clip_high: Positive = 0.2
     """epsilon above 1 (DAPO: 0.28)."""
-    kl_coef: float = 0.001
+    kl_coef: NonNegative = 0.001
     """Weight of the divergence from the starting model (k3); 0 loads no reference model."""
-    entropy_coef: float = 0.001
+    entropy_coef: NonNegative = 0.001
     """Weight of the entropy bonus (verl's default; in no paper)."""
-    prompts_per_step: int = 1024
+    prompts_per_step: PositiveInt = 1024
     """Questions per rollout batch, over all processes."""
-    num_generations: int = 8
+    num_generations: PositiveInt = 8
     """G: responses per question."""
-    minibatches_per_step: int = 6
+    minibatches_per_step: PositiveInt = 6
     """Optimiser steps per rollout batch."""
 
-    # --- defaults that differ from AdaptThink's
-    model: str = "runs/sft-arm-3b/model"
-    """Model to start from: a Hugging Face folder or a hub name (Qwen2, Qwen3 or Llama)."""
-    learning_rate: float = 1e-6
-    """AdamW learning rate, constant."""
-    temperature: float = 1.0
-    """Sampling temperature of training and evaluation; log-probs are taken at the same temperature."""
-    max_prompt_tokens: int = 2048
-    """Questions with a longer prompt are left out of training, and counted."""
-    max_new_tokens: int = 4096
-    """Longest response in tokens, EOS included."""
-    max_steps: int = 170
-    """Training steps: one rollout batch each."""
-
-    CHOICES: ClassVar = {
-        "std": ("shaped", "raw", "none"),
-        "decay": ("cosine", "none"),
-        "aggregation": ("token_mean", "sequence_mean", "constant", "micro_batch"),
-    }
-
     def __post_init__(self):
+        check_minibatches(self)
         self.total_steps = self.total_steps or self.max_steps + 1  # written into config.yaml: a resumed run keeps it
-        if not 0 <= self.max_steps < self.total_steps:
+        if not self.max_steps < self.total_steps:
             raise UserError(f"--max_steps {self.max_steps}: must be less than --total_steps {self.total_steps}, T.")
 
 

@@ -39,10 +39,11 @@ Where paper and official code disagree (default first; every switch is an option
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Literal
 
 import numpy as np
 import torch
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode
@@ -53,7 +54,7 @@ from adaptive_reasoning.formats.think import Think, ThinkArgs
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, Sampling, request_seed
 from adaptive_reasoning.run.bank import Bank
-from adaptive_reasoning.run.options import RunArgs, parse_args
+from adaptive_reasoning.run.options import Finite, Positive, PositiveShare, RunArgs, check_minibatches, parse_args
 from adaptive_reasoning.run.run import Run
 
 REFERENCE_STREAM = 104_729  # keeps the random numbers of the reference samples apart from those of training
@@ -63,53 +64,69 @@ REFERENCE_STREAM = 104_729  # keeps the random numbers of the reference samples 
 class Args(ThinkArgs, RunArgs):
     """Options of AdaptThink. The defaults are the official 1.5B run."""
 
+    model: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    """Model to start from: a Hugging Face folder or a hub name (Qwen2, Qwen3 or Llama)."""
+    data: str = "agentica-org/DeepScaleR-Preview-Dataset"
+    """Training questions, comma separated: files with `problem` and `answer`, or hub data sets."""
+    max_steps: PositiveInt = 314
+    """Training steps: one rollout batch each."""
+    temperature: Positive = 0.6
+    """Sampling temperature of training and evaluation; log-probs are taken at the same temperature."""
+    eval_top_p: PositiveShare = 0.95
+    """Nucleus of the evaluation sampler (training always samples from the whole distribution)."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Questions with a longer prompt are left out of training, and counted."""
+    max_new_tokens: PositiveInt = 16384
+    """Longest response in tokens, EOS included."""
+    learning_rate: Positive = 2e-6
+    """AdamW learning rate, constant."""
+
     answer_format: str = "think"
     """"think": R1's thinking block. Or a subclass of it of your own, "module.Class"."""
-    delta: float = 0.05
+    delta: Finite = 0.05
     """delta of Eq. 4: how much accuracy one skipped thinking may cost."""
-    prompts_per_step: int = 128
+    prompts_per_step: PositiveInt = 128
     """Questions per rollout batch, over all processes."""
-    num_generations: int = 16
+    num_generations: PositiveInt = 16
     """Responses per question."""
-    nothinking_share: float = 0.5
+    nothinking_share: ClosedUnitInterval = 0.5
     """Share of the responses forced into NoThinking, and the behaviour probability of that first token (Eq. 8)."""
-    forcing: str = "exact"
+    forcing: Literal["exact", "coin", "off"] = "exact"
     """"exact" (code): the same number for every question. "coin" (Eq. 8): drawn per sample. "off": first token free."""
-    nothinking_max_new_tokens: int = 4096
+    nothinking_max_new_tokens: PositiveInt = 4096
     """Longest NoThinking response in training."""
-    baseline: str = "reference"
+    baseline: Literal["reference", "online"] = "reference"
     """"reference" (Eq. 5): measured once before training. "online": mean Thinking reward of the question right now."""
-    delta_on: str = "all"
+    delta_on: Literal["all", "correct"] = "all"
     """"all": delta for every NoThinking response. "correct": only for right ones."""
-    ratio: str = "sequence_mean"
+    ratio: Literal["sequence_mean", "sequence_product", "token"] = "sequence_mean"
     """"sequence_mean" (code), "sequence_product" (Eq. 9 to the letter), or "token" (plain PPO)."""
-    token_average: str = "token_mean"
+    token_average: Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean"] = "token_mean"
     """Normaliser with ratio "token": "token_mean", "seq_mean_token_sum" or "seq_mean_token_mean"."""
-    clip_low: float = 0.2
+    clip_low: Positive = 0.2
     """epsilon below 1."""
-    clip_high: float = 0.2
+    clip_high: Positive = 0.2
     """epsilon above 1."""
-    minibatches_per_step: int = 1
+    minibatches_per_step: PositiveInt = 1
     """Optimiser steps per rollout batch."""
-    old_logprobs: str = "learner"
+    old_logprobs: Literal["learner", "behaviour"] = "learner"
     """pi_old: "learner" recomputes it before the update (code), "behaviour" takes the sampler's own log-probs."""
-    ref_samples: int = 16
+    ref_samples: PositiveInt = 16
     """K of Eq. 5: responses per question for the reference accuracy."""
-    ref_top_p: float = 0.95
+    ref_top_p: PositiveShare = 0.95
     """Nucleus of those responses."""
     ref_results: str = ""
     """Read the reference accuracies from a table in the authors' JSON layout instead of measuring them."""
     ref_cache: str = "runs/reference"
     """Folder in which measured reference accuracies are kept."""
 
-    CHOICES: ClassVar = {
-        "forcing": ("exact", "coin", "off"),
-        "baseline": ("reference", "online"),
-        "delta_on": ("all", "correct"),
-        "ratio": ("sequence_mean", "sequence_product", "token"),
-        "token_average": ("token_mean", "seq_mean_token_sum", "seq_mean_token_mean"),
-        "old_logprobs": ("learner", "behaviour"),
-    }
+    def __post_init__(self):
+        check_minibatches(self)
+        if self.forcing == "exact" and (self.num_generations * self.nothinking_share) % 1:
+            raise UserError(
+                f"--forcing exact: {self.nothinking_share:g} of --num_generations {self.num_generations} is no whole "
+                "number of responses. Change one of them, or take --forcing coin."
+            )
 
 
 MODES = "Responses of this step, by the mode they were sampled in."

@@ -27,9 +27,10 @@ Where paper and official code disagree (default first; every switch is an option
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from adaptive_reasoning import formats, kernels
 from adaptive_reasoning.core.episode import Episode
@@ -40,7 +41,16 @@ from adaptive_reasoning.formats.thinkless import Thinkless, ThinklessArgs
 from adaptive_reasoning.kernels.group_advantage import Groups
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, request_seed
-from adaptive_reasoning.run.options import RunArgs, parse_args, parse_schedule
+from adaptive_reasoning.run.options import (
+    NonNegative,
+    Positive,
+    PositiveShare,
+    RunArgs,
+    ShareBelowOne,
+    check_minibatches,
+    parse_args,
+    parse_schedule,
+)
 from adaptive_reasoning.run.run import Run
 
 STD_EPS = 1e-6
@@ -51,50 +61,54 @@ PER_MICRO_BATCH = ("code",)  # here an episode with A = 0 still enters a denomin
 class Args(ThinklessArgs, RunArgs):
     """Options of DeGRPO. The defaults are the official 1.5B run, with Eq. 4 as the paper has it."""
 
+    model: str = "Vinnnf/Thinkless-1.5B-Warmup"
+    """Model to start from: a Hugging Face folder or a hub name (Qwen2, Qwen3 or Llama)."""
+    data: str = "agentica-org/DeepScaleR-Preview-Dataset"
+    """Training questions, comma separated: files with `problem` and `answer`, or hub data sets."""
+    max_steps: PositiveInt = 600
+    """Training steps: one rollout batch each."""
+    temperature: Positive = 0.6
+    """Sampling temperature of training and evaluation; log-probs are taken at the same temperature."""
+    eval_top_p: PositiveShare = 0.95
+    """Nucleus of the evaluation sampler (training always samples from the whole distribution)."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Questions with a longer prompt are left out of training, and counted."""
+    max_new_tokens: PositiveInt = 24576
+    """Longest response in tokens, EOS included."""
+    learning_rate: Positive = 1e-6
+    """AdamW learning rate, constant."""
+    adam_beta2: ShareBelowOne = 0.95
+    """AdamW second-moment decay."""
+
     answer_format: str = "thinkless"
     """"thinkless": `<think>` and `<short>`. Or a subclass of it, "module.Class", with one more control token."""
-    gamma: float = 0.5
+    gamma: ClosedUnitInterval = 0.5
     """gamma of the reward: what a right answer loses by having thought."""
     gamma_schedule: str = ""
     """Another gamma after so many steps: "0:0.5,300:0.2" is 0.5 for 300 steps, then 0.2 (empty: --gamma)."""
-    alpha: float = 0.001
+    alpha: NonNegative = 0.001
     """alpha of Eq. 4: weight of the control token."""
-    std: str = "none"
+    std: Literal["unbiased", "none"] = "none"
     """Divide the advantage by the group's standard deviation: "unbiased", or "none" (Dr. GRPO)."""
-    aggregation: str = "paper"
+    aggregation: Literal["paper", "code", "vanilla", "vanilla_code"] = "paper"
     """Weight of a token: "paper" (Eq. 4), "code" (per micro-batch), "vanilla" (Eq. 1), "vanilla_code" (token mean)."""
-    clip_low: float = 0.2
+    clip_low: Positive = 0.2
     """epsilon below 1."""
-    clip_high: float = 0.2
+    clip_high: Positive = 0.2
     """epsilon above 1 (DAPO: 0.28)."""
-    kl_coef: float = 0.001
+    kl_coef: NonNegative = 0.001
     """Weight of the divergence from the starting model (k3); 0 loads no reference model."""
-    entropy_coef: float = 0.001
+    entropy_coef: NonNegative = 0.001
     """Weight of the entropy bonus (verl's default; in no paper)."""
-    prompts_per_step: int = 128
+    prompts_per_step: PositiveInt = 128
     """Questions per rollout batch, over all processes."""
-    num_generations: int = 8
+    num_generations: PositiveInt = 8
     """G: responses per question."""
-    minibatches_per_step: int = 2
+    minibatches_per_step: PositiveInt = 2
     """Optimiser steps per rollout batch."""
 
-    # --- defaults that differ from AdaptThink's
-    model: str = "Vinnnf/Thinkless-1.5B-Warmup"
-    """Model to start from: a Hugging Face folder or a hub name (Qwen2, Qwen3 or Llama)."""
-    learning_rate: float = 1e-6
-    """AdamW learning rate, constant."""
-    adam_beta2: float = 0.95
-    """AdamW second-moment decay."""
-    max_new_tokens: int = 24576
-    """Longest response in tokens, EOS included."""
-    max_steps: int = 600
-    """Training steps: one rollout batch each."""
-
-    CHOICES: ClassVar = {
-        **ThinklessArgs.CHOICES,
-        "std": ("unbiased", "none"),
-        "aggregation": ("paper", "code", "vanilla", "vanilla_code"),
-    }
+    def __post_init__(self):
+        check_minibatches(self)
 
 
 # What the metrics of this file mean; those of modes and groups are in formats/statistics.py.

@@ -11,9 +11,10 @@ any, and whichever is right most often takes all. With --answer_format boxed it 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
+from jsonargparse.typing import PositiveInt
 
 from adaptive_reasoning import formats, kernels
 from adaptive_reasoning.core.episode import Episode
@@ -23,7 +24,7 @@ from adaptive_reasoning.formats.statistics import mean, mode_metrics, mode_rows,
 from adaptive_reasoning.kernels.group_advantage import Groups
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, request_seed
-from adaptive_reasoning.run.options import RunArgs, parse_args
+from adaptive_reasoning.run.options import NonNegative, Positive, PositiveShare, RunArgs, check_minibatches, parse_args
 from adaptive_reasoning.run.run import Run
 
 STD_EPS = 1e-6
@@ -34,45 +35,46 @@ PER_MICRO_BATCH = ("micro_batch",)  # aggregations that depend on which sequence
 class Args(RunArgs):
     """Options of GRPO. The defaults are ARM's baseline run."""
 
-    answer_format: str = "arm"
-    """"arm": ARM's four formats, with its gate. "boxed": one mode, the last box. Or "module.Class" of your own."""
-    std: str = "unbiased"
-    """Divide the advantage by the group's standard deviation: "unbiased", or "none" (Dr. GRPO)."""
-    aggregation: str = "token_mean"
-    """Weight of a token in the loss: "token_mean", "sequence_mean" (Eq. 3), "constant" (Dr. GRPO) or "micro_batch"."""
-    clip_low: float = 0.2
-    """epsilon below 1."""
-    clip_high: float = 0.2
-    """epsilon above 1 (DAPO: 0.28)."""
-    kl_coef: float = 0.001
-    """Weight of the divergence from the starting model (k3); 0 loads no reference model."""
-    entropy_coef: float = 0.001
-    """Weight of the entropy bonus (verl's default; in no paper)."""
-    prompts_per_step: int = 1024
-    """Questions per rollout batch, over all processes."""
-    num_generations: int = 8
-    """G: responses per question."""
-    minibatches_per_step: int = 6
-    """Optimiser steps per rollout batch."""
-
-    # --- defaults that differ from AdaptThink's
     model: str = "runs/sft-arm-3b/model"
     """Model to start from: a Hugging Face folder or a hub name (Qwen2, Qwen3 or Llama)."""
-    learning_rate: float = 1e-6
-    """AdamW learning rate, constant."""
-    temperature: float = 1.0
-    """Sampling temperature of training and evaluation; log-probs are taken at the same temperature."""
-    max_prompt_tokens: int = 2048
-    """Questions with a longer prompt are left out of training, and counted."""
-    max_new_tokens: int = 4096
-    """Longest response in tokens, EOS included."""
-    max_steps: int = 170
+    data: str = "agentica-org/DeepScaleR-Preview-Dataset"
+    """Training questions, comma separated: files with `problem` and `answer`, or hub data sets."""
+    max_steps: PositiveInt = 170
     """Training steps: one rollout batch each."""
+    temperature: Positive = 1.0
+    """Sampling temperature of training and evaluation; log-probs are taken at the same temperature."""
+    eval_top_p: PositiveShare = 0.95
+    """Nucleus of the evaluation sampler (training always samples from the whole distribution)."""
+    max_prompt_tokens: PositiveInt = 2048
+    """Questions with a longer prompt are left out of training, and counted."""
+    max_new_tokens: PositiveInt = 4096
+    """Longest response in tokens, EOS included."""
+    learning_rate: Positive = 1e-6
+    """AdamW learning rate, constant."""
 
-    CHOICES: ClassVar = {
-        "std": ("unbiased", "none"),
-        "aggregation": ("token_mean", "sequence_mean", "constant", "micro_batch"),
-    }
+    answer_format: str = "arm"
+    """"arm": ARM's four formats, with its gate. "boxed": one mode, the last box. Or "module.Class" of your own."""
+    std: Literal["unbiased", "none"] = "unbiased"
+    """Divide the advantage by the group's standard deviation: "unbiased", or "none" (Dr. GRPO)."""
+    aggregation: Literal["token_mean", "sequence_mean", "constant", "micro_batch"] = "token_mean"
+    """Weight of a token in the loss: "token_mean", "sequence_mean" (Eq. 3), "constant" (Dr. GRPO) or "micro_batch"."""
+    clip_low: Positive = 0.2
+    """epsilon below 1."""
+    clip_high: Positive = 0.2
+    """epsilon above 1 (DAPO: 0.28)."""
+    kl_coef: NonNegative = 0.001
+    """Weight of the divergence from the starting model (k3); 0 loads no reference model."""
+    entropy_coef: NonNegative = 0.001
+    """Weight of the entropy bonus (verl's default; in no paper)."""
+    prompts_per_step: PositiveInt = 1024
+    """Questions per rollout batch, over all processes."""
+    num_generations: PositiveInt = 8
+    """G: responses per question."""
+    minibatches_per_step: PositiveInt = 6
+    """Optimiser steps per rollout batch."""
+
+    def __post_init__(self):
+        check_minibatches(self)
 
 
 # What the metrics of this file mean; those of modes and groups are in formats/statistics.py.

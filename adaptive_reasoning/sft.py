@@ -17,10 +17,11 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Literal
 
 import numpy as np
 import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode
@@ -34,7 +35,7 @@ from adaptive_reasoning.learner.runtime import all_reduce, end, make_accelerator
 from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.run.folder import MAY_CHANGE, check_same, inputs_of, read_config
 from adaptive_reasoning.run.journal import Journal
-from adaptive_reasoning.run.options import RunArgs, parse_args
+from adaptive_reasoning.run.options import Positive, RunArgs, parse_args
 from adaptive_reasoning.tasks import chain, prompts
 
 SHOW_EVERY = 50  # steps
@@ -46,50 +47,56 @@ TEMPLATES = {"arm": load("arm").TEMPLATE}
 class Args(RunArgs):
     """Options of supervised fine-tuning."""
 
+    model: str = ""
+    """Model to start from; empty with task "chain": a new small one."""
+    task: Literal["math", "chain"] = "chain"
+    """"chain": rows made by code. "math": rows from --data, with `problem` and `response`."""
+    chain_mix: str = "0.2,0.2,0.15,0.15,0.15,0.15"
+    """Share of the rows with 1, 2, ... operations (task "chain")."""
+    max_steps: PositiveInt = 314
+    """Training steps: one batch of rows each."""
+    temperature: Positive = 1.0
+    """Log-probs of supervised rows are taken at temperature 1."""
+    max_new_tokens: PositiveInt = 16384
+    """Longest response in tokens, EOS included."""
+    learning_rate: Positive = 2e-6
+    """AdamW learning rate at its peak."""
+
     formats: str = "think"
     """Response format of chain rows: "think", "arm", "thinkless", "boxed", "dialogue", or your own as module.Class."""
-    batch_size: int = 128
+    batch_size: PositiveInt = 128
     """Rows per optimiser step, over all processes."""
-    lr_schedule: str = "cosine"
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
     """"cosine" to zero, or "constant"."""
-    nothinking_rows: float = 0.5
+    nothinking_rows: ClosedUnitInterval = 0.5
     """Share of the chain rows that are answered at once."""
-    nothinking_supervised: float = 0.05
+    nothinking_supervised: ClosedUnitInterval = 0.05
     """Share of those rows in which the choice to answer at once is supervised too."""
     pairs: bool = False
     """Rows of --data come in pairs, one question answered in both modes; both rows of a pair go into the same batch."""
     short_slot: str = ""
     """Thinkless: reserved token that becomes `<short>`, e.g. "<|quad_start|>"; "auto" finds one (empty: none)."""
-    hidden_size: int = 96
+    hidden_size: PositiveInt = 96
     """Width of the laboratory's model (task "chain" with an empty --model)."""
-    layers: int = 3
+    layers: PositiveInt = 3
     """Depth of the laboratory's model."""
-    lora_rank: int = 0
+    lora_rank: NonNegativeInt = 0
     """Rank of LoRA on all linear layers (0: train all weights)."""
-    lora_alpha: int = 16
+    lora_alpha: PositiveInt = 16
     """Scale of LoRA."""
-    chat_template: str = ""
+    chat_template: Literal[("", *TEMPLATES, "thinkless")] = ""
     """Chat template to train with and to save: "" keeps the model's own, "arm" is "Human: {question}\\nAssistant:",
     "thinkless" is the model's own, but ends at the assistant's mark and keeps the thinking of finished answers."""
-    epochs: int = 0
+    epochs: NonNegativeInt = 0
     """Passes over the rows of --data, instead of --max_steps (0: --max_steps counts)."""
-    warmup_share: float = 0.0
+    warmup_share: ClosedUnitInterval = 0.0
     """Share of the steps over which the learning rate rises from zero, instead of --warmup_steps (0: that counts)."""
 
-    # --- defaults that differ from reinforcement
-    task: str = "chain"
-    """"chain": rows made by code. "math": rows from --data, with `problem` and `response`."""
-    model: str = ""
-    """Model to start from; empty with task "chain": a new small one."""
-    temperature: float = 1.0
-    """Log-probs of supervised rows are taken at temperature 1."""
-    chain_mix: str = "0.2,0.2,0.15,0.15,0.15,0.15"
-    """Share of the rows with 1, 2, ... operations (task "chain")."""
-
-    CHOICES: ClassVar = {
-        "lr_schedule": ("cosine", "constant"),
-        "chat_template": ("", *TEMPLATES, "thinkless"),
-    }
+    def __post_init__(self):
+        if self.task == "math" and not self.model:
+            raise UserError("--model is empty: name the model to fine-tune.")
+        if self.task == "math" and not self.data:
+            raise UserError("--data is empty: name JSONL or Parquet files with `problem` and `response`.")
 
 
 def load_rows(path: str) -> list[Row]:
@@ -232,8 +239,6 @@ def resolved(args, rows: list[Row] | None):
 
 def main() -> None:
     args = parse_args(Args)
-    if args.task == "math" and not args.model:
-        raise UserError("--model is empty: name the model to fine-tune.")
     rows = load_rows(args.data) if args.task == "math" else None
     args = resolved(args, rows)
     if args.warmup_share:

@@ -44,9 +44,10 @@ What is unknown about the paper, and what stands here for it (options in backtic
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from torch.nn.utils.rnn import pad_sequence
 
 from adaptive_reasoning import formats
@@ -58,7 +59,15 @@ from adaptive_reasoning.formats.dialogue import STAGES, DialogueArgs, DialogueFo
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import request_seed
 from adaptive_reasoning.rollout.dialogue import Dialogue, Turn
-from adaptive_reasoning.run.options import RunArgs, parse_args
+from adaptive_reasoning.run.options import (
+    NonNegative,
+    Positive,
+    PositiveShare,
+    RunArgs,
+    ShareBelowOne,
+    check_minibatches,
+    parse_args,
+)
 from adaptive_reasoning.run.run import Run
 from adaptive_reasoning.run.stages import stage_metrics, stage_rows, stage_table
 
@@ -70,13 +79,36 @@ class Args(DialogueArgs, RunArgs):
     Those of the dialogue, budgets and prompts, are `DialogueArgs` in formats/dialogue.py.
     """
 
+    model: str = "Qwen/Qwen2.5-1.5B"
+    """Model to start from: a Hugging Face folder or a hub name (Qwen2, Qwen3 or Llama)."""
+    data: str = "agentica-org/DeepScaleR-Preview-Dataset"
+    """Training questions, comma separated: files with `problem` and `answer`, or hub data sets."""
+    max_steps: PositiveInt = 1008
+    """Training steps: one rollout batch each."""
+    temperature: Positive = 1.0
+    """Sampling temperature of training and evaluation; log-probs are taken at the same temperature."""
+    eval_top_p: PositiveShare = 1.0
+    """Nucleus of the evaluation sampler (training always samples from the whole distribution)."""
+    max_prompt_tokens: PositiveInt = 2048
+    """Questions with a longer prompt are left out of training, and counted."""
+    max_new_tokens: PositiveInt = 14000
+    """All responses of a dialogue together, for the memory plan; at least the sum of the budgets."""
+    learning_rate: Positive = 1e-6
+    """AdamW learning rate, constant."""
+    warmup_steps: NonNegativeInt = 50
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: NonNegative = 0.0
+    """AdamW weight decay."""
+    adam_beta2: ShareBelowOne = 0.95
+    """AdamW second-moment decay."""
+
     answer_format: str = "dialogue"
     """Response format: "dialogue", or a subclass of it as module.Class."""
-    logprob_coef: float = 1e-3
+    logprob_coef: NonNegative = 1e-3
     """c: weight of the log-prob term in the Summary's reward."""
-    summary_logprob: str = "gated_sum"
+    summary_logprob: Literal["gated_sum", "ungated_sum", "gated_mean", "off"] = "gated_sum"
     """"gated_sum": g (1 + c L). "ungated_sum": g + c L. "gated_mean": g (1 + c L / T), c 0.1 to 0.3. "off": g."""
-    accuracy_window: int = 10
+    accuracy_window: PositiveInt = 10
     """Iterations over which p, the accuracy of Fast, is taken."""
     unweighted_verify: bool = False
     """Pay every right verdict 1 instead of 1-p or p."""
@@ -86,49 +118,33 @@ class Args(DialogueArgs, RunArgs):
     """Let the model's own verdict, not the gold answer, decide in training who goes on to Slow."""
     propagate: bool = False
     """Let rewards flow back to earlier stages, undiscounted at their borders."""
-    gamma: float = 1.0
+    gamma: ClosedUnitInterval = 1.0
     """Discount per token within a stage."""
-    lam: float = 1.0
+    lam: ClosedUnitInterval = 1.0
     """lambda of GAE within a stage."""
-    adv_norm: str = "pooled"
+    adv_norm: Literal["pooled", "per_stage", "none"] = "pooled"
     """Advantages normalised over all action tokens ("pooled"), over those of each stage ("per_stage"), or "none"."""
-    clip_low: float = 0.2
+    clip_low: Positive = 0.2
     """epsilon below 1."""
-    clip_high: float = 0.2
+    clip_high: Positive = 0.2
     """epsilon above 1."""
-    dual_clip: float = 0.0
+    dual_clip: NonNegative = 0.0
     """For A < 0 cap a token's loss at -A times this (verl: 3); 0: no cap (ORZ)."""
-    value_clip: float = 0.2
+    value_clip: NonNegative = 0.2
     """How far a value may move from its old one before its loss is clipped; 0: no clip."""
-    prompts_per_step: int = 128
+    prompts_per_step: PositiveInt = 128
     """Questions per rollout batch, over all processes."""
-    num_generations: int = 16
+    num_generations: PositiveInt = 16
     """Dialogues per question."""
-    minibatches_per_step: int = 1
+    minibatches_per_step: PositiveInt = 1
     """Updates of the policy per rollout batch; with 1 it is strictly on-policy."""
-    critic_minibatches: int = 12
+    critic_minibatches: PositiveInt = 12
     """Updates of the critic per rollout batch."""
-    critic_learning_rate: float = 5e-6
+    critic_learning_rate: Positive = 5e-6
     """AdamW learning rate of the critic."""
 
-    # --- defaults that differ from AdaptThink's
-    model: str = "Qwen/Qwen2.5-1.5B"
-    learning_rate: float = 1e-6
-    warmup_steps: int = 50
-    weight_decay: float = 0.0
-    adam_beta2: float = 0.95
-    temperature: float = 1.0
-    eval_top_p: float = 1.0
-    max_prompt_tokens: int = 2048
-    max_new_tokens: int = 14000
-    """All responses of a dialogue together, for the memory plan; at least the sum of the budgets."""
-    max_steps: int = 1008
-
-    CHOICES: ClassVar = {
-        **DialogueArgs.CHOICES,
-        "summary_logprob": ("gated_sum", "ungated_sum", "gated_mean", "off"),
-        "adv_norm": ("pooled", "per_stage", "none"),
-    }
+    def __post_init__(self):
+        check_minibatches(self)
 
 
 METRICS = stage_metrics(STAGES, "thinker") | {

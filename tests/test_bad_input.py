@@ -40,6 +40,8 @@ FILES = {  # name -> content of a broken file
     "unknown.yaml": "detla: 0.1\n",
     "list.yaml": "- delta\n- 0.1\n",
     "types.yaml": "max_steps: many\n",
+    "range.yaml": "adam_beta1: 1\n",
+    "none.yaml": "model:\n",
     "bool.yaml": "max_steps: true\n",
     "syntax.yaml": "delta: [0.1\n",
     "latin1.yaml": "output_dir: caf\xe9\n".encode("latin-1"),

@@ -212,8 +212,8 @@ def test_yaml_then_command_line(tmp_path):
     "text, message",
     [
         ("detla: 1\n", "unknown option 'detla'. Did you mean 'delta'"),
-        ("max_steps: many\n", "option 'max_steps' needs a value of type int, found 'many'"),
-        ("max_steps: 1.5\n", "option 'max_steps' needs a value of type int, found 1.5"),
+        ("max_steps: many\n", "--max_steps: Not of type PositiveInt: invalid literal for int() with base 10: 'many'"),
+        ("max_steps: 1.5\n", "--max_steps: Not of type PositiveInt: 1.5 not an integer"),
         ("- a\n", "expected a mapping"),
         ("a: [\n", "is not valid YAML"),
     ],
@@ -231,12 +231,18 @@ def test_bad_yaml(tmp_path, text, message):
     [
         (["--config", "nowhere.yaml"], "no such file"),
         (["--max_stepz", "3"], "unknown option --max_stepz. Did you mean '--max_steps'"),
-        (["--max_steps", "0"], "--max_steps 0: must be greater than 0"),
-        (["--learning_rate", "inf"], "--learning_rate inf: must be a finite number"),
-        (["--temperature", "-1"], "--temperature -1.0: must not be negative"),
-        (["--dtype", "fp16"], "--dtype fp16: takes bf16, fp32"),
-        (["--task", "poetry"], "--task poetry: takes math, chain"),
-        (["--eval_top_p", "0"], "--eval_top_p 0.0: must lie in"),
+        (["--max_steps", "0"], "--max_steps: Not of type PositiveInt: 0 does not conform to restriction v>0"),
+        (
+            ["--learning_rate", "inf"],
+            "--learning_rate: Not of type Positive: inf does not conform to restriction v>0 and v<inf",
+        ),
+        (["--temperature", "-1"], "--temperature: Not of type Positive: -1 does not conform to restriction v>0"),
+        (["--dtype", "fp16"], "--dtype: Expected a Literal['bf16', 'fp32']. Got value: fp16"),
+        (["--task", "poetry"], "--task: Expected a Literal['math', 'chain']. Got value: poetry"),
+        (
+            ["--eval_top_p", "0"],
+            "--eval_top_p: Not of type PositiveShare: 0 does not conform to restriction v>0 and v<=1",
+        ),
     ],
 )
 def test_bad_command_lines(argv, message):

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Literal
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from adaptive_reasoning import formats
 from adaptive_reasoning.benchmark import routers as router
@@ -31,7 +32,7 @@ from adaptive_reasoning.report.console import evaluation_table
 from adaptive_reasoning.rollout import Decoder, Engine
 from adaptive_reasoning.run.evaluation import EvalSpec, Evaluator, evaluate, summarise
 from adaptive_reasoning.run.folder import MAY_CHANGE, check_inputs, data_of, inputs_of, open_folder
-from adaptive_reasoning.run.options import RunArgs, parse_args
+from adaptive_reasoning.run.options import NonNegative, PositiveShare, RunArgs, parse_args
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.task import Benchmark, load_task
 
@@ -42,28 +43,35 @@ CONTINUES = MAY_CHANGE | {"settings", "eval_data", "paper"}  # what an evaluatio
 class Args(DialogueArgs, ThinkArgs, ThinklessArgs, RunArgs):
     """Options of a stand-alone evaluation."""
 
+    model: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    """Model to evaluate: a Hugging Face folder or a hub name (Qwen2, Qwen3 or Llama)."""
+    eval_data: str = "gsm8k,math500,aime24"
+    """Evaluation questions, comma separated: files, hub data sets, or the names of the built-in benchmarks."""
+    temperature: NonNegative = 0.6
+    """Sampling temperature (0: greedy)."""
+    eval_top_p: PositiveShare = 0.95
+    """Nucleus of the sampler."""
+    max_new_tokens: PositiveInt = 16384
+    """Longest response in tokens, EOS included."""
+
     answer_format: str = "think"
     """Response format: think, arm, thinkless, boxed, dialogue, or a class of your own as module.Class."""
     settings: str = ""
     """Settings to measure, comma separated; empty: all that the format has, apart from the routers."""
-    maj_k: int = 0
+    maj_k: NonNegativeInt = 0
     """Report maj@k beside the mean over the samples: the vote of the first k responses (0: no vote)."""
     execute_code: bool = False
     """Run the programs of the CODE format, each in a sandboxed process, and take their answers (ARM's appendix H)."""
     paper: str = ""
     """Print a paper's rows beside ours: a name in benchmark/published such as arm-3b, or the path of a YAML file."""
-    scoring: str = "strict"
+    scoring: Literal["strict", "lenient"] = "strict"
     """"strict": as in training. "lenient": a box anywhere, other places, the first number (Thinkless' scripts)."""
     instruction: str = ""
     """Text put before every problem, e.g. to ask for a box."""
     judge_model: str = ""
     """Judge of router_judge: a folder or hub name; empty: the evaluated model itself."""
-    judge_max_new_tokens: int = 1024
+    judge_max_new_tokens: PositiveInt = 1024
     """Longest reply of the judge."""
-    eval_data: str = "gsm8k,math500,aime24"
-    """Evaluation questions, comma separated: files, hub data sets, or the names of the built-in benchmarks."""
-
-    CHOICES: ClassVar = {**DialogueArgs.CHOICES, **ThinklessArgs.CHOICES, "scoring": ("strict", "lenient")}
 
 
 def check_args(args) -> None:

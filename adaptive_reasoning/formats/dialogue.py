@@ -28,9 +28,10 @@ digits, which it would have to learn (experiments/LOG.md).
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import numpy as np
+from jsonargparse.typing import PositiveInt
 
 from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Question
@@ -74,32 +75,26 @@ NOT_SUPERVISED = 1_000_000  # beyond the end of any response
 class DialogueArgs:
     """Options of the format. The defaults are the run with Qwen2.5-1.5B as far as it is known."""
 
-    environment: str = "dialogue"
+    environment: Literal["dialogue", "qa"] = "dialogue"
     """"dialogue": all its stages. "qa": the baseline, one turn."""
-    stage_prompts: str = "paper"
+    stage_prompts: Literal["paper", "chain"] = "paper"
     """The user's turns: "paper" (as far as they are known) or "chain" (the laboratory's)."""
-    template: str = "auto"
+    template: Literal["auto", "chatml", "own"] = "auto"
     """Marks of a turn: "chatml", "own" (of the tokenizer's chat template), "auto": ChatML where it is known."""
-    fast_budget: int = 1000
+    fast_budget: PositiveInt = 1000
     """Most tokens of a Fast response; longer ones are cut."""
-    verify_budget: int = 6000
+    verify_budget: PositiveInt = 6000
     """Most tokens of a Verify response."""
-    slow_budget: int = 6000
+    slow_budget: PositiveInt = 6000
     """Most tokens of a Slow response."""
-    summary_budget: int = 1000
+    summary_budget: PositiveInt = 1000
     """Most tokens of a Summary, of which evaluation has none."""
-    qa_budget: int = 8000
+    qa_budget: PositiveInt = 8000
     """Most tokens of the baseline's response."""
     require_stop: bool = False
     """A response cut at its budget has no answer, even with a box before the cut."""
     skip_verify: bool = False
     """Leave Verify out: Slow follows a wrong Fast answer, at inference every one."""
-
-    CHOICES: ClassVar = {
-        "environment": ("dialogue", "qa"),
-        "stage_prompts": ("paper", "chain"),
-        "template": ("auto", "chatml", "own"),
-    }
 
 
 def next_stage(turns: dict[str, Turn], setting: str, options: DialogueArgs) -> str | None:

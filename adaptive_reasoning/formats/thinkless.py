@@ -9,7 +9,7 @@ out, one a line, and answers.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import numpy as np
 
@@ -26,10 +26,8 @@ SLOT = "<|quad_start|>"
 class ThinklessArgs:
     """Options of the format."""
 
-    mode_rule: str = "first_token"
+    mode_rule: Literal["first_token", "substring"] = "first_token"
     """What the reward takes for the mode: "first_token" (paper), or "substring": `<short>` anywhere (code)."""
-
-    CHOICES: ClassVar = {"mode_rule": ("first_token", "substring")}
 
 
 class Thinkless(ResponseFormat):

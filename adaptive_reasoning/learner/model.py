@@ -25,6 +25,8 @@ def load_config(name_or_path: str):
     Raises:
         UserError: nothing there, a model that is not Qwen2, Qwen3 or Llama, or one with sliding-window attention.
     """
+    if not name_or_path:
+        raise UserError("--model is empty: name a folder with a Hugging Face model, or a model of the hub.")
     path = Path(name_or_path).expanduser()
     looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if path.is_dir() and not (path / "config.json").is_file():

@@ -11,8 +11,6 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from transformers import HfArgumentParser
-
 from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.plan.fit import plan_memory
 from adaptive_reasoning.plan.hours import Assumptions, Hours, plan_hours
@@ -20,7 +18,7 @@ from adaptive_reasoning.plan.machine import Machine, find_machine
 from adaptive_reasoning.plan.memory import LIBRARIES, MemoryPlan, Where
 from adaptive_reasoning.plan.shapes import Shapes, find_config, shapes_of
 from adaptive_reasoning.plan.table import assumption_lines, hours_lines, memory_lines
-from adaptive_reasoning.run.options import documented, field_docs, parse_args
+from adaptive_reasoning.run.options import field_docs, parse_args
 
 CPU_ARENA = 4 << 30  # what a run on the CPU sets aside for keys and values
 MAY_BE_ZERO = ("mean_response_tokens", "length_spread", "decode_overhead_ms", "questions", "eval_responses")
@@ -79,20 +77,19 @@ def parse_plan(cls: type, argv: list[str]):
     Raises:
         UserError: an unknown option, or a value that no plan can work with.
     """
-    parser = HfArgumentParser([documented(Place), documented(Assumptions)], allow_abbrev=False, add_help=False)
-    place, assumed, rest = parser.parse_args_into_dataclasses(
-        [word for word in argv if word != "--preflight"], return_remaining_strings=True, look_for_args_file=False
+    both = dataclasses.make_dataclass("Args", [], bases=(Place, Assumptions, cls))
+    args = parse_args(both, [word for word in argv if word != "--preflight"])
+    place, a = (
+        kind(**{f.name: getattr(args, f.name) for f in dataclasses.fields(kind)}) for kind in (Place, Assumptions)
     )
-    args = parse_args(cls, rest)
     if not hasattr(args, "num_generations") and not hasattr(args, "batch_size"):
         raise UserError("--preflight plans training runs: those of an algorithm file, and of sft.")
-    a = Assumptions(**vars(assumed))
     for name, value in vars(a).items():
         if not math.isfinite(value) or value < 0 or (value == 0 and name not in MAY_BE_ZERO):
             raise UserError(f"--{name} {value}: must be a number greater than 0.")
         if name.endswith("share") and value > 1:
             raise UserError(f"--{name} {value}: is a share, at most 1.")
-    return args, Place(**vars(place)), a
+    return args, place, a
 
 
 def print_plan(cls: type, argv: list[str]) -> None:
