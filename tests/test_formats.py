@@ -151,6 +151,17 @@ def test_what_degrpo_pays_for_a_third_mode():
 
 
 @pytest.mark.parametrize("name", ["FiveModes", "ThreeModes", "Arrow"])
+def test_metrics_of_new_modes_are_declared(name):
+    """Every metric of a mode has its meaning, whoever named the mode."""
+    from adaptive_reasoning.formats.statistics import mode_metrics, mode_statistics
+
+    form, _ = opened(f"my_formats.{name}")
+    rows = [{"group": 0, "mode": mode, "accuracy": 1.0, "tokens": 5, "advantage": 0.1} for mode in list(form.modes)[:2]]
+    got, declared = mode_statistics(rows, form.modes), mode_metrics(form)
+    assert got.keys() == declared.keys() and all(m.meaning for m in declared.values())
+
+
+@pytest.mark.parametrize("name", ["FiveModes", "ThreeModes", "Arrow"])
 def test_a_cold_start_shows_new_modes(name):
     """Every mode is in the rows, and its text comes back from the tokenizer in the mode that was asked for."""
     form, tokenizer = opened(f"my_formats.{name}")
