@@ -20,7 +20,7 @@ from typing import Literal
 
 import docstring_parser
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt, restricted_number_type
 
 from adaptive_reasoning.core.errors import UserError
@@ -162,8 +162,8 @@ def parse_args(cls: type, argv: list[str] | None = None):
     first.add_argument("--config")
     try:
         config, rest = first.parse_known_args(argv)
-        options = parser_of(cls).parse_object(read_yaml(Path(config.config), cls) if config.config else {})
-        options = parser_of(cls).parse_args(rest, namespace=options)
+        written = read_yaml(Path(config.config), cls) if config.config else {}
+        options = parser_of(cls).parse_args(rest, namespace=Namespace(written))
     except ArgumentError as error:
         raise UserError(in_words(error, cls)) from error
     return cls(**{f.name: plain(options[f.name]) for f in dataclasses.fields(cls)})
