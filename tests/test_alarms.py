@@ -3,12 +3,12 @@
 import re
 
 import pytest
-from adaptive_reasoning.formats.boxed import Boxed
-from adaptive_reasoning.formats.statistics import mode_metrics
 
 from adaptive_reasoning import ada_grpo, adaptthink, degrpo, grpo, thinker
 from adaptive_reasoning.core.metric import SHARED, Alarm
 from adaptive_reasoning.formats.arm import Arm
+from adaptive_reasoning.formats.boxed import Boxed
+from adaptive_reasoning.formats.statistics import mode_metrics
 from adaptive_reasoning.formats.thinkless import Thinkless
 from adaptive_reasoning.report.alarms import Alarms
 

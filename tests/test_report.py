@@ -16,13 +16,13 @@ import laboratory
 import pytest
 import yaml
 from accelerate import Accelerator
-from adaptive_reasoning.formats.statistics import mode_metrics
 
 from adaptive_reasoning import ada_grpo, adaptthink, degrpo, grpo, thinker
 from adaptive_reasoning.core import files
 from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.metric import SHARED, Metric, eval_metrics, from_json, to_json
 from adaptive_reasoning.formats.arm import Arm
+from adaptive_reasoning.formats.statistics import mode_metrics
 from adaptive_reasoning.formats.think import Think
 from adaptive_reasoning.formats.thinkless import Thinkless
 from adaptive_reasoning.report import console, svg
