@@ -178,7 +178,7 @@ toy-ablation: $(call cold,adaptthink)  ## toy-adaptthink for all DELTAS="0 0.05 
 	  $(call toy,adaptthink,adaptthink,toy-adaptthink,$(ABLATION)/delta$$delta-seed$$seed) \
 	    --delta $$delta --seed $$seed $(ARGS); \
 	done; done
-	@$(PY) -m adaptive_reasoning.report "$(ABLATION)"/delta*-seed* --by delta --plot "$(ABLATION)/ablation.png"
+	@$(PY) experiments/compare_seeds.py "$(ABLATION)"/delta*-seed* --by delta --plot "$(ABLATION)/ablation.png"
 
 # Every algorithm and its baseline. Runs that are finished are not run again: the same command continues.
 .PHONY: laboratory
@@ -195,7 +195,7 @@ laboratory: $(COLD_STARTS)  ## all algorithms and their baselines on chains, thr
 	  $(call toy,thinker,thinker,toy-thinker,$(LABORATORY)/thinker-qa-seed$$seed) --environment qa \
 	    --seed $$seed $(ARGS); \
 	done
-	@$(PY) -m adaptive_reasoning.report.laboratory "$(LABORATORY)"
+	@$(PY) experiments/laboratory.py "$(LABORATORY)"
 
 # --- the papers' runs
 

@@ -4,8 +4,18 @@ import re
 
 import pytest
 
-from adaptive_reasoning.report import glossary
+from adaptive_reasoning import ada_grpo, adaptthink, degrpo, grpo, thinker
+from adaptive_reasoning.core.metric import SHARED, Alarm
+from adaptive_reasoning.formats.arm import Arm
+from adaptive_reasoning.formats.boxed import Boxed
+from adaptive_reasoning.formats.statistics import mode_metrics
+from adaptive_reasoning.formats.thinkless import Thinkless
 from adaptive_reasoning.report.alarms import Alarms
+
+METHODS = (grpo, ada_grpo, degrpo, adaptthink, thinker)
+DECLARED = {key: metric for method in METHODS for key, metric in method.METRICS.items()} | SHARED
+for form in (Boxed, Arm, Thinkless):
+    DECLARED |= mode_metrics(form)
 
 HEALTHY = {  # what a run that is well may log for as long as it likes
     "loss/policy": [-0.02, 0.01], "loss/grad_norm": [0.3, 0.5], "loss/entropy": [0.9, 0.4, 0.3],
@@ -22,16 +32,16 @@ HEALTHY = {  # what a run that is well may log for as long as it likes
 
 
 def test_a_healthy_run_raises_no_alarm():
-    watched = {key for key, metric in glossary.METRICS.items() if metric.alarms}
+    watched = {key for key, metric in DECLARED.items() if metric.alarms}
     assert watched == set(HEALTHY), "every metric with an alarm has a healthy curve here"
     rows = [{"step": i + 1} | {key: curve[i % len(curve)] for key, curve in HEALTHY.items()} for i in range(200)]
-    assert [alarm.text for alarm in Alarms(rows).raised] == []
+    assert [alarm.text for alarm in Alarms(DECLARED, rows).raised] == []
 
 
-ALARMS = [(key, rule) for key in HEALTHY for rule in glossary.METRICS[key].alarms]
+ALARMS = [(key, rule) for key in HEALTHY for rule in DECLARED[key].alarms]
 
 
-def broken_values(key: str, rule: glossary.Alarm) -> list[float | None]:
+def broken_values(key: str, rule: Alarm) -> list[float | None]:
     """Return the values just beyond each bound of a rule."""
     values = [rule.below and rule.below * 0.99, rule.above and rule.above * 1.01 + 1e-6]
     values += [rule.of_start and rule.of_start * HEALTHY[key][0] * 0.99]
@@ -43,7 +53,7 @@ def test_every_alarm_fires_on_its_curve_and_says_what_to_do(key, rule):
     for value in broken_values(key, rule):
         curve = [HEALTHY[key][0]] + [value] * rule.steps
         rows = [{"step": i + 1, key: x} for i, x in enumerate(curve)]
-        assert rule in [alarm.rule for alarm in Alarms(rows).raised]
-        assert rule not in [alarm.rule for alarm in Alarms(rows[:-1]).raised], "a step too early"
+        assert rule in [alarm.rule for alarm in Alarms(DECLARED, rows).raised]
+        assert rule not in [alarm.rule for alarm in Alarms(DECLARED, rows[:-1]).raised], "a step too early"
     assert broken_values(key, rule)
     assert re.search(r"look|lower|raise|take|start|check|compare|too easy", rule.advice), rule.advice

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import plot_modes
 import pytest
 import torch
 from small_model import make_folder
@@ -28,7 +29,6 @@ from adaptive_reasoning.formats import control_slot
 from adaptive_reasoning.formats.thinkless import Thinkless
 from adaptive_reasoning.learner.model import load_tokenizer
 from adaptive_reasoning.learner.packing import Counts, pack
-from adaptive_reasoning.report import modes
 from adaptive_reasoning.run.evaluation import summarise
 from adaptive_reasoning.run.options import parse_args, parse_schedule
 from adaptive_reasoning.sft import Args as SftArgs
@@ -847,12 +847,12 @@ def test_the_curves_of_both_modes_beside_each_other(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     groups = [f"DeGRPO={tmp_path / 'a'},{tmp_path / 'b'}", f"vanilla $1={tmp_path / 'c'}"]
-    modes.main([*groups, "--plot", str(tmp_path / "modes.png")])
+    plot_modes.main([*groups, "--plot", str(tmp_path / "modes.png")])
     assert (tmp_path / "modes.png").stat().st_size > 10_000
     with pytest.raises(UserError, match="NAME=RUN_DIR"):
-        modes.main(["a=", "--plot", str(tmp_path / "x.png")])
+        plot_modes.main(["a=", "--plot", str(tmp_path / "x.png")])
     with pytest.raises(UserError, match="Name the file"):
-        modes.main([*groups, "--plot", str(tmp_path / "x.txt")])
+        plot_modes.main([*groups, "--plot", str(tmp_path / "x.txt")])
 
 
 # --- the user's own commands

@@ -2,13 +2,16 @@
 
 import json
 
+import laboratory
 import pytest
 import yaml
+from compare_seeds import over_steps
+from laboratory import fact_rows, load_laboratory, seeds_of, write_laboratory
 
 from adaptive_reasoning.core.errors import UserError
-from adaptive_reasoning.report import laboratory
-from adaptive_reasoning.report.laboratory import fact_rows, load_laboratory, seeds_of, write_laboratory
-from adaptive_reasoning.report.seeds import over_steps
+from adaptive_reasoning.core.metric import to_json
+from adaptive_reasoning.formats.arm import Arm
+from adaptive_reasoning.formats.statistics import mode_metrics
 
 
 def result(accuracy, tokens, **shares):
@@ -95,7 +98,7 @@ def test_curves_are_smoothed_and_spread_over_the_runs(folder):
 
 
 def test_page_of_a_run_with_four_modes(tmp_path):
-    """Settings and modes come from the run: the page knows no algorithm by name."""
+    """Settings, modes and charts come from the run folder: the page knows no method by name."""
     from adaptive_reasoning.report.page import write_page
     from adaptive_reasoning.report.run_folder import load_run
 
@@ -105,6 +108,7 @@ def test_page_of_a_run_with_four_modes(tmp_path):
         "consensus": result(0.99, 90, direct=0.0, cot=0.6, code=0.0, long_cot=0.4),
     }
     write_run(tmp_path / "run", 0, "ada_grpo", start, start, **forced)
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(to_json(mode_metrics(Arm))))
     write_page(tmp_path / "run")
     page = (tmp_path / "run" / "report.html").read_text()
     assert load_run(tmp_path / "run").forced("chain") == {"direct": "direct", "consensus": ""}

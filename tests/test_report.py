@@ -7,21 +7,34 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
+from html import unescape
 from html.parser import HTMLParser
 
+import compare_seeds as seeds
+import laboratory
 import pytest
 import yaml
+from accelerate import Accelerator
 
+from adaptive_reasoning import ada_grpo, adaptthink, degrpo, grpo, thinker
 from adaptive_reasoning.core import files
 from adaptive_reasoning.core.errors import UserError
-from adaptive_reasoning.report import console, glossary, seeds, svg
+from adaptive_reasoning.core.metric import SHARED, Metric, eval_metrics, from_json, to_json
+from adaptive_reasoning.formats.arm import Arm
+from adaptive_reasoning.formats.statistics import mode_metrics
+from adaptive_reasoning.formats.think import Think
+from adaptive_reasoning.formats.thinkless import Thinkless
+from adaptive_reasoning.report import console, svg
 from adaptive_reasoning.report.__main__ import main
 from adaptive_reasoning.report.alarms import Alarms
 from adaptive_reasoning.report.page import render, write_report
 from adaptive_reasoning.report.panels import Line, Panel, thin
 from adaptive_reasoning.report.run_folder import difficulty_order, load_run
 from adaptive_reasoning.report.sample_table import MOST_CHARS_EACH, choose, sample_table
+from adaptive_reasoning.run.journal import Journal
 
+DECLARED = SHARED | adaptthink.METRICS | eval_metrics(Think.modes)
 LEVELS = range(1, 7)
 MIX = (0.4, 0.2, 0.1, 0.1, 0.1, 0.1)
 HOSTILE = "</script><script>alert(1)</script> <img src=x onerror=alert(2)> \u65e5 \U0001f600 \\boxed{1} {{7*7}} {# -->"
@@ -55,9 +68,9 @@ def result(progress: float, rng: random.Random, delta: float = 0.1, forced: str 
 
 
 def metric_row(step: int, steps: int, rng: random.Random) -> dict:
-    """Return a row with every metric of the glossary."""
+    """Return a row with every metric that is declared."""
     progress = 1 / (1 + math.exp(-10 * (step / steps - 0.4)))
-    row = {key: rng.uniform(0.2, 0.4) for key in glossary.METRICS}
+    row = {key: rng.uniform(0.2, 0.4) for key in DECLARED}
     row |= {
         "step": step,
         "time/step_s": rng.uniform(0.8, 0.95),
@@ -111,6 +124,7 @@ def make_run(folder, steps=150, max_steps=150, seed=0, delta=0.1, samples_per_st
     folder.mkdir(parents=True, exist_ok=True)
     options = {"task": "chain", "model": "chain-tiny", "seed": seed, "delta": delta, "max_steps": max_steps, "data": ""}
     files.write_text_atomic(folder / "config.yaml", yaml.safe_dump({"algorithm": "adaptthink", **options}))
+    files.write_json_atomic(folder / "metrics.json", to_json(DECLARED))
     files.append_jsonl(folder / "metrics.jsonl", {"step": 0, "adapt_think/first_eot_prob": 0.004})
     for step in range(0, steps + 1):
         ends = step in (0, max_steps)
@@ -226,46 +240,82 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary_one(tmp_path, m
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 
 
-# ------------------------------------------------------------------------------------------------ glossary, alarms
+# -------------------------------------------------------------------------------------------------- metrics, alarms
 
 
-def test_every_metric_has_a_meaning_and_unknown_ones_are_refused(monkeypatch):
-    monkeypatch.setattr(glossary, "METRICS", dict(glossary.METRICS))
-    for key, metric in glossary.METRICS.items():
+def test_every_metric_has_a_meaning_and_the_file_keeps_it():
+    methods = (grpo, ada_grpo, degrpo, adaptthink, thinker)
+    declared = DECLARED | mode_metrics(Arm) | mode_metrics(Thinkless) | degrpo.numbers(Thinkless)
+    declared |= {key: metric for method in methods for key, metric in method.METRICS.items()}
+    units: dict[str, set] = {}
+    for key, metric in declared.items():
         assert metric.meaning.endswith("."), key
         assert metric.unit in ("", "share", "tokens", "tokens/s", "seconds", "count", "nats"), key
-    glossary.check({"step": 1, "reward/mean": 0.5, "adapt_think/reward_gap": None})
-    for bad in ({"reward/maen": 1.0}, {"reward/mean": "0.5"}, {"reward/mean": True}):
-        with pytest.raises(AssertionError):
-            glossary.check(bad)
-    mine = {"mine/share": glossary.Metric("Mine.", "share", short="mine")}
-    glossary.register(mine)
-    glossary.register(mine)
-    glossary.check({"mine/share": 0.1})
-    assert "mine 0.100" in console.step_line({"step": 1, "mine/share": 0.1}, 9)
-    with pytest.raises(AssertionError, match="mine/share"):
-        glossary.register({"mine/share": glossary.Metric("Another meaning.")})
+        units.setdefault(metric.panel, set()).add(metric.unit)
+    assert all(len(found) == 1 for title, found in units.items() if title), "one chart has one unit"
+    assert from_json(json.loads(json.dumps(to_json(declared)))) == declared
+
+
+@dataclass
+class Options:
+    """What a journal needs of the options of a run."""
+
+    output_dir: str
+    max_steps: int = 3
+    report_to: tuple = ()
+
+
+def test_a_metric_of_ones_own_is_drawn_and_one_that_nobody_declared_is_a_plain_row(tmp_path, capsys):
+    """Pins: a metric without a line of meaning ended the run, after the rollout and the update had been paid for."""
+    journal = Journal(Options(str(tmp_path / "run")), "mine", Accelerator(cpu=True))
+    mine = {
+        "mine/calm": Metric(
+            "How calm it is.", "share", "higher", "calm", panel="Calm & storm | In this step.", line="calm"
+        ),
+        "mine/storm": Metric("How stormy it is.", "share", panel="Calm & storm | In this step.", line="storm"),
+    }
+    journal.declare(mine, {"sketch": "Sketch"})
+    journal.open({})
+    journal.restore(None)
+    for step in journal.steps():
+        journal.write({"step": step, "mine/calm": step / 4, "mine/storm": 0.5, "mine/wind": 7.0 * step})
+    out = capsys.readouterr().out
+    assert "calm 0.750" in out and out.count("mine/wind is declared nowhere") == 1 == out.count("warning")
+    run = load_run(tmp_path / "run")
+    assert [row["mine/wind"] for row in run.metrics] == [7.0, 14.0, 21.0]
+    assert run.declared == SHARED | mine | eval_metrics({"sketch": "Sketch"})
+    text = render(run, sample_table(run))
+    assert (
+        "<b>Calm &amp; storm</b><span>In this step.</span>" in text
+        and "How calm it is. <em>Higher is better.</em>" in text
+    )
+    chart = json.loads(unescape(re.search(r'aria-label="Calm &amp; storm" data-chart="(.*?)"', text)[1]))
+    assert [line["label"] for line in chart["lines"]] == ["calm", "storm"]
+    assert re.search(r"<code>mine/wind</code>.*?<td>7</td><td>21</td>.*?Declared nowhere", text, re.S)
+    (tmp_path / "run" / "metrics.json").unlink()  # as in folders of an older version
+    text = page(tmp_path / "run")
+    assert "<code>mine/calm</code>" in text and "How calm" not in text and "Calm &amp; storm" not in text
 
 
 def test_an_alarm_is_raised_once_after_enough_steps_in_a_row():
     def rows(values):
         return [{"step": i + 1, "reward/accuracy": v} for i, v in enumerate(values)]
 
-    assert Alarms(rows([0.0] * 4 + [0.5] + [0.0] * 4)).raised == []
-    (alarm,) = Alarms(rows([0.5] + [0.0] * 8)).raised
+    assert Alarms(SHARED, rows([0.0] * 4 + [0.5] + [0.0] * 4)).raised == []
+    (alarm,) = Alarms(SHARED, rows([0.5] + [0.0] * 8)).raised
     assert (alarm.first_step, alarm.last_step) == (2, 9) and "steps 2 to 9" in alarm.text
-    alarms = Alarms(rows([0.0] * 4))
+    alarms = Alarms(SHARED, rows([0.0] * 4))
     assert len(alarms.see({"step": 5, "reward/accuracy": 0.0})) == 1
     assert alarms.see({"step": 6, "reward/accuracy": 0.0}) == []
-    assert Alarms([{"step": 1, "reward/accuracy": None, "reward/mean": None}]).raised == []
-    assert len(Alarms([{"step": 1, "loss/policy": None}]).raised) == 1
+    assert Alarms(SHARED, [{"step": 1, "reward/accuracy": None, "reward/mean": None}]).raised == []
+    assert len(Alarms(SHARED, [{"step": 1, "loss/policy": None}]).raised) == 1
 
 
 # ------------------------------------------------------------------------------------------------ console
 
 
 def test_a_step_is_one_plain_line_with_its_alarms_below(capsys):
-    follow = console.Console(max_steps=150)
+    follow = console.Console(150, DECLARED)
     row = metric_row(12, 150, random.Random(0)) | {"time/step_s": 1.5, "time/eval_s": 0.5, "loss/policy": None}
     follow.step(row)
     line, alarm = capsys.readouterr().out.splitlines()
@@ -279,7 +329,7 @@ def test_a_step_is_one_plain_line_with_its_alarms_below(capsys):
 
 
 def test_alarms_are_coloured_on_a_terminal_only(monkeypatch):
-    (alarm,) = Alarms([{"step": 1, "loss/policy": None}]).raised
+    (alarm,) = Alarms(SHARED, [{"step": 1, "loss/policy": None}]).raised
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert console.alarm_line(alarm).startswith("\033[")
@@ -387,7 +437,7 @@ def test_what_is_missing_is_said_not_guessed(tmp_path):
     (folder / "summary.json").unlink()
     text = page(folder)
     assert "No evaluation yet." in text and "<h2>Result</h2>" not in text
-    nothing = {key: None for key in glossary.METRICS} | {"step": 1, "unknown/metric": 3.0}
+    nothing = {key: None for key in DECLARED} | {"step": 1, "unknown/metric": 3.0}
     (folder / "metrics.jsonl").write_text(json.dumps(nothing) + "\n")
     text = page(folder)
     assert "<code>unknown/metric</code>" in text and "loss/policy = null (step 1)" in text
@@ -481,16 +531,18 @@ def test_the_command_groups_runs_and_draws_them(tmp_path, capsys, monkeypatch):
         for seed in (0, 1)
     ]
     picture = tmp_path / "delta.png"
-    main([*map(str, folders), "--by", "delta", "--plot", str(picture)])
+    seeds.main([*map(str, folders), "--by", "delta", "--plot", str(picture)])
     out = capsys.readouterr().out
     assert re.findall(r"^(delta [\d.]+): 2 runs, seed 0, 1$", out, re.M) == ["delta 0", "delta 0.05", "delta 0.1"]
-    assert picture.read_bytes()[:4] == b"\x89PNG" and out.count("report.html written") == 6
+    assert picture.read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(UserError, match="delta.xyz"):
-        main([str(folders[0]), "--plot", str(tmp_path / "delta.xyz")])
+        seeds.main([str(folders[0]), "--plot", str(tmp_path / "delta.xyz")])
+    main([*map(str, folders)])
+    assert capsys.readouterr().out.count("report.html written") == 6
 
 
-def test_the_command_ends_with_one_message_for_a_mistake(tmp_path):
-    command = [sys.executable, "-m", "adaptive_reasoning.report", str(tmp_path / "absent")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "no such folder" in done.stderr
+@pytest.mark.parametrize("command", [["-m", "adaptive_reasoning.report"], [seeds.__file__], [laboratory.__file__]])
+def test_the_commands_end_with_one_message_for_a_mistake(tmp_path, command):
+    done = subprocess.run([sys.executable, *command, str(tmp_path / "absent")], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "absent" in done.stderr
     assert "Traceback" not in done.stderr

@@ -3,38 +3,16 @@
 import io
 
 from adaptive_reasoning.core.files import write_bytes_atomic
-from adaptive_reasoning.report.panels import (
-    PALETTE,
-    Panel,
-    evaluation_panels,
-    share_panels,
-    sign_panels,
-    smoothing_width,
-    training_panels,
-)
+from adaptive_reasoning.report import panels as charts
+from adaptive_reasoning.report.panels import PALETTE, Panel
 from adaptive_reasoning.report.run_folder import Run
 
 STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9aa4af",
-    "axes.labelcolor": "#4a5561",
-    "xtick.color": "#4a5561",
-    "ytick.color": "#4a5561",
-    "axes.grid": True,
-    "grid.color": "#e6e9ed",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "savefig.facecolor": "white",
-}
+    "font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.titlepad": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9aa4af",
+    "xtick.color": "#4a5561", "ytick.color": "#4a5561", "axes.labelcolor": "#4a5561", "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": "#e6e9ed", "legend.frameon": False, "legend.fontsize": 8,
+}  # fmt: skip
 
 
 def write_curves(run: Run) -> None:
@@ -44,7 +22,8 @@ def write_curves(run: Run) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = evaluation_panels(run) + share_panels(run) + sign_panels(run) + training_panels(run)
+    kinds = (charts.evaluation_panels, charts.share_panels, charts.sign_panels, charts.training_panels)
+    panels = [panel for kind in kinds for panel in kind(run)]
     columns = min(4, max(len(panels), 1))
     rows = -(-max(len(panels), 1) // columns)
     with plt.rc_context(STYLE):
@@ -59,7 +38,7 @@ def write_curves(run: Run) -> None:
             axis.axis("off")
         if not panels:
             flat[0].text(0.5, 0.5, "nothing logged yet", ha="center", va="center", color=PALETTE["muted"][0])
-        smoothing = smoothing_width(run)
+        smoothing = charts.smoothing_width(run)
         title = f"{run.folder.resolve().name}   step {run.last_step}"
         title += f"   (strong lines: mean of {smoothing} steps)" if smoothing > 1 else ""
         figure.text(0.15 / width, 1 - 0.15 / height, plain(title), va="top", fontsize=11.5, color=PALETTE["ink"][0])
@@ -77,16 +56,10 @@ def draw(axis, panel: Panel) -> None:
         xs, ys = zip(*line.points)
         faint = line.style == "faint"
         axis.plot(
-            xs,
-            ys,
-            color=PALETTE[line.colour][0],
-            linestyle="--" if line.style == "dashed" else "-",
-            linewidth=0.8 if faint else 1.7,
-            alpha=0.28 if faint else 1.0,
-            marker="o" if line.marks or len(xs) == 1 else None,
-            markersize=3.2,
-            label=None if faint else plain(line.label),
-        )
+            xs, ys, "--" if line.style == "dashed" else "-", color=PALETTE[line.colour][0],
+            linewidth=0.8 if faint else 1.7, alpha=0.28 if faint else 1.0, markersize=3.2,
+            marker="o" if line.marks or len(xs) == 1 else None, label=None if faint else plain(line.label),
+        )  # fmt: skip
     axis.set_title(plain(panel.title), color=PALETTE["ink"][0])
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     steps = {x for line in panel.lines for x, _ in line.points}

@@ -60,7 +60,7 @@ def panel_svg(panel: Panel) -> str:
     lines = [(line, thin(line.points, MOST_POINTS)) for line in panel.lines]
     xs = [x for _, points in lines for x, _ in points]
     ys = [y for _, points in lines for _, y in points]
-    y_range = padded(panel.bounds, 0.02) if panel.bounds else value_range(ys, panel.unit)
+    y_range = widened(*panel.bounds, 1.0, 0.02) if panel.bounds else value_range(ys, panel.unit)
     labels = [line.label for line, _ in lines if line.style != "faint"]
     right = 24 + min(18, max(len(label) for label in labels)) * 6.3 if len(labels) > 1 else 16
     axes = Axes(widened(min(xs), max(xs), 0.5), y_range, right)
@@ -236,10 +236,6 @@ def widened(low: float, high: float, if_equal: float, part: float = 0.0) -> tupl
     """Return a range that is not empty: `part` of its span wider on both sides, `if_equal` where it has no span."""
     extra = if_equal if high == low else part * (high - low)
     return low - extra, high + extra
-
-
-def padded(bounds: tuple[float, float], part: float) -> tuple[float, float]:
-    return widened(*bounds, 1.0, part)
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:

@@ -1,6 +1,6 @@
 """The modes over training, step by step: share, accuracy and all-right questions, one column for every group of runs.
 
-python -m adaptive_reasoning.report.modes DeGRPO=runs/degrpo-s0,runs/degrpo-s1 vanilla=runs/vanilla-s0 --plot modes.png
+python experiments/plot_modes.py DeGRPO=runs/degrpo-s0,runs/degrpo-s1 vanilla=runs/vanilla-s0 --plot modes.png
 
 The layout of Fig. 3 of the Thinkless paper; it draws any algorithm that logs `mode/<mode>_*`. Lines are means over the
 runs of a group, smoothed over a few steps; bands reach from the smallest run to the largest.
@@ -9,10 +9,11 @@ runs of a group, smoothed over a few steps; bands reach from the smallest run to
 import argparse
 from pathlib import Path
 
+from compare_seeds import band, over_steps
+
 from adaptive_reasoning.core.errors import UserError, run_cli
 from adaptive_reasoning.report.panels import PALETTE, mode_colours
 from adaptive_reasoning.report.run_folder import Run, load_run
-from adaptive_reasoning.report.seeds import band, over_steps
 
 ROWS = {
     "share": "Share of the responses",
@@ -64,9 +65,7 @@ def plot(groups: dict[str, list[Run]], out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m adaptive_reasoning.report.modes", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("groups", nargs="+", metavar="NAME=RUN_DIR,RUN_DIR", help="a group of runs and its name")
     parser.add_argument("--plot", type=Path, required=True, metavar="FILE", help="picture (.png, .svg or .pdf)")
     args = parser.parse_args(argv)

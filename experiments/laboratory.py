@@ -1,6 +1,6 @@
 """The laboratory's page: the four papers' effects side by side, every algorithm beside its baseline, over the seeds.
 
-    python -m adaptive_reasoning.report.laboratory runs/laboratory
+    python experiments/laboratory.py runs/laboratory
 
 reads the run folders <name>-seed<k> found there and writes laboratory.html (one file, no network) and laboratory.png.
 What is missing or unfinished is named and left out; nothing is judged here but by the numbers printed.
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from compare_seeds import band, levels_of, over_steps, result_of, spread
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from adaptive_reasoning.core.errors import UserError, run_cli
@@ -22,7 +23,6 @@ from adaptive_reasoning.report.console import aligned
 from adaptive_reasoning.report.curves import STYLE, plain
 from adaptive_reasoning.report.panels import MODE_COLOURS, PALETTE
 from adaptive_reasoning.report.run_folder import Run, load_run
-from adaptive_reasoning.report.seeds import band, levels_of, over_steps, result_of, spread
 
 Runs = dict[str, list[Run]]  # name of a run without its seed -> its runs, in order of the seeds
 
@@ -392,9 +392,7 @@ def write_laboratory(folder: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m adaptive_reasoning.report.laboratory", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="folder that holds the run folders <name>-seed<k>")
     args = parser.parse_args(argv)
     print(write_laboratory(args.folder))

@@ -1,16 +1,17 @@
 """Several finished runs side by side: mean and spread over their seeds, as a table and as one picture.
 
-python -m adaptive_reasoning.report runs/delta_* --by delta --plot delta.png
+python experiments/compare_seeds.py runs/delta_* --by delta --plot delta.png
 """
 
+import argparse
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.core.errors import UserError, run_cli
 from adaptive_reasoning.report.console import aligned
 from adaptive_reasoning.report.panels import MODE_COLOURS, PALETTE, ramp, smooth
-from adaptive_reasoning.report.run_folder import Run, difficulty_order, shown_modes
+from adaptive_reasoning.report.run_folder import Run, difficulty_order, load_run, shown_modes
 
 
 @dataclass(frozen=True)
@@ -258,3 +259,20 @@ def _cross(axis, runs: list[Run], when: str, colour: str, label: str, hollow: bo
     if len(runs) > 1:
         pairs = [(a, b) for a, b in zip(xs, ys) if None not in (a, b)]
         axis.scatter(*zip(*pairs), s=9, color=colour, alpha=0.45, linewidths=0, zorder=2)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a run (its --output_dir)")
+    parser.add_argument("--by", default="", help="option the runs are grouped by in table and picture, e.g. delta")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of the groups (.png, .svg or .pdf)")
+    args = parser.parse_args(argv)
+    runs = [load_run(folder) for folder in args.runs]
+    print(table(runs, args.by), flush=True)
+    if args.plot:
+        plot(runs, args.plot, args.by)
+        print(f"\n{args.plot} written", flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)
