@@ -54,7 +54,7 @@ FILES = {  # name -> content of a broken file
 }
 
 
-OPENED = {"config.yaml", ".lock"}  # what opening the folder of a run writes
+OPENED = {"metrics.json", "config.yaml", ".lock"}  # what opening the folder of a run writes
 
 
 def change_json(path: Path, **values) -> None:
