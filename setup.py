@@ -38,7 +38,7 @@ setup(
         "math-verify>=0.9,<0.10",
         "matplotlib>=3.9,<4",
         "numpy>=1.26,<3",
-        "pebble>=5.2,<6",
+        "pebble>=5.2,<5.3",
         "pyyaml>=6,<7",
         "safetensors>=0.6,<1",
         "tokenizers>=0.22,<1",

@@ -29,6 +29,8 @@ def check(answer, gold):
         time.sleep(3600)
     if answer.startswith("exit"):
         os._exit(3)
+    if answer.startswith("leave"):
+        os._exit(0)
     if answer.startswith("segfault"):
         os.kill(os.getpid(), signal.SIGSEGV)
     if answer.startswith("eat"):
@@ -317,6 +319,44 @@ def test_a_worker_killed_while_idle_is_replaced(tmp_path):
         pool.submit(str(tmp_path / "second"), "", 1)
         grade = pool.drain()[1]
     assert (grade.correct, grade.status) == (True, "ok")
+
+
+def test_a_worker_that_ends_with_code_0_is_an_error_too():
+    """pebble takes it for a worker that has done its work, and would wait for the answer for ever."""
+    with GraderPool(workers=2, timeout=0.5, check=check) as pool:
+        for n in range(40):
+            pool.submit("leave" if n == 7 else f"{n}", f"{n}", n)
+        grades = pool.drain()
+    assert (grades[7].status, grades[7].detail) == ("error", "the worker ended without a verdict")
+    assert all(grades[n].correct for n in range(40) if n != 7)
+
+
+def test_a_server_that_is_killed_or_stands_still_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr("adaptive_reasoning.tasks.grader.START_SECONDS", 5.0)
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        with GraderPool(workers=1, timeout=0.5, check=note_pid) as pool:
+            pool.submit(str(tmp_path / f"{number} first"), "", 0)
+            pool.drain()
+            server, worker = pool._server.pid, int((tmp_path / f"{number} first").read_text())
+            os.kill(server, number)
+            for n in range(3):
+                pool.submit(str(tmp_path / f"{number} {n}"), "hang" if n == 1 else "", n)
+            grades = pool.drain()
+            assert [grades[n].status for n in range(3)] == ["ok", "timeout", "ok"], number
+            wait_until(lambda pids=(server, worker): not any(map(alive, pids)))
+
+
+def test_a_server_that_dies_at_every_start_is_an_error_not_a_wait(tmp_path, monkeypatch):
+    import pytest
+
+    (tmp_path / "dying.py").write_text("import os\ndef right(a, g): return True\ndef warm_up(): os._exit(7)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import dying
+
+    with GraderPool(workers=1, timeout=1.0, check=dying.right) as pool:
+        pool.submit("", "", 0)
+        with pytest.raises(UserError, match="Grader processes die .exit code 7.. Is memory or a limit short"):
+            pool.drain()
 
 
 def test_leaving_the_pool_kills_busy_workers(tmp_path):

@@ -9,7 +9,7 @@ import re
 
 from adaptive_reasoning.tasks.answers import boxed_answer, same_answer, warm_up
 
-__all__ = ["lenient_answer", "lenient_same", "warm_up"]  # a grader slot calls the last one before it grades
+__all__ = ["lenient_answer", "lenient_same", "warm_up"]  # the grader's server calls the last one first
 
 NUMBER = re.compile(r"-?\d+\.\d+|\d+")  # the authors' pattern: a sign counts in front of decimals alone
 PLACES = (r"<answer>(.*?)</answer>", r"\*\*(?:Final )?Answer:?\*\*:?\s*([^\n]+)")

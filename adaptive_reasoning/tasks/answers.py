@@ -81,8 +81,8 @@ LATEX = LatexExtractionConfig()
 def warm_up() -> None:
     """Compare a few pairs, so that what parser and sympy set up on first use is there before anybody's time counts.
 
-    It takes about a second. A grader slot does it once, and every worker it forks has it: without, each worker that
-    replaces a killed one pays it again.
+    It takes about a second. The grader's server does it once, and every worker it forks has it: without, each worker
+    that replaces a killed one pays it again.
     """
     for answer, gold in (("\\frac{x}{2}+1", "0.5x+1"), ("6\\sqrt{2}", "\\sqrt{50}"), ("(1,2)", "(1,3)")):
         same_answer(answer, gold)

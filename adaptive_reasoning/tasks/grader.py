@@ -159,11 +159,13 @@ class GraderPool:
             with contextlib.suppress(OSError):  # the server is gone: the next one is sent all that waits
                 self._connection.send(pair)
 
-    def _kill(self) -> None:
-        """Kill the server and its workers, which are one process group."""
-        if self._server is not None:
+    def _kill(self) -> int | None:
+        """Kill the server, if there is one, and its workers, which are one process group; return its exit code."""
+        server, self._server, self._ready = self._server, None, False
+        if server is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # all of them have just ended
-                os.killpg(self._server.pid, signal.SIGKILL)
+                os.killpg(server.pid, signal.SIGKILL)
+            return server.wait()
 
     # --- the thread that starts servers and hears them; the kernel kills a server when the thread that started it ends
 
@@ -173,8 +175,7 @@ class GraderPool:
             while self._start():
                 starts = 1 if self._listen() else starts + 1
                 with self._changed:
-                    self._kill()
-                    code, self._server, self._ready = self._server.wait(), None, False
+                    code = self._kill()
                     self._connection.close()
                 if starts >= MAX_STARTS:
                     raise UserError(f"Grader processes die (exit code {code}). Is memory or a limit short?")
@@ -275,13 +276,15 @@ def serve() -> None:
         elif code == -signal.SIGALRM:
             grade = Grade(False, "timeout", f"no verdict after {timeout:g} s", timeout)
         elif code is None and not isinstance(error, TimeoutError):
-            return None  # the pool is broken: the server ends, and the run gives the answer to the next one
+            return  # the pool is broken: the server ends, and the run sends the answer to the next one
         elif tries == 1:  # pebble may take the answer before it for the one that its worker died of
-            return schedule(pair, tries=2)
+            schedule(pair, tries=2)
+            return
         elif code == OUT_OF_MEMORY:
             grade = Grade(False, "error", "MemoryError")
         else:
-            grade = Grade(False, "error", f"the worker died with exit code {code or 0}")
+            how = f"died with exit code {code}" if code else "ended without a verdict"
+            grade = Grade(False, "error", f"the worker {how}")
         with sending:
             run.send((pair, grade))
 
