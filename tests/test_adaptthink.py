@@ -297,9 +297,9 @@ def test_the_alarm_of_the_forced_share():
 @pytest.mark.parametrize(
     "option, message",
     [
-        (["--ratio", "gspo"], "--ratio gspo: takes sequence_mean, sequence_product, token"),
-        (["--nothinking_share", "1.5"], "must lie in"),
-        (["--num_generations", "0"], "must be greater than 0"),
+        (["--ratio", "gspo"], "--ratio: Expected a Literal"),
+        (["--nothinking_share", "1.5"], "--nothinking_share: Not of type ClosedUnitInterval: 1.5"),
+        (["--num_generations", "0"], "--num_generations: Not of type PositiveInt: 0"),
     ],
 )
 def test_options_that_make_no_sense(option, message):

@@ -37,7 +37,7 @@ def test_it_starts_as_the_policy_with_a_head_of_zeros_and_learns(tmp_path, tied)
     episodes = fresh_episodes(range(10))
     assert all(v.eq(0).all() and len(v) == e.num_tokens for e, v in zip(episodes, critic.values(episodes)))
     losses = learn(critic, episodes, 12)
-    assert losses[-1] < 0.7 * losses[0] and critic.args.learning_rate == 2e-3
+    assert losses[-1] < 0.7 * losses[0]
     assert learner.args.learning_rate == 1e-3, "the policy keeps its own rate"
 
 

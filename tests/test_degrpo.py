@@ -483,11 +483,11 @@ def test_metrics_of_a_mode_that_is_gone():
 @pytest.mark.parametrize(
     "option, message",
     [
-        (["--aggregation", "mean"], "--aggregation mean: takes paper, code, vanilla, vanilla_code"),
-        (["--mode_rule", "text"], "--mode_rule text: takes first_token, substring"),
-        (["--std", "biased"], "--std biased: takes unbiased, none"),
-        (["--alpha", "-1"], "--alpha -1.0: must not be negative"),
-        (["--num_generations", "0"], "must be greater than 0"),
+        (["--aggregation", "mean"], "--aggregation: Expected a Literal"),
+        (["--mode_rule", "text"], "--mode_rule: Expected a Literal"),
+        (["--std", "biased"], "--std: Expected a Literal"),
+        (["--alpha", "-1"], "--alpha: Not of type NonNegative: -1"),
+        (["--num_generations", "0"], "--num_generations: Not of type PositiveInt: 0"),
     ],
 )
 def test_options_that_make_no_sense(option, message):

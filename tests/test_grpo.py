@@ -315,9 +315,9 @@ def test_metrics():
 @pytest.mark.parametrize(
     "option, message",
     [
-        (["--aggregation", "mean"], "--aggregation mean: takes token_mean, sequence_mean, constant, micro_batch"),
-        (["--kl_coef", "-1"], "must not be negative"),
-        (["--num_generations", "0"], "must be greater than 0"),
+        (["--aggregation", "mean"], "--aggregation: Expected a Literal"),
+        (["--kl_coef", "-1"], "--kl_coef: Not of type NonNegative: -1"),
+        (["--num_generations", "0"], "--num_generations: Not of type PositiveInt: 0"),
     ],
 )
 def test_options_that_make_no_sense(option, message):
