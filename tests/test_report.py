@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import compare_seeds as seeds
 import laboratory
@@ -29,8 +30,8 @@ from adaptive_reasoning.report import console, svg
 from adaptive_reasoning.report.__main__ import main
 from adaptive_reasoning.report.alarms import Alarms
 from adaptive_reasoning.report.page import render, write_report
-from adaptive_reasoning.report.panels import Line, Panel, thin
-from adaptive_reasoning.report.run_folder import difficulty_order, load_run
+from adaptive_reasoning.report.panels import Line, Panel, thin, training_panels
+from adaptive_reasoning.report.run_folder import Run, difficulty_order, load_run
 from adaptive_reasoning.report.sample_table import MOST_CHARS_EACH, choose, sample_table
 from adaptive_reasoning.run.journal import Journal
 
@@ -279,6 +280,9 @@ def test_a_metric_of_ones_own_is_drawn_and_one_that_nobody_declared_is_a_plain_r
     journal.restore(None)
     for step in journal.steps():
         journal.write({"step": step, "mine/calm": step / 4, "mine/storm": 0.5, "mine/wind": 7.0 * step})
+    for bad in ("0.5", True):
+        with pytest.raises(AssertionError, match="mine/calm is"):
+            journal.write({"step": 4, "mine/calm": bad})
     out = capsys.readouterr().out
     assert "calm 0.750" in out and out.count("mine/wind is declared nowhere") == 1 == out.count("warning")
     run = load_run(tmp_path / "run")
@@ -374,6 +378,18 @@ def test_ticks_are_few_round_and_inside(low, high):
 def test_long_lines_are_thinned_to_means():
     points = thin([(float(x), float(x % 2)) for x in range(3140)], 400)
     assert len(points) <= 400 and points[0] == (3.5, 0.5)
+
+
+def test_a_line_that_is_no_mode_has_no_colour_of_a_mode():
+    """Pins: a stage without an evaluated mode was drawn in the colour of another stage."""
+    stages = ("fast", "verify", "slow", "summary")
+    row = {"step": 1} | {f"thinker/{stage}_share": 0.5 for stage in stages}
+    E = {"modes": dict.fromkeys(("fast", "slow"), {"share": 0.5})}
+    evaluation = {"step": 0, "setting": "adaptive", "benchmark": "chain", "result": E}
+    run = Run(Path(), {}, [row], [], [evaluation], None, thinker.METRICS)
+    (panel,) = training_panels(run)
+    colours = {line.label: line.colour for line in panel.lines}
+    assert len(set(colours.values())) == 4 and (colours["fast"], colours["slow"]) == ("m0", "m1")
 
 
 # ------------------------------------------------------------------------------------------------ page

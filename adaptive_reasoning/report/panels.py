@@ -5,6 +5,7 @@ Colours are safe for colour-blind readers: modes have those of Okabe and Ito, di
 """
 
 from dataclasses import dataclass
+from itertools import cycle
 
 from adaptive_reasoning.core.metric import SHARED
 from adaptive_reasoning.report.run_folder import Run, shown_modes
@@ -162,10 +163,11 @@ def training_panels(run: Run) -> list[Panel]:
     panels, colours = [], mode_colours(run.modes)
     for title, keys in titles.items():
         title, _, note = title.partition(" | ")
-        lines = []
-        for key, colour in zip(keys, MODE_COLOURS * len(keys)):
-            label = run.declared[key].line or title.lower()
-            lines += _noisy(run, key, label, "ink" if label == "step" else colours.get(label, colour))
+        lines, labels = [], {key: run.declared[key].line or title.lower() for key in keys}
+        taken = {colours.get(label) for label in labels.values()}
+        free = cycle([colour for colour in MODE_COLOURS if colour not in taken] or MODE_COLOURS)  # for what is no mode
+        for key, label in labels.items():
+            lines += _noisy(run, key, label, "ink" if label == "step" else colours.get(label) or next(free))
         unit = run.declared[keys[0]].unit
         panels.append(Panel(title, note, lines, unit, (0.0, 1.0) if title.startswith("Share") else None))
     return _filled(panels)

@@ -115,6 +115,9 @@ class Journal:
         """Write and print (`show`) the metrics of a step ("step" in `row`), and sample rows."""
 
         def write():
+            for key, value in row.items():
+                plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+                assert plain or value is None, f"metric {key} is {type(value).__name__}, not a plain number"
             for key in row.keys() - self.metrics.keys() - self.unknown - {"step"}:
                 self.unknown.add(key)
                 say(f"warning: metric {key} is declared nowhere: add it to METRICS of the method")
