@@ -53,11 +53,9 @@ from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.formats.think import Think, ThinkArgs
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, Sampling, request_seed
-from adaptive_reasoning.run.bank import Bank
+from adaptive_reasoning.run.bank import Bank, free_samples
 from adaptive_reasoning.run.options import Finite, Positive, PositiveShare, RunArgs, check_minibatches, parse_args
 from adaptive_reasoning.run.run import Run
-
-REFERENCE_STREAM = 104_729  # keeps the random numbers of the reference samples apart from those of training
 
 
 @dataclass
@@ -312,16 +310,11 @@ def reference_accuracy(run: Run, args) -> dict[int, float] | None:
         return None
     needed = run.task.ahead(args.max_steps, args.prompts_per_step, args.seed)
 
-    def make_requests(i: int) -> list[Request]:
-        question, prompt_ids = run.task.questions[i], run.task.prompts[i]
-        seeds = [request_seed(args.seed, REFERENCE_STREAM, i, k) for k in range(args.ref_samples)]
-        return [Request(prompt_ids, args.max_new_tokens, run.stop_ids, s, tag=(question, i)) for s in seeds]
-
     def measure() -> dict[int, float]:
         if args.ref_results:
             return read_authors_table(args.ref_results, {i: run.task.questions[i] for i in needed})
         sampling = Sampling(args.temperature, args.ref_top_p)
-        return Bank(run, needed, make_requests, sampling, args.ref_cache).pass_rates()
+        return Bank(run, needed, free_samples(run, args.ref_samples), sampling, args.ref_cache).pass_rates()
 
     return run.journal.keep("reference.json", needed, measure)
 

@@ -190,8 +190,8 @@ def test_a_format_from_nothing():
     [
         ("tags", "there is no response format 'tags': take think, arm"),
         ("no_such_module.MyFormat", "there is no module 'no_such_module' on the Python path"),
-        ("my_formats.NoSuchClass", "'NoSuchClass' of my_formats is no subclass of ResponseFormat"),
-        ("my_formats.NOT_A_FORMAT", "'NOT_A_FORMAT' of my_formats is no subclass of ResponseFormat"),
+        ("my_formats.NoSuchClass", "the module my_formats has no 'NoSuchClass'"),
+        ("my_formats.NOT_A_FORMAT", "it is no subclass of ResponseFormat"),
         ("my_formats", "there is no response format 'my_formats'"),
         ("", "there is no response format ''"),
     ],
@@ -203,7 +203,7 @@ def test_a_format_that_is_none(name, message):
 
 def test_a_method_takes_the_formats_it_can_train():
     assert formats.load("my_formats.ThreeModes", Thinkless).__name__ == "ThreeModes"
-    with pytest.raises(UserError, match="'Arm' of .* is no subclass of Think"):
+    with pytest.raises(UserError, match="it is no subclass of Think"):
         formats.load("arm", Think)
     with pytest.raises(UserError, match="this command samples single responses"):
         formats.load("dialogue")(formats.tokenizer("dialogue"), SimpleNamespace())

@@ -238,7 +238,6 @@ def test_bad_yaml(tmp_path, text, message):
         ),
         (["--temperature", "-1"], "--temperature: Not of type Positive: -1 does not conform to restriction v>0"),
         (["--dtype", "fp16"], "--dtype: Expected a Literal['bf16', 'fp32']. Got value: fp16"),
-        (["--task", "poetry"], "--task: Expected a Literal['math', 'chain']. Got value: poetry"),
         (
             ["--eval_top_p", "0"],
             "--eval_top_p: Not of type PositiveShare: 0 does not conform to restriction v>0 and v<=1",

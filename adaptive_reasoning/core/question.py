@@ -1,4 +1,4 @@
-"""Question: the one thing every task hands out."""
+"""Question: the one thing every task hands out; benchmarks are made of them."""
 
 from dataclasses import dataclass
 
@@ -16,3 +16,21 @@ class Question:
     answer: str
     difficulty: str | None = None
     source: str = ""
+
+
+@dataclass
+class Benchmark:
+    """A named set of evaluation questions, with `samples` responses to each."""
+
+    name: str
+    questions: list[Question]
+    samples: int = 1
+
+
+@dataclass
+class Source:
+    """What a task gives: training questions, benchmarks, and whether answers are compared as text, in this process."""
+
+    questions: list[Question]
+    benchmarks: list[Benchmark]
+    exact: bool = False

@@ -13,7 +13,6 @@ One more mode is one more tag:
         tags = {**Arm.tags, "sketch": "SKETCH"}
 """
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -22,6 +21,7 @@ from typing import ClassVar
 import numpy as np
 
 from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.core.named import named
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.run.evaluation import EvalSpec
 from adaptive_reasoning.tasks import chain
@@ -170,22 +170,10 @@ def load(name: str, kind: type[ResponseFormat] = ResponseFormat) -> type[Respons
     Raises:
         UserError: there is none of that name, or one of another kind.
     """
-    module, _, attribute = name.rpartition(".")
-    if name in NAMES:
-        module, attribute = f"{__name__}.{name}", NAMES[name]
-    if not module:
-        raise UserError(f"there is no response format {name!r}: take {', '.join(NAMES)}, or your own as module.Class.")
-    try:
-        found = getattr(importlib.import_module(module), attribute, None)
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):  # a module that the user's module needs
-            raise
-        raise UserError(
-            f"response format {name!r}: there is no module {error.name!r} on the Python path. Start the command in its "
-            "folder, or set PYTHONPATH."
-        ) from error
+    known = {short: f"{__name__}.{short}.{attribute}" for short, attribute in NAMES.items()}
+    found = named(name, known, "response format", "Class")
     if not (isinstance(found, type) and issubclass(found, kind)):
-        raise UserError(f"response format {name!r}: {attribute!r} of {module} is no subclass of {kind.__name__}.")
+        raise UserError(f"response format {name!r}: it is no subclass of {kind.__name__}.")
     return found
 
 

@@ -26,9 +26,10 @@ from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.files import write_bytes_atomic, write_json_atomic
 from adaptive_reasoning.learner.runtime import all_gather, on_main
-from adaptive_reasoning.rollout import Request, Sampling
+from adaptive_reasoning.rollout import Request, Sampling, request_seed
 from adaptive_reasoning.run.folder import weights_of
 
+STREAM = 104_729  # keeps the random numbers of banked samples apart from those of training
 QUESTIONS_PER_ROUND = 256  # on each process; what a kill can cost
 
 
@@ -119,6 +120,17 @@ class Bank:
             )
             out.append(e)
         return out
+
+
+def free_samples(run, number: int) -> Callable[[int], list[Request]]:
+    """Return what makes the requests of a question: `number` samples of at most --max_new_tokens, nothing forced."""
+
+    def make_requests(i: int) -> list[Request]:
+        question, prompt_ids = run.task.questions[i], run.task.prompts[i]
+        seeds = [request_seed(run.args.seed, STREAM, i, k) for k in range(number)]
+        return [Request(prompt_ids, run.args.max_new_tokens, run.stop_ids, s, tag=(question, i)) for s in seeds]
+
+    return make_requests
 
 
 def write(path: Path, episodes: list[Episode]) -> None:

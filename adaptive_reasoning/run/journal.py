@@ -19,14 +19,24 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save
 
 from adaptive_reasoning.core.errors import UserError, say
-from adaptive_reasoning.core.files import append_jsonl, load_json, read_jsonl, truncate_jsonl, write_json_atomic
+from adaptive_reasoning.core.files import (
+    append_jsonl,
+    load_json,
+    read_jsonl,
+    truncate_jsonl,
+    write_bytes_atomic,
+    write_json_atomic,
+)
 from adaptive_reasoning.core.metric import SHARED, Metric, eval_metrics, to_json
 from adaptive_reasoning.learner.checkpoint import checkpoints, load_checkpoint, prune, save_checkpoint, whole_checkpoint
 from adaptive_reasoning.learner.learner import Learner
-from adaptive_reasoning.learner.runtime import on_main
+from adaptive_reasoning.learner.runtime import on_main, together
 from adaptive_reasoning.report.console import Console
 from adaptive_reasoning.report.page import write_page, write_report
 from adaptive_reasoning.run.folder import MAY_CHANGE, check_inputs, check_reached, open_folder
@@ -170,6 +180,30 @@ class Journal:
                 "they have to be measured before step 1. Give the old --max_steps, or start a new run."
             )
         return values
+
+    def keep_tensors(self, name: str, measure: Callable[[], dict[str, torch.Tensor]]) -> Callable[[str], torch.Tensor]:
+        """Return key -> tensor of what was measured before step 1: by a new run, each process its share; else read.
+
+        Raises:
+            UserError: a resumed run lacks the folder, or a key in it.
+        """
+        folder = self.folder / name
+        if self.step == 0:
+            on_main(self.accelerator, lambda: (shutil.rmtree(folder, ignore_errors=True), folder.mkdir()))
+            data = save(measure(), {})
+            together(
+                self.accelerator,
+                lambda: write_bytes_atomic(folder / f"{self.accelerator.process_index}.safetensors", data),
+            )
+        files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
+        places = {key: file for file in files for key in file.keys()}
+
+        def find(key: str) -> torch.Tensor:
+            if key not in places:
+                raise UserError(f"{folder} lacks {key}, which is measured before step 1. Start the run anew.")
+            return places[key].get_tensor(key)
+
+        return find
 
     # ------------------------------------------------------------------------------------------------- keeping
 

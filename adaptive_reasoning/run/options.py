@@ -44,8 +44,8 @@ class RunArgs:
     """Model to start from: a Hugging Face folder or a hub name (Qwen2, Qwen3 or Llama)."""
     output_dir: str = "runs/unnamed"
     """Folder of the run. The same command again continues the run found there."""
-    task: Literal["math", "chain"] = "math"
-    """Kind of question: "math" (data files or data sets) or "chain" (arithmetic made by code)."""
+    task: str = "math"
+    """Questions: "math" (data files or data sets), "chain" (arithmetic made by code), or your own "module.function"."""
     data: str = ""
     """Training questions, comma separated: JSONL or Parquet files with `problem` and `answer`, or hub data sets."""
     train_limit: NonNegativeInt = 0

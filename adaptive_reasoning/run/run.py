@@ -66,12 +66,13 @@ class Run:
         algorithm: name for config.yaml and summary.json.
         reference: keep a frozen copy of the starting model, for `score_reference`.
         critic: have a critic beside the policy.
+        offline: the method learns from answers of the starting model, not from rollouts of its own steps.
 
     Raises:
         UserError: whatever is wrong with model, data or folder, before anything heavy starts.
     """
 
-    def __init__(self, args, algorithm: str, reference: bool = False, critic: bool = False):
+    def __init__(self, args, algorithm: str, reference: bool = False, critic: bool = False, offline: bool = False):
         self.args, self.has_reference, self.has_critic = args, reference, critic
         self.accelerator = make_accelerator(args)
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
@@ -84,7 +85,8 @@ class Run:
             check_vocabulary(self.config, self.tokenizer)
             self.stop_ids = prompts.stop_tokens(self.tokenizer, generation_config(args.model))
             self.task = load_task(args, self.tokenizer)
-            self.task.batch(1, args.prompts_per_step, args.seed)  # says at once if there are too few questions
+            if not offline:  # says at once if there are too few questions
+                self.task.batch(1, args.prompts_per_step, args.seed)
         self.clock: dict[str, float] = {}  # when the step and its update began; seconds of the evaluation before it
         self.cache_bytes = CPU_CACHE_BYTES
         self.latest: dict | None = None  # adaptive result of the newest evaluation
@@ -296,10 +298,7 @@ class Run:
             **own,
         }
         row["rollout/tokens_per_s"] = row["rollout/tokens"] / seconds["rollout"]
-        if self.latest is not None:
-            row |= {f"eval/{mode}_share": part["share"] for mode, part in self.latest["modes"].items()}
-        if "eval" in clock:
-            row["time/eval_s"] = clock.pop("eval")
+        row |= self._evaluated()
         batch = self.task.batch(self.step, args.prompts_per_step, args.seed)
         chosen = picked([part["groups"] for part in parts], batch, args.samples_per_step, self.step)
         kept = {j: sample_row(episodes[j], self.step, "train") for rank, j in chosen if rank == self.rank}
@@ -314,7 +313,37 @@ class Run:
                 "is too slow. The same command continues the run from its newest checkpoint."
             )
 
+    def log_offline(self, own: dict, losses: list[dict], update: dict, minibatch) -> None:
+        """Write and print the metrics of one step of an offline method, whose step is one optimiser step.
+
+        Args:
+            own: the method's metrics, already over all processes.
+            losses, minibatch: as in `log`; update: what learner.step() returned.
+        """
+        self.watch.phase("log", self.step)
+        row = {
+            "step": self.step,
+            **mean_losses(all_gather(self.accelerator, sums_of(losses)), 1),
+            **{f"loss/{key}": value for key, value in update.items()},
+            "learner/micro_batches": len(minibatch),
+            "time/step_s": time.perf_counter() - self.clock["step"],
+            **own,
+        }
+        self.journal.write(row | self._evaluated())
+
+    def _evaluated(self) -> dict[str, float]:
+        """Return the metrics of the newest evaluation, and its seconds in the first step behind it."""
+        row = {} if "eval" not in self.clock else {"time/eval_s": self.clock.pop("eval")}
+        if self.latest is not None:
+            row |= {f"eval/{mode}_share": part["share"] for mode, part in self.latest["modes"].items()}
+        return row
+
     # ------------------------------------------------------------------------------------------------- keeping
+
+    @property
+    def evaluation_due(self) -> bool:
+        at = self.step == 0 or self.journal.last or (self.args.eval_every and self.step % self.args.eval_every == 0)
+        return bool(at and self.task.benchmarks)
 
     def evaluate_if_due(self) -> None:
         """Evaluate before the first step, every `eval_every` steps and after the last one.
@@ -324,8 +353,7 @@ class Run:
         or `eval_every` asks for.
         """
         first, last = self.step == 0, self.journal.last
-        due = first or last or (self.args.eval_every and self.step % self.args.eval_every == 0)
-        if not due or not self.task.benchmarks:
+        if not self.evaluation_due:
             return
         start = time.perf_counter()
         settings = list(self.spec.settings) if first or last else list(self.spec.settings)[:1]

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from adaptive_reasoning.core.errors import UserError
-from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.core.question import Benchmark, Question, Source
 
 SPLIT = (  # how Qwen2 cuts text before byte-pair encoding: letters together, digits one by one, a space with its word
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -124,3 +124,10 @@ def tiny_model(tok: PreTrainedTokenizerFast, hidden: int = 96, layers: int = 3, 
         pad_token_id=tok.pad_token_id,
     )
     return AutoModelForCausalLM.from_config(config)
+
+
+def source(args, train: bool) -> Source:
+    """Return training chains, if they are wanted, and the benchmark "chain", the same for every seed."""
+    asked = questions(args.chain_questions, args.chain_mix, args.seed, "chain/train") if train else []
+    evaluation = questions(args.chain_eval_questions, args.chain_mix, 1_000_003, "chain/eval")
+    return Source(asked, [Benchmark("chain", evaluation, args.eval_samples)], exact=True)

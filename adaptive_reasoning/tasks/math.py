@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adaptive_reasoning.core.errors import UserError
-from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.core.question import Benchmark, Question, Source
 from adaptive_reasoning.tasks.answers import boxed_answer
 
 DATA_FOLDER = "ADAPTIVE_REASONING_DATA"
@@ -23,7 +23,7 @@ FILE_TYPES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Known:
     """A test set known by name."""
 
     hub: str  # data set, with ":config" where it has several
@@ -32,14 +32,14 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "gsm8k": Benchmark("openai/gsm8k:main", "test"),
-    "math500": Benchmark("HuggingFaceH4/MATH-500", "test"),
-    "math": Benchmark("DigitalLearningGmbH/MATH-lighteval", "test"),
-    "csqa": Benchmark("tau/commonsense_qa", "validation"),
-    "obqa": Benchmark("allenai/openbookqa:main", "test"),
-    "svamp": Benchmark("ChilleD/SVAMP", "test"),
-    "aime25": Benchmark("math-ai/aime25", "test", samples=16),
-    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", samples=16),  # 30 questions: one sample each says little
+    "gsm8k": Known("openai/gsm8k:main", "test"),
+    "math500": Known("HuggingFaceH4/MATH-500", "test"),
+    "math": Known("DigitalLearningGmbH/MATH-lighteval", "test"),
+    "csqa": Known("tau/commonsense_qa", "validation"),
+    "obqa": Known("allenai/openbookqa:main", "test"),
+    "svamp": Known("ChilleD/SVAMP", "test"),
+    "aime25": Known("math-ai/aime25", "test", samples=16),
+    "aime24": Known("HuggingFaceH4/aime_2024", "train", samples=16),  # 30 questions: one sample each says little
 }
 
 
@@ -193,3 +193,23 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
             f"{DATA_FOLDER} names a folder with <benchmark>_test.jsonl files."
         ) from error
     yield from ((f"data set {name}, split {split}, row {i}", row) for i, row in enumerate(rows))
+
+
+def source(args, train: bool) -> Source:
+    """Return the questions of --data, if they are wanted, and those of --eval_data.
+
+    Raises:
+        UserError: no --data where questions are wanted, or one of the sources is missing or malformed.
+    """
+    sources = [part.strip() for part in args.data.split(",") if part.strip()]
+    if train and not sources:
+        raise UserError("--data is empty: name JSONL or Parquet files, or data sets of the hub.")
+    loaded = [load_questions(source, args.train_limit) for source in sources] if train else []
+    beside = next((source for source in sources if Path(source).is_file()), "")
+    benchmarks = []
+    for name in filter(None, (part.strip() for part in args.eval_data.split(","))):
+        known = BENCHMARKS.get(name)
+        samples = known.samples if known and known.samples > 1 else args.eval_samples
+        asked = load_questions(name, args.eval_limit, split="test", beside=beside)
+        benchmarks.append(Benchmark(name if known else Path(name).stem, asked, samples))
+    return Source([question for part in loaded for question in part], benchmarks)

@@ -1,23 +1,14 @@
 """Task: the questions of one run, their prompts, and how an answer to them is checked."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from adaptive_reasoning.core.errors import UserError
-from adaptive_reasoning.core.question import Question
-from adaptive_reasoning.tasks import chain, prompts
+from adaptive_reasoning.core.named import named
+from adaptive_reasoning.core.question import Benchmark, Question
+from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.grader import Grade, GraderPool
-
-
-@dataclass
-class Benchmark:
-    """A named set of evaluation questions, with `samples` responses to each."""
-
-    name: str
-    questions: list[Question]
-    samples: int = 1
 
 
 @dataclass
@@ -90,6 +81,12 @@ class ExactGrader:
         return {}
 
 
+TASKS = {  # a task is a function of (options, whether training questions are wanted) that returns a Source
+    "math": "adaptive_reasoning.tasks.math.source",
+    "chain": "adaptive_reasoning.tasks.chain.source",
+}
+
+
 def load_task(args, tokenizer, train: bool = True) -> Task:
     """Return the task of a run: `args.task`, `args.data` and `args.eval_data`.
 
@@ -99,24 +96,6 @@ def load_task(args, tokenizer, train: bool = True) -> Task:
     Raises:
         UserError: data that is missing or malformed (the message names file and line), or a task that does not exist.
     """
-    if args.task == "chain":
-        questions = chain.questions(args.chain_questions, args.chain_mix, args.seed, "chain/train") if train else []
-        evaluation = chain.questions(args.chain_eval_questions, args.chain_mix, 1_000_003, "chain/eval")
-        benchmarks = [Benchmark("chain", evaluation, args.eval_samples)]
-    else:
-        from adaptive_reasoning.tasks import math
-
-        sources = [part.strip() for part in args.data.split(",") if part.strip()]
-        if train and not sources:
-            raise UserError("--data is empty: name JSONL or Parquet files, or data sets of the hub.")
-        loaded = [math.load_questions(source, args.train_limit) for source in sources] if train else []
-        questions = [question for part in loaded for question in part]
-        beside = next((source for source in sources if Path(source).is_file()), "")
-        benchmarks = []
-        for name in filter(None, (part.strip() for part in args.eval_data.split(","))):
-            known = math.BENCHMARKS.get(name)
-            samples = known.samples if known and known.samples > 1 else args.eval_samples
-            loaded = math.load_questions(name, args.eval_limit, split="test", beside=beside)
-            benchmarks.append(Benchmark(name if known else Path(name).stem, loaded, samples))
-    kept, ids = prompts.fitting(questions, tokenizer, args.max_prompt_tokens) if train else ([], [])
-    return Task(kept, ids, len(questions) - len(kept), benchmarks, exact=args.task == "chain")
+    source = named(args.task, TASKS, "task")(args, train)
+    kept, ids = prompts.fitting(source.questions, tokenizer, args.max_prompt_tokens) if train else ([], [])
+    return Task(kept, ids, len(source.questions) - len(kept), source.benchmarks, source.exact)
