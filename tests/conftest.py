@@ -1,6 +1,9 @@
 """Small models and tokenizers that the tests share; nothing is downloaded."""
 
+import importlib
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -12,6 +15,8 @@ if not os.environ["CUDA_VISIBLE_DEVICES"]:
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+ROOT = Path(__file__).parent.parent
 
 BASE = {
     "vocab_size": 131,
@@ -52,3 +57,22 @@ def make_model(name: str = "qwen2", seed: int = 0):
 @pytest.fixture
 def model():
     return make_model()
+
+
+@pytest.fixture
+def go(monkeypatch, capsys):
+    """A function that runs a command in this process and returns (exit code, stderr)."""
+
+    def go(module: str, *options: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [module, *map(str, options)])
+        monkeypatch.chdir(ROOT)
+        capsys.readouterr()
+        try:
+            from adaptive_reasoning.core.errors import run_cli
+
+            run_cli(importlib.import_module(f"adaptive_reasoning.{module}").main)
+        except SystemExit as stopped:
+            return stopped.code, capsys.readouterr().err
+        return 0, ""
+
+    return go

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_reasoning.core.errors import UserError, run_cli
+from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.files import append_jsonl, read_jsonl
 from adaptive_reasoning.run import bank
 
@@ -25,23 +25,6 @@ CHAIN = (
     "--eval_every 0"
 )
 GO_ON = "Free some space or mend the permissions, and start the same command again: it continues the run."
-
-
-@pytest.fixture
-def go(monkeypatch, capsys):
-    """A function that runs a command in this process and returns (exit code, stderr)."""
-
-    def go(module: str, *options: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [module, *map(str, options)])
-        monkeypatch.chdir(ROOT)
-        capsys.readouterr()
-        try:
-            run_cli(importlib.import_module(f"adaptive_reasoning.{module}").main)
-        except SystemExit as stopped:
-            return stopped.code, capsys.readouterr().err
-        return 0, ""
-
-    return go
 
 
 SFT = "--config experiments/cold_start_adaptthink.yaml --max_steps 5 --batch_size 8 --save_every 2".split()
