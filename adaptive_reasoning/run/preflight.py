@@ -3,8 +3,8 @@
 Everything is computed from the model's config and the options, without loading a weight. `--preflight` prints the
 memory plan of any other machine:
 
-    python -m adaptive_reasoning.adaptthink --config experiments/adaptthink_1_5b.yaml --preflight --num_gpus 8
-    make plan-adaptthink-1.5b GPU=a100 NUM_GPUS=8 NUM_NODES=2 ARGS="--max_new_tokens 8192"
+    python -m adaptive_reasoning.METHOD --config experiments/NAME.yaml --preflight --gpu h100 --num_gpus 8
+    make plan-NAME GPU=a100 NUM_GPUS=8 NUM_NODES=2 ARGS="--max_new_tokens 8192"     # of `make train-NAME`
 """
 
 from dataclasses import dataclass
