@@ -72,7 +72,7 @@ def planned(size: Size, libraries: float) -> float:
     from adaptive_reasoning.run.shapes import shapes_of
 
     args, held = size.options("-"), int(libraries * MIB)
-    where = Where(cuda=False, longest_prompt=size.prompt_tokens, arena=CPU_CACHE_BYTES, libraries=held)
+    where = Where(cuda=False, longest_prompt=size.prompt_tokens, kv_cache=CPU_CACHE_BYTES, libraries=held)
     return plan_memory(args, args.holds(), shapes_of(size.config()), where).peak / MIB
 
 

@@ -232,9 +232,9 @@ def test_supervised_runs_have_no_rollout():
 
 def test_slots_grow_by_doubling():
     """Prompt of 20 tokens: 64 columns (of 40, rounded up), then 192 (of 2 x 96), at last all that the longest needs."""
-    assert memory.arena_growth(20, 64) == (0, 64)
-    assert memory.arena_growth(20, 150) == (64, 150)
-    assert memory.arena_growth(20, 500) == (448, 500)
+    assert memory.slot_growth(20, 64) == (0, 64)
+    assert memory.slot_growth(20, 150) == (64, 150)
+    assert memory.slot_growth(20, 500) == (448, 500)
 
 
 def test_activations_by_hand(shapes):
@@ -310,11 +310,11 @@ def test_rows_columns_and_micro_batch(shapes):
 
 
 def test_limit_of_the_cache_bounds_rows_without_a_gpu(shapes):
-    _, found = plan(shapes, replace(CPU, arena=4 * GIB), dtype="fp32")
+    _, found = plan(shapes, replace(CPU, kv_cache=4 * GIB), dtype="fp32")
     assert found.rows == 4 * GIB // (17_408 * 56 * 1024) == 4 and found.cache_bytes <= 4 * GIB
     assert plan(shapes, CPU, dtype="fp32")[1].rows == RunArgs().rollout_rows
     with pytest.raises(UserError, match=r"one response of 17,408 tokens .*Lower --max_new_tokens \(now 16,384\)"):
-        plan(shapes, replace(CPU, arena=GIB // 4))
+        plan(shapes, replace(CPU, kv_cache=GIB // 4))
 
 
 # -------------------------------------------------------------------------------------------------- what makes it fit
@@ -467,7 +467,7 @@ def test_checkpoint_size(shapes):
 
 
 def look(where=EIGHT, config=CONFIG, **changes):
-    """Preflight of the 1.5B model on 8 GPUs of 80 GiB; options and arguments can be changed."""
+    """(table, plan): preflight of the 1.5B model on 8 GPUs of 80 GiB; options and arguments can be changed."""
     names = set(RunArgs.__dataclass_fields__)
     options = {"max_new_tokens": LONG, "max_steps": 314, "save_every": 10} | {
         k: changes[k] for k in changes.keys() & names
@@ -478,7 +478,7 @@ def look(where=EIGHT, config=CONFIG, **changes):
 
 
 def test_table():
-    found = look(skipped=3, findings={"control tokens": "</think> = 151649"}, disk_free=2000 * GIB)
+    table, found = look(skipped=3, findings={"control tokens": "</think> = 151649"}, disk_free=2000 * GIB)
     for text in (
         "8 processes, ZeRO-3; H100, 80.00 GiB each",
         "1.777 B parameters",
@@ -490,14 +490,14 @@ def test_table():
         f"{found.rows} rows x 17,408 tokens x 28 KiB; 256 were asked for",
         "in the phase 'head'; of 80.00 GiB, of which 73.60 are planned with",
     ):
-        assert text in found.table
+        assert text in table
     assert found.rows == found.cache_bytes // (17_408 * 28 * 1024)
-    assert "WARNING" not in found.table and found.table.isascii()
+    assert "WARNING" not in table and table.isascii()
 
 
 def test_table_without_a_gpu():
-    found = look(replace(CPU, arena=4 * GIB), device="CPU", dtype="fp32")
-    assert "not compared with the memory of this machine" in found.table
+    table, found = look(replace(CPU, kv_cache=4 * GIB), device="CPU", dtype="fp32")
+    assert "not compared with the memory of this machine" in table
     assert found.rows == 4
 
 
@@ -508,14 +508,14 @@ def test_launch_file_with_offload_is_seen():
         accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, state=state)
         assert offloads_optimizer(accelerator) is expected
     assert not offloads_optimizer(SimpleNamespace(distributed_type=DistributedType.NO))
-    assert "fp32 master" in look().table.split("memory of the machine")[0]
-    away = look(replace(EIGHT, offload=True)).table.split("memory of the machine")
+    assert "fp32 master" in look()[0].split("memory of the machine")[0]
+    away = look(replace(EIGHT, offload=True))[0].split("memory of the machine")
     assert "fp32 master" not in away[0] and "fp32 master" in away[1]
 
 
 def test_long_responses_are_pointed_out():
     text = "WARNING: the model's config has 131,072 positions"
-    assert text in look(replace(EIGHT, memory=None), max_new_tokens=131_072).table
+    assert text in look(replace(EIGHT, memory=None), max_new_tokens=131_072)[0]
 
 
 def test_preflight_refuses():
@@ -523,7 +523,7 @@ def test_preflight_refuses():
         look(questions=0, skipped=12)
     with pytest.raises(UserError, match="32 more checkpoints of 23.17 GiB .*--keep_checkpoints"):
         look(disk_free=500 * GIB)
-    assert "4 checkpoints" in look(disk_free=500 * GIB, keep_checkpoints=3).table
+    assert "4 checkpoints" in look(disk_free=500 * GIB, keep_checkpoints=3)[0]
     with pytest.raises(UserError, match="mistral"):
         look(config=MistralConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
 

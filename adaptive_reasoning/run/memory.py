@@ -27,7 +27,7 @@ HEAD_CHUNK = 64 * 2**20  # of logits at a time (kernels/token_logprobs.py)
 PREFILL_TOKENS = 8192  # of one prefill pass of the rollout
 COLUMN_STEP = 32  # the cache is read in multiples of this many columns
 LIBRARIES = 480 * 2**20  # of interpreter and libraries on the CPU, as measured
-ROW_BYTES = 21  # of a row's buffers for each response token (rollout/rows.py)
+ROW_BYTES = 21  # of a row's buffers for each response token (rollout/batch_state.py)
 FEW_ROWS = 32  # proposed where the logits of all rows are what does not fit
 MOST_GPUS = 64
 ONLY_TRAINED = ("fp32 master", "gradient", "Adam")  # parts that only trained parameters have; `offload` moves them
@@ -60,7 +60,7 @@ class Where:
     cuda: bool = True  # rows of the rollout are lists of pages; else contiguous slots that grow by copying
     longest_prompt: int = 1024  # tokens
     memory: int | None = None  # bytes of the GPU; None: nothing is checked
-    arena: int | None = None  # most bytes that the KV cache may take; None: what is left
+    kv_cache: int | None = None  # most bytes that the KV cache may take; None: what is left
     libraries: int = LIBRARIES  # bytes of interpreter and libraries; they count on the CPU
 
 
@@ -84,13 +84,13 @@ class MemoryPlan:
     cache_bytes: int  # of the KV cache
 
     @property
-    def peak(self) -> int:
-        return max(phase_bytes(self.items).values())
-
-    @property
     def largest_phase(self) -> str:
         totals = phase_bytes(self.items)
         return max(totals, key=totals.get)
+
+    @property
+    def peak(self) -> int:
+        return phase_bytes(self.items)[self.largest_phase]
 
 
 def phase_bytes(items: list[Item]) -> dict[str, int]:
@@ -101,9 +101,6 @@ def phase_bytes(items: list[Item]) -> dict[str, int]:
 def gib(number: float) -> str:
     """Return bytes in GiB with two digits; what is smaller than that but not nothing shows as <0.01."""
     return "<0.01" if 0 < number < 0.005 * GIB else f"{number / GIB:.2f}"
-
-
-# ------------------------------------------------------------------------------------------------------------ formulas
 
 
 def state_bytes(dtype: str, zero3: bool) -> dict[str, tuple[int, tuple[str, ...]]]:
@@ -132,22 +129,17 @@ def checkpoint_bytes(dtype: str, holds: Holds, shapes: Shapes, zero3: bool) -> i
 
 
 def activation_bytes_per_token(shapes: Shapes, value_bytes: int, checkpointing: bool) -> int:
-    """Return the bytes of activations of one token of a micro-batch.
+    """Return the bytes of activations of one token of a micro-batch; no attention matrix [tokens, tokens] is built.
 
-    With gradient checkpointing one hidden state per layer, and one layer's working set with its gradients; without, the
-    working sets of all layers. Attention is assumed not to build a [tokens, tokens] matrix (flash or SDPA).
+    With gradient checkpointing a hidden state a layer and one layer's working set with its gradients; else all of them.
     """
     if checkpointing:
         return value_bytes * (shapes.layers * shapes.hidden + 2 * shapes.layer_width)
     return value_bytes * (shapes.layers + 1) * shapes.layer_width
 
 
-def arena_growth(prompt: int, longest: int) -> tuple[int, int]:
-    """Return the columns of contiguous slots (before, after) their last growth; they double by copying.
-
-    Args:
-        prompt: tokens of the shortest context, for which the first width is made; longest: tokens of the longest row.
-    """
+def slot_growth(prompt: int, longest: int) -> tuple[int, int]:
+    """Return the columns (before, after) the last growth of contiguous slots, made for a prompt, doubled by copying."""
 
     def columns(n: int) -> int:
         return min(-(-n // COLUMN_STEP) * COLUMN_STEP, longest)
@@ -156,9 +148,6 @@ def arena_growth(prompt: int, longest: int) -> tuple[int, int]:
     while width < longest:
         before, width = width, columns(2 * columns(width + 1))
     return before, width
-
-
-# ---------------------------------------------------------------------------------------------------------- the items
 
 
 @dataclass(frozen=True)
@@ -271,10 +260,15 @@ class Case:
         (host if cuda else items).extend(self.waiting())
         return [item for item in items if item.bytes], [item for item in host if item.bytes]
 
+    @property
+    def row(self) -> int:
+        """Bytes of the longest row in the KV cache; 0 without a rollout."""
+        return self.shapes.kv_bytes(self.value) * self.columns
+
     def needed(self) -> int:
         """Return the least memory a process needs: its largest phase with one row of the longest kind."""
-        row = self.shapes.kv_bytes(self.value) * self.columns
-        return max(size + row * (phase in AFTER_LOAD) for phase, size in phase_bytes(self.items()[0]).items())
+        totals = phase_bytes(self.items()[0])
+        return max(size + self.row * (phase in AFTER_LOAD) for phase, size in totals.items())
 
     def fits(self) -> bool:
         return self.where.memory is None or self.needed() <= int(USABLE * self.where.memory)
@@ -293,14 +287,12 @@ def plan_memory(args, holds: Holds, shapes: Shapes, where: Where) -> MemoryPlan:
     items, host = case.items()
     if not holds.rollout:
         return MemoryPlan(items, host, 0, 0)
-    per_token, columns, rows, room = shapes.kv_bytes(case.value), case.columns, args.rollout_rows, where.arena
-    row = columns * per_token
+    per_token, row, room = shapes.kv_bytes(case.value), case.row, where.kv_cache
     if where.memory is not None:
         totals = phase_bytes(items)
         left = int(USABLE * where.memory) - max(totals[phase] for phase in AFTER_LOAD)
         room = left if room is None else min(room, left)
-    if room is not None:
-        rows = min(rows, room // row)
+    rows = args.rollout_rows if room is None else min(args.rollout_rows, room // row)
     if rows < 1:
         raise UserError(
             f"one response of {case.longest:,} tokens (prompt included) needs {gib(row)} GiB of KV cache, {gib(room)} "
@@ -308,10 +300,10 @@ def plan_memory(args, holds: Holds, shapes: Shapes, where: Where) -> MemoryPlan:
         )
     # Pages are given out as they are needed, so those left over from whole rows are of use as well.
     cache = rows * row if not where.cuda or room is None else min(room, args.rollout_rows * row)
-    how = f"{rows} rows x {columns:,} tokens x {per_token / 1024:g} KiB"
+    how = f"{rows} rows x {case.columns:,} tokens x {per_token / 1024:g} KiB"
     how += f"; {args.rollout_rows} were asked for" * (rows < args.rollout_rows)
     items.append(Item("KV cache", cache, AFTER_LOAD, how))
-    growing = 0 if where.cuda else rows * arena_growth(where.longest_prompt, columns)[0] * per_token
+    growing = 0 if where.cuda else rows * slot_growth(where.longest_prompt, case.columns)[0] * per_token
     items.append(Item("KV cache growing", growing, ("rollout",), "the narrower one, while it is copied"))
     return MemoryPlan([item for item in items if item.bytes], host, rows, cache)
 

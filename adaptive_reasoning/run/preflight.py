@@ -31,15 +31,6 @@ GPUS = {  # GiB that a program sees
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Preflight:
-    """What a run is told: the table for the reader, and how much the rollout may take."""
-
-    table: str
-    rows: int  # responses that decode side by side on one process
-    cache_bytes: int  # of the KV cache
-
-
 def preflight(
     args,
     holds: Holds,
@@ -53,8 +44,8 @@ def preflight(
     disk_free: int | None = None,
     steps_done: int = 0,
     checkpoints_there: int = 0,
-) -> Preflight:
-    """Return the table of what was found and planned, and the size of the KV cache that fits.
+) -> tuple[str, MemoryPlan]:
+    """Return (table of what was found and planned, memory plan with the KV cache that fits).
 
     Args:
         args: the run's options; holds: what it holds beside the policy; where: the process that was found.
@@ -97,7 +88,7 @@ def preflight(
         lines.append(("disk", f"{saves} checkpoints x {gib(size)} GiB, {gib(disk_free)} GiB free"))
     plan = plan_memory(args, holds, shapes, where)
     table = ["preflight", *(f"  {name:<16}{text}" for name, text in lines), *memory_lines(plan, where.memory)]
-    return Preflight("\n".join(table), plan.rows, plan.cache_bytes)
+    return "\n".join(table), plan
 
 
 def checkpoints_ahead(args, done: int = 0, there: int = 0) -> int:
@@ -131,15 +122,17 @@ def memory_lines(plan: MemoryPlan, memory: int | None) -> list[str]:
         cells = "".join(f"{gib(item.bytes) if phase in item.phases else '.':>8}" for phase in PHASES)
         return f"    {item.name:<22}{cells}   {item.how}"
 
-    head = "one process" if memory is None else "each GPU"
-    lines = [f"  memory plan of {head} (GiB), phase by phase", " " * 26 + "".join(f"{phase:>8}" for phase in PHASES)]
-    lines += map(line, plan.items)
-    totals = phase_bytes(plan.items)
-    lines.append(f"    {'total':<22}" + "".join(f"{gib(totals[phase]):>8}" for phase in PHASES))
-    of = "not compared with the memory of this machine"
+    head, of = "one process", "not compared with the memory of this machine"
     if memory is not None:
-        of = f"of {gib(memory)} GiB, of which {gib(int(USABLE * memory))} are planned with"
-    lines.append(f"    {'peak':<22}{gib(plan.peak):>8}   in the phase {plan.largest_phase!r}; {of}")
+        head, of = "each GPU", f"of {gib(memory)} GiB, of which {gib(int(USABLE * memory))} are planned with"
+    totals = phase_bytes(plan.items)
+    lines = [
+        f"  memory plan of {head} (GiB), phase by phase",
+        " " * 26 + "".join(f"{phase:>8}" for phase in PHASES),
+        *map(line, plan.items),
+        f"    {'total':<22}" + "".join(f"{gib(totals[phase]):>8}" for phase in PHASES),
+        f"    {'peak':<22}{gib(plan.peak):>8}   in the phase {plan.largest_phase!r}; {of}",
+    ]
     if plan.host:
         lines.append("  memory of the machine for each process, GiB")
         lines += [f"    {item.name:<22}{gib(item.bytes):>8}   {item.how}" for item in plan.host]
@@ -170,7 +163,7 @@ class Place:
         if self.gpu == "cpu":
             if gpus > 1 or self.offload:
                 raise UserError("--gpu cpu: one process is planned. Leave --num_gpus, --num_nodes and --offload out.")
-            return Where(cuda=False, longest_prompt=longest_prompt, arena=CPU_CACHE_BYTES)
+            return Where(cuda=False, longest_prompt=longest_prompt, kv_cache=CPU_CACHE_BYTES)
         if self.gpu not in GPUS:
             raise UserError(f"--gpu {self.gpu}: not a GPU that a plan knows. Known are {', '.join(GPUS)}, and cpu.")
         zero3, memory = gpus > 1 or self.offload, int(GPUS[self.gpu] * GIB)

@@ -119,9 +119,9 @@ class Run:
                 cuda=cuda,
                 longest_prompt=max(map(len, self.task.prompts)),
                 memory=torch.cuda.get_device_properties(device).total_memory if cuda else None,
-                arena=None if cuda else CPU_CACHE_BYTES,
+                kv_cache=None if cuda else CPU_CACHE_BYTES,
             )
-            plan = preflight(
+            table, plan = preflight(
                 self.args,
                 self.args.holds(),
                 where,
@@ -135,7 +135,7 @@ class Run:
                 },
                 **self.journal.on_disk(),
             )
-            self.journal.say(plan.table)
+            self.journal.say(table)
             self.cache_bytes = plan.cache_bytes
         return self
 
