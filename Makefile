@@ -287,7 +287,7 @@ plan = @$(ON_CPU) $(PY) -m adaptive_reasoning.$(1) --config $(call YAML,$(patsub
   $(if $(OFFLOADED),--offload true) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 .PHONY: plan-adaptthink-1.5b
-plan-adaptthink-1.5b: $(INSTALLED)  ## memory and hours before a run; so for every train-NAME; GPU= NUM_GPUS= NUM_NODES=
+plan-adaptthink-1.5b: $(INSTALLED)  ## memory plan of a run; so for every train-NAME; GPU= NUM_GPUS= NUM_NODES=
 	$(call plan,adaptthink)
 plan-adaptthink-%: $(INSTALLED)
 	$(call plan,adaptthink)
@@ -301,10 +301,6 @@ plan-thinker-%: $(INSTALLED)
 	$(call plan,thinker)
 plan-sft-% plan-warmup-%: $(INSTALLED)
 	$(call plan,sft)
-
-.PHONY: scaling
-scaling: $(INSTALLED)  ## set the tables of docs/scaling.md anew
-	@$(ON_CPU) $(PY) -m adaptive_reasoning.plan.scaling --write
 
 # --- develop
 
@@ -327,10 +323,6 @@ bench: $(BENCH_INSTALLED)  ## rollout against generate, training step against TR
 	@$(PY) experiments/bench/bench_rollout.py $(ARGS)
 	@$(PY) experiments/bench/bench_step.py $(ARGS)
 	@$(PY) experiments/bench/bench_memory.py $(ARGS)
-
-.PHONY: bench-plan
-bench-plan: $(INSTALLED)  ## the plan's memory and time against real steps on the CPU, at three sizes
-	@PYTHONPATH=. $(PY) experiments/bench/bench_plan.py $(ARGS)
 
 # From a plain checkout: no install, whatever Python is there.
 .PHONY: gpu-check

@@ -44,6 +44,7 @@ from adaptive_reasoning.formats.statistics import mean, mode_metrics, mode_rows,
 from adaptive_reasoning.kernels.group_advantage import Groups
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, request_seed
+from adaptive_reasoning.run.memory import Holds
 from adaptive_reasoning.run.options import NonNegative, Positive, PositiveShare, RunArgs, check_minibatches, parse_args
 from adaptive_reasoning.run.run import Run
 
@@ -104,6 +105,9 @@ class Args(RunArgs):
         self.total_steps = self.total_steps or self.max_steps + 1  # written into config.yaml: a resumed run keeps it
         if not self.max_steps < self.total_steps:
             raise UserError(f"--max_steps {self.max_steps}: must be less than --total_steps {self.total_steps}, T.")
+
+    def holds(self) -> Holds:
+        return Holds(questions=self.prompts_per_step, top_p=self.eval_top_p, reference=self.kl_coef > 0)
 
 
 # What the metrics of this file mean; those of modes and groups are in formats/statistics.py.

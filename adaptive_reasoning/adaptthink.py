@@ -54,6 +54,7 @@ from adaptive_reasoning.formats.think import Think, ThinkArgs
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, Sampling, request_seed
 from adaptive_reasoning.run.bank import Bank, free_samples
+from adaptive_reasoning.run.memory import Holds
 from adaptive_reasoning.run.options import Finite, Positive, PositiveShare, RunArgs, check_minibatches, parse_args
 from adaptive_reasoning.run.run import Run
 
@@ -125,6 +126,9 @@ class Args(ThinkArgs, RunArgs):
                 f"--forcing exact: {self.nothinking_share:g} of --num_generations {self.num_generations} is no whole "
                 "number of responses. Change one of them, or take --forcing coin."
             )
+
+    def holds(self) -> Holds:
+        return Holds(questions=self.prompts_per_step, top_p=min(self.eval_top_p, self.ref_top_p))
 
 
 MODES = "Responses of this step, by the mode they were sampled in."

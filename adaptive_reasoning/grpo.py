@@ -24,6 +24,7 @@ from adaptive_reasoning.formats.statistics import mean, mode_metrics, mode_rows,
 from adaptive_reasoning.kernels.group_advantage import Groups
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, request_seed
+from adaptive_reasoning.run.memory import Holds
 from adaptive_reasoning.run.options import NonNegative, Positive, PositiveShare, RunArgs, check_minibatches, parse_args
 from adaptive_reasoning.run.run import Run
 
@@ -75,6 +76,9 @@ class Args(RunArgs):
 
     def __post_init__(self):
         check_minibatches(self)
+
+    def holds(self) -> Holds:
+        return Holds(questions=self.prompts_per_step, top_p=self.eval_top_p, reference=self.kl_coef > 0)
 
 
 # What the metrics of this file mean; those of modes and groups are in formats/statistics.py.

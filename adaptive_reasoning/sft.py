@@ -35,6 +35,7 @@ from adaptive_reasoning.learner.runtime import all_reduce, end, make_accelerator
 from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.run.folder import MAY_CHANGE, check_same, inputs_of, read_config
 from adaptive_reasoning.run.journal import Journal
+from adaptive_reasoning.run.memory import Holds
 from adaptive_reasoning.run.options import Positive, RunArgs, parse_args
 from adaptive_reasoning.tasks import chain, prompts
 
@@ -97,6 +98,9 @@ class Args(RunArgs):
             raise UserError("--model is empty: name the model to fine-tune.")
         if self.task == "math" and not self.data:
             raise UserError("--data is empty: name JSONL or Parquet files with `problem` and `response`.")
+
+    def holds(self) -> Holds:
+        return Holds(rollout=False, lora_rank=self.lora_rank)
 
 
 def load_rows(path: str) -> list[Row]:

@@ -59,6 +59,7 @@ from adaptive_reasoning.formats.dialogue import STAGES, DialogueArgs, DialogueFo
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import request_seed
 from adaptive_reasoning.rollout.dialogue import Dialogue, Turn
+from adaptive_reasoning.run.memory import Holds
 from adaptive_reasoning.run.options import (
     NonNegative,
     Positive,
@@ -145,6 +146,17 @@ class Args(DialogueArgs, RunArgs):
 
     def __post_init__(self):
         check_minibatches(self)
+
+    def holds(self) -> Holds:
+        dialogues = self.environment == "dialogue"
+        turns = self.fast_budget + self.verify_budget + self.slow_budget + self.summary_budget
+        return Holds(
+            questions=self.prompts_per_step,
+            top_p=self.eval_top_p,
+            critic=True,
+            dialogues=dialogues,
+            least_new_tokens=turns if dialogues else self.qa_budget,
+        )
 
 
 METRICS = stage_metrics(STAGES, "thinker") | {

@@ -303,7 +303,7 @@ def test_launch_on_cpu_processes(tmp_path, machines):
         "from pathlib import Path\n"
         "from adaptive_reasoning.learner.runtime import is_zero3, make_accelerator\n"
         "from adaptive_reasoning.run.options import RunArgs\n"
-        "from adaptive_reasoning.run.preflight import shapes_of\n"
+        "from adaptive_reasoning.run.shapes import shapes_of\n"
         "from transformers import Qwen2Config\n"
         "accelerator = make_accelerator(RunArgs(dtype='fp32'))\n"
         "sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1)\n"

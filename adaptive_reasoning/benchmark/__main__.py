@@ -73,6 +73,9 @@ class Args(DialogueArgs, ThinkArgs, ThinklessArgs, RunArgs):
     judge_max_new_tokens: PositiveInt = 1024
     """Longest reply of the judge."""
 
+    def holds(self):
+        raise UserError("--preflight plans training runs: those of a method, not an evaluation.")
+
 
 def check_args(args) -> None:
     """Raise UserError for options that do not go together."""

@@ -24,6 +24,8 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt, restricted_number_type
 
 from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.run.memory import Holds
+from adaptive_reasoning.run.preflight import Place, print_plan
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the string below a field is its help
 
@@ -123,6 +125,10 @@ class RunArgs:
     report_to: str = ""
     """Trackers beside metrics.jsonl, comma separated: tensorboard, wandb, trackio."""
 
+    def holds(self) -> Holds:
+        """Return what a run of the method holds in memory beside the policy, for the memory plan."""
+        return Holds(top_p=self.eval_top_p)
+
 
 def field_docs(cls: type) -> dict[str, str]:
     """Return {field name: the string below it} of a dataclass and its bases."""
@@ -132,14 +138,15 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 @functools.cache
-def parser_of(cls: type) -> ArgumentParser:
-    """Return the parser of a dataclass; it is made once, which takes longer than to parse."""
+def parser_of(cls: type, *more: type) -> ArgumentParser:
+    """Return the parser of dataclasses; it is made once, which takes longer than to parse."""
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", type=str, default="", help="YAML file with options; the command line wins over it.")
-    parser.add_argument("--preflight", action="store_true", help="Print memory and hours of the run, and end.")
-    parser.add_class_arguments(cls)
+    parser.add_argument("--preflight", action="store_true", help="Print the memory plan of the run, and end.")
+    for each in (cls, *more):
+        parser.add_class_arguments(each)
     for action in parser._actions:
-        if action.dest in {f.name for f in dataclasses.fields(cls) if f.type is bool}:
+        if action.dest in {f.name for each in (cls, *more) for f in dataclasses.fields(each) if f.type is bool}:
             action.nargs, action.const = "?", True  # --pairs is --pairs true
     return parser
 
@@ -147,26 +154,28 @@ def parser_of(cls: type) -> ArgumentParser:
 def parse_args(cls: type, argv: list[str] | None = None):
     """Return `cls` filled from `--config FILE.yaml` and the command line (which wins).
 
+    `--preflight` prints the memory plan instead, on the machine that the options of `Place` describe, and ends.
+
     Raises:
         UserError: an unknown option, a YAML file that is missing, is no mapping or has a key that is no option, or a
             value of the wrong type or out of range.
         SystemExit: code 0 after `--preflight` and `--help`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if "--preflight" in argv:
-        from adaptive_reasoning.plan.command import print_plan  # which parses the rest of the line with this function
-
-        print_plan(cls, argv)
-        raise SystemExit(0)
+    asked = (cls, Place) if "--preflight" in argv else (cls,)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config")
     try:
         config, rest = first.parse_known_args(argv)
         written = read_yaml(Path(config.config), cls) if config.config else {}
-        options = parser_of(cls).parse_args(rest, namespace=Namespace(written))
+        options = parser_of(*asked).parse_args(rest, namespace=Namespace(written))
     except ArgumentError as error:
-        raise UserError(in_words(error, cls)) from error
-    return cls(**{f.name: plain(options[f.name]) for f in dataclasses.fields(cls)})
+        raise UserError(in_words(error, *asked)) from error
+    args, *place = (each(**{f.name: plain(options[f.name]) for f in dataclasses.fields(each)}) for each in asked)
+    if place:
+        print_plan(args, *place)
+        raise SystemExit(0)
+    return args
 
 
 def plain(value):
@@ -175,11 +184,12 @@ def plain(value):
     return kind(value) if kind else value
 
 
-def in_words(error: Exception, cls: type) -> str:
+def in_words(error: Exception, *asked: type) -> str:
     """Return what jsonargparse says as one line that begins with the option."""
     text = " ".join(str(error).split())
     if unknown := re.match(r"unrecognized arguments: (\S+)", text):
-        return f"unknown option {unknown[1]}.{suggestion(unknown[1], [f'--{f.name}' for f in dataclasses.fields(cls)])}"
+        known = [f"--{f.name}" for each in asked for f in dataclasses.fields(each)]
+        return f"unknown option {unknown[1]}.{suggestion(unknown[1], known)}"
     return re.sub(r'^Parser key "(\w+)":', r"--\1:", re.sub(r"<class '(\w+)'>|typing\.", r"\1", text))
 
 

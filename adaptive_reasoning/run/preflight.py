@@ -1,80 +1,63 @@
-"""Preflight: what a run found and what it will need, printed before anything heavy starts; it stops what cannot work.
+"""Preflight: what a run found and what memory it needs, said before anything heavy starts; it stops what cannot work.
 
-Everything is computed from the model's config, the options and a few numbers, without loading a weight. The memory plan
-is that of `plan/`; `--preflight` prints it for any other machine, and the hours.
+Everything is computed from the model's config and the options, without loading a weight. `--preflight` prints the
+memory plan of any other machine:
+
+    python -m adaptive_reasoning.METHOD --config experiments/NAME.yaml --preflight --gpu h100 --num_gpus 8
+    make plan-NAME GPU=a100 NUM_GPUS=8 NUM_NODES=2 ARGS="--max_new_tokens 8192"     # of `make train-NAME`
 """
 
-from copy import copy
 from dataclasses import dataclass
 
 from adaptive_reasoning.core.errors import UserError
-from adaptive_reasoning.plan.fit import gib, plan_memory
-from adaptive_reasoning.plan.hours import checkpoint_bytes
-from adaptive_reasoning.plan.memory import LIBRARIES, Where
-from adaptive_reasoning.plan.shapes import shapes_of
-from adaptive_reasoning.plan.table import memory_lines
+from adaptive_reasoning.rollout.engine import CPU_CACHE_BYTES
+from adaptive_reasoning.run.memory import (
+    GIB,
+    PHASES,
+    USABLE,
+    Holds,
+    Item,
+    MemoryPlan,
+    Where,
+    checkpoint_bytes,
+    gib,
+    phase_bytes,
+    plan_memory,
+)
+from adaptive_reasoning.run.shapes import find_config, shapes_of
 
-
-@dataclass(frozen=True)
-class Preflight:
-    """What a run is told: the table for the reader, and how much the rollout may take."""
-
-    table: str
-    rows: int  # responses that decode side by side on one process
-    cache_bytes: int  # of the KV arena
-
-
-def checkpoints_ahead(max_steps: int, save_every: int, keep: int, done: int = 0, there: int = 0) -> int:
-    """Return how many more checkpoints have to find room on the disk at the same time.
-
-    Args:
-        keep: the newest so many are kept (0: all); the next one is written before the oldest is deleted.
-        done: steps already taken; `there` checkpoints lie on the disk.
-    """
-    if done >= max_steps:
-        return 0
-    saves = max_steps // save_every - done // save_every if save_every else 0
-    saves += not save_every or max_steps % save_every != 0  # the last step is always saved
-    most = there + saves
-    return max(0, (min(most, keep + 1) if keep else most) - there)
+GPUS = {  # GiB that a program sees
+    "h100": 79.1, "h200": 139.8, "h800": 79.1, "a100": 79.2, "a100-40": 39.4, "a800": 79.2, "rtx4090": 23.6,
+}  # fmt: skip
 
 
 def preflight(
     args,
+    holds: Holds,
+    where: Where,
     *,
     model_config,
     device: str,
-    world_size: int = 1,
-    zero3: bool = False,
-    device_memory: int | None = None,
-    arena: int | None = None,
-    offload: bool = False,
     questions: int,
     skipped: int = 0,
-    longest_prompt: int,
     findings: dict[str, str] | None = None,
     disk_free: int | None = None,
     steps_done: int = 0,
     checkpoints_there: int = 0,
-) -> Preflight:
-    """Return the table of what was found and planned, and the size of the KV arena that fits.
+) -> tuple[str, MemoryPlan]:
+    """Return (table of what was found and planned, memory plan with the KV cache that fits).
 
     Args:
-        args: the run's options.
+        args: the run's options; holds: what it holds beside the policy; where: the process that was found.
         model_config: `transformers` config of the model; nothing is loaded.
         device: what the run computes on, in words, e.g. "NVIDIA H100 80GB HBM3" or "CPU".
-        world_size: processes; zero3: whether they share the learner's state.
-        device_memory: bytes of one GPU, None where nothing is checked against it (CPU).
-        arena: most bytes the KV arena may take, or None for as much as fits.
-        offload: the launch file keeps the optimiser in CPU memory.
         questions: training questions left; skipped: those left out because their prompt is too long.
-        longest_prompt: tokens of the longest prompt that is left.
         findings: further lines as {name: text}: template, control tokens, evaluation sets, a run that is continued.
         disk_free: free bytes where checkpoints go, or None.
         steps_done, checkpoints_there: of a run that is continued.
 
     Raises:
-        UserError: an unsupported model, no questions, too little memory or disk space; the message has the mend.
+        UserError: an unsupported model, no questions, too little memory or disk space; the message has the fix.
     """
     shapes = shapes_of(model_config)
     if questions < 1:
@@ -82,20 +65,19 @@ def preflight(
             f"{args.data}: no question is left, {skipped} have a prompt of more than --max_prompt_tokens "
             f"{args.max_prompt_tokens} tokens. Raise the limit or give other questions with --data."
         )
-    how = "" if world_size == 1 else ", ZeRO-3" if zero3 else ", data parallel"
-    memory = "" if device_memory is None else f", {gib(device_memory)} GiB" + " each" * (world_size > 1)
+    many = where.world_size > 1
+    how = ", ZeRO-3" if where.zero3 else ", data parallel" if many else ""
+    memory = "" if where.memory is None else f", {gib(where.memory)} GiB" + " each" * many
     lines = [
-        ("machine", f"{world_size} process{'es' * (world_size > 1)}{how}; {device}{memory}"),
+        ("machine", f"{where.world_size} process{'es' * many}{how}; {device}{memory}"),
         ("model", f"{args.model}: {model_config.model_type}, {shapes.parameters / 1e9:.4g} B parameters, supported"),
         ("", f"{shapes.layers} layers, hidden {shapes.hidden}, vocabulary {shapes.vocab:,}, {args.dtype}"),
         *(findings or {}).items(),
         ("questions", f"{questions:,}" + f", {skipped:,} more left out for length" * (skipped > 0)),
-        ("longest", length_text(longest_prompt, args.max_new_tokens, model_config.max_position_embeddings)),
+        ("longest", length_text(where.longest_prompt, args.max_new_tokens, model_config.max_position_embeddings)),
     ]
-    saves = checkpoints_ahead(
-        args.max_steps, args.save_every, args.keep_checkpoints, done=steps_done, there=checkpoints_there
-    )
-    size = checkpoint_bytes(args, shapes, zero3)
+    saves = checkpoints_ahead(args, done=steps_done, there=checkpoints_there)
+    size = checkpoint_bytes(args.dtype, holds, shapes, where.zero3)
     if disk_free is not None:
         if saves * size > disk_free:
             raise UserError(
@@ -104,15 +86,24 @@ def preflight(
                 "another --output_dir."
             )
         lines.append(("disk", f"{saves} checkpoints x {gib(size)} GiB, {gib(disk_free)} GiB free"))
+    plan = plan_memory(args, holds, shapes, where)
+    table = ["preflight", *(f"  {name:<16}{text}" for name, text in lines), *memory_lines(plan, where.memory)]
+    return "\n".join(table), plan
 
-    if offload:
-        args = copy(args)
-        args.offload_optimizer = True
-    cuda = device_memory is not None
-    where = Where(world_size, zero3, cuda, longest_prompt, device_memory, arena, 0 if cuda else LIBRARIES)
-    plan = plan_memory(args, shapes, where)
-    table = ["preflight", *(f"  {name:<16}{text}" for name, text in lines), *memory_lines(plan, device_memory)]
-    return Preflight("\n".join(table), plan.rows, plan.cache_bytes)
+
+def checkpoints_ahead(args, done: int = 0, there: int = 0) -> int:
+    """Return how many more checkpoints have to find room on the disk at the same time.
+
+    Args:
+        args: `max_steps`, `save_every`, and `keep_checkpoints`: the next is written before the oldest is deleted.
+        done: steps already taken; there: checkpoints on the disk.
+    """
+    steps, every, keep = args.max_steps, args.save_every, args.keep_checkpoints
+    if done >= steps:
+        return 0
+    saves = steps // every - done // every if every else 0
+    most = there + saves + (not every or steps % every != 0)  # the last step is always saved
+    return max(0, (min(most, keep + 1) if keep else most) - there)
 
 
 def length_text(longest_prompt: int, max_new_tokens: int, positions: int) -> str:
@@ -122,3 +113,80 @@ def length_text(longest_prompt: int, max_new_tokens: int, positions: int) -> str
     if longest > positions:
         return f"{text}; WARNING: the model's config has {positions:,} positions, lower --max_new_tokens"
     return f"{text} of the model's {positions:,} positions"
+
+
+def memory_lines(plan: MemoryPlan, memory: int | None) -> list[str]:
+    """Return the table of the memory of one process: a line an item, a column a phase."""
+
+    def line(item: Item) -> str:
+        cells = "".join(f"{gib(item.bytes) if phase in item.phases else '.':>8}" for phase in PHASES)
+        return f"    {item.name:<22}{cells}   {item.how}"
+
+    head, of = "one process", "not compared with the memory of this machine"
+    if memory is not None:
+        head, of = "each GPU", f"of {gib(memory)} GiB, of which {gib(int(USABLE * memory))} are planned with"
+    totals = phase_bytes(plan.items)
+    lines = [
+        f"  memory plan of {head} (GiB), phase by phase",
+        " " * 26 + "".join(f"{phase:>8}" for phase in PHASES),
+        *map(line, plan.items),
+        f"    {'total':<22}" + "".join(f"{gib(totals[phase]):>8}" for phase in PHASES),
+        f"    {'peak':<22}{gib(plan.peak):>8}   in the phase {plan.largest_phase!r}; {of}",
+    ]
+    if plan.host:
+        lines.append("  memory of the machine for each process, GiB")
+        lines += [f"    {item.name:<22}{gib(item.bytes):>8}   {item.how}" for item in plan.host]
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------------- --preflight
+
+
+@dataclass
+class Place:
+    """The machine of --preflight, which need not be there."""
+
+    gpu: str = "h100"
+    """GPU: h100, h200, h800, a100, a100-40, a800, rtx4090; or cpu."""
+    num_gpus: int = 1
+    """GPUs of one machine."""
+    num_nodes: int = 1
+    """Machines."""
+    offload: bool = False
+    """Launched with zero3_8gpu_offload.yaml, as by OFFLOAD=1, on one GPU too: ZeRO-3, its optimiser in CPU memory."""
+
+    def where(self, longest_prompt: int) -> Where:
+        """Return the process to plan for; UserError for a machine that is not known."""
+        gpus = self.num_gpus * self.num_nodes
+        if min(self.num_gpus, self.num_nodes) < 1:
+            raise UserError(f"--num_gpus {self.num_gpus} --num_nodes {self.num_nodes}: must be 1 or more.")
+        if self.gpu == "cpu":
+            if gpus > 1 or self.offload:
+                raise UserError("--gpu cpu: one process is planned. Leave --num_gpus, --num_nodes and --offload out.")
+            return Where(cuda=False, longest_prompt=longest_prompt, kv_cache=CPU_CACHE_BYTES)
+        if self.gpu not in GPUS:
+            raise UserError(f"--gpu {self.gpu}: not a GPU that a plan knows. Known are {', '.join(GPUS)}, and cpu.")
+        zero3, memory = gpus > 1 or self.offload, int(GPUS[self.gpu] * GIB)
+        return Where(gpus, zero3, self.offload, longest_prompt=longest_prompt, memory=memory)
+
+
+def print_plan(args, place: Place) -> None:
+    """Print the memory plan of a run with these options on a machine that need not be there.
+
+    Raises:
+        UserError: an unknown machine or model, or too little memory; the message has the fix.
+    """
+    where, config = place.where(args.max_prompt_tokens), find_config(args.model)
+    shapes, holds = shapes_of(config), args.holds()
+    plan = plan_memory(args, holds, shapes, where)
+    many = f"{place.num_nodes} machines x " * (place.num_nodes > 1) + f"{place.num_gpus} x {place.gpu}"
+    many = many + ", ZeRO-3" * where.zero3 + ", optimiser in CPU memory" * where.offload
+    size = gib(checkpoint_bytes(args.dtype, holds, shapes, where.zero3))
+    lines = [
+        f"plan of {args.model} on {many if where.cuda else '1 process on the CPU'}",
+        f"  {config.model_type}, {shapes.parameters / 1e9:.4g} B parameters, {shapes.layers} layers, hidden "
+        f"{shapes.hidden}, vocabulary {shapes.vocab:,}; {args.dtype}",
+        f"  {length_text(args.max_prompt_tokens, args.max_new_tokens, config.max_position_embeddings)}",
+        f"  {checkpoints_ahead(args)} checkpoints x {size} GiB on disk",
+    ]
+    print("\n".join(lines + memory_lines(plan, where.memory)))

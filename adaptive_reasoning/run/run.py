@@ -51,6 +51,7 @@ from adaptive_reasoning.run.balance import deal, expected_tokens
 from adaptive_reasoning.run.evaluation import Evaluator, evaluate
 from adaptive_reasoning.run.folder import data_of, inputs_of
 from adaptive_reasoning.run.journal import Journal
+from adaptive_reasoning.run.memory import Where
 from adaptive_reasoning.run.metrics import Drift, counts_of, mean_losses, over_processes, picked, sums_of
 from adaptive_reasoning.run.preflight import preflight
 from adaptive_reasoning.run.sampling import Sampler
@@ -74,6 +75,7 @@ class Run:
 
     def __init__(self, args, algorithm: str, reference: bool = False, critic: bool = False, offline: bool = False):
         self.args, self.has_reference, self.has_critic = args, reference, critic
+        assert (reference, critic) == (args.holds().reference, args.holds().critic), "what the memory plan counts"
         self.accelerator = make_accelerator(args)
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
@@ -112,25 +114,30 @@ class Run:
             self.journal.declare(metrics, form.modes)
             device = self.accelerator.device
             cuda = device.type == "cuda"
-            plan = preflight(
-                self.args,
-                model_config=self.config,
-                device=torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+            where = Where(
                 world_size=self.ranks,
                 zero3=is_zero3(self.accelerator),
-                device_memory=torch.cuda.get_device_properties(device).total_memory if cuda else None,
-                arena=None if cuda else CPU_CACHE_BYTES,
                 offload=offloads_optimizer(self.accelerator),
+                cuda=cuda,
+                longest_prompt=max(map(len, self.task.prompts)),
+                memory=torch.cuda.get_device_properties(device).total_memory if cuda else None,
+                kv_cache=None if cuda else CPU_CACHE_BYTES,
+            )
+            table, plan = preflight(
+                self.args,
+                self.args.holds(),
+                where,
+                model_config=self.config,
+                device=torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
                 questions=len(self.task.questions),
                 skipped=self.task.skipped,
-                longest_prompt=max(map(len, self.task.prompts)),
                 findings={
                     **form.findings(),
                     "evaluation": ", ".join(f"{b.name} ({len(b.questions)})" for b in self.task.benchmarks),
                 },
                 **self.journal.on_disk(),
             )
-            self.journal.say(plan.table)
+            self.journal.say(table)
             self.cache_bytes = plan.cache_bytes
         return self
 
