@@ -1,4 +1,4 @@
-"""DPO: the loss against trl (tests/golden), how pairs are chosen, and a run that is killed (the bank and the reference)."""
+"""DPO: the loss against trl (tests/golden), how pairs are chosen, and a run that is killed."""
 
 import importlib
 import json
@@ -118,11 +118,9 @@ def test_a_pair_shares_its_micro_batch_in_order(one_row):
 
 @pytest.fixture(scope="module")
 def cold(tmp_path_factory):
-    """A model of the laboratory that knows its format and guesses: some answers are right, of very different lengths."""
+    """A model of the laboratory that knows its format and guesses: some answers are right, of unlike lengths."""
     folder, argv = tmp_path_factory.mktemp("cold"), sys.argv
-    options = (
-        "--config experiments/cold_start_adaptthink.yaml --max_steps 80 --batch_size 32 --chain_mix 1 --save_every 0"
-    )
+    options = "--config experiments/cold_start_adaptthink.yaml --max_steps 80 --batch_size 16 --chain_mix 1"
     sys.argv = ["sft", *options.split(), "--nothinking_supervised", "1", "--output_dir", str(folder)]
     try:
         importlib.import_module("adaptive_reasoning.sft").main()
@@ -132,13 +130,14 @@ def cold(tmp_path_factory):
 
 
 TOY = (
-    "--config experiments/toy_dpo.yaml --chain_mix 1 --chain_questions 24 --chain_eval_questions 8 --samples 6 --pairs_per_step 4 "
-    "--max_steps 3 --save_every 1 --eval_every 2 --max_new_tokens 24 --rollout_rows 64 --temperature 1.0 --patience 100"
+    "--config experiments/toy_dpo.yaml --chain_mix 1 --chain_questions 24 --chain_eval_questions 8 --samples 6 "
+    "--pairs_per_step 4 --max_steps 3 --save_every 1 --keep_checkpoints 0 --eval_every 2 --max_new_tokens 24 "
+    "--rollout_rows 64 --temperature 1.0 --patience 100"
 )
 
 
 def test_a_run_continues_to_the_same_weights(go, cold, tmp_path):
-    """P6, end to end on chains: killed behind step 1; the bank and the reference's log-probs are read, not made again."""
+    """P6, end to end on chains: killed behind step 1; bank and reference log-probs are read, not made again."""
 
     def start(name):
         where = f"--model {cold} --bank {tmp_path / 'bank'} --output_dir {tmp_path / name}"
