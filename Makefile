@@ -341,11 +341,6 @@ drill: $(call cold,adaptthink)  ## 30 times kill -9 on one process and on two un
 	@$(PY) experiments/drills/kill.py --processes 2 --folder runs/drill-kill-2
 	@$(PY) experiments/drills/grader.py
 
-.PHONY: fuzz
-fuzz: $(INSTALLED)  ## coverage-guided fuzzing of tests/test_fuzz.py, a minute for each property; ARGS="--seconds 600"
-	@$(PY) -m pip install -q -e ".[fuzz]" -c constraints.txt
-	@$(PY) experiments/drills/fuzz.py $(ARGS)
-
 .PHONY: clean
 clean:  ## remove caches and build folders; runs/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -62,6 +62,5 @@ setup(
             "triton>=3.4,<4; sys_platform == 'linux'",  # its interpreter runs the kernels without a GPU
         ],
         "bench": ["liger-kernel>=0.6,<1", "trl>=1,<2"],
-        "fuzz": ["atheris>=3,<4"],
     },
 )

@@ -38,6 +38,7 @@ from adaptive_reasoning.formats.think import ThinkArgs
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Sampling
 from adaptive_reasoning.run.bank import Bank, free_samples
+from adaptive_reasoning.run.memory import Holds
 from adaptive_reasoning.run.options import NonNegative, Positive, PositiveShare, RunArgs, parse_args
 from adaptive_reasoning.run.run import Run
 
@@ -89,6 +90,9 @@ class Args(ThinkArgs, RunArgs):
     """Share of the steps over which the learning rate rises from zero."""
     bank: str = "runs/bank"
     """Folder in which graded answers are kept."""
+
+    def holds(self) -> Holds:
+        return Holds(top_p=min(self.eval_top_p, self.sample_top_p))
 
 
 METRICS = {

@@ -6,8 +6,7 @@
 
 Every part is a process of its own with a time limit. One that fails, hangs or is out of time is reported, and the
 others go on. Ends in one table and one line of JSON. Exit status: 0 all parts passed, 1 some did not, 2 there is no
-GPU. Needs torch and triton; the rollout needs transformers, the step accelerate too. Where pytest (or what the test
-files import) is missing, the checks of the kernels and the tests for a GPU are called directly.
+GPU. Needs torch, triton, transformers, accelerate and pytest.
 """
 
 import argparse
@@ -19,13 +18,11 @@ import threading
 import time
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = "experiments/bench"
-TOTAL_S = 570  # the call has 10 minutes
-FOR_PYTEST = ("pytest", "math_verify")  # what the test files of the first two parts import
+TOTAL_S = 570
 # Part: (limit in seconds, command after python; {smoke} is --smoke or nothing). What one wants to know first stands
 # first: parts that the time does not suffice for are left out from the end.
 PARTS = {
@@ -35,7 +32,7 @@ PARTS = {
     "token_logprobs": (90, [f"{BENCH}/gpu_kernels.py", "token_logprobs", "{smoke}"]),
     "step": (100, [f"{BENCH}/gpu_step.py", "--short", "{smoke}"]),
     "mix": (120, [f"{BENCH}/gpu_rollout.py", "mix", "--short", "{smoke}"]),
-    "small kernels": (60, [f"{BENCH}/gpu_kernels.py", "group_advantage", "policy_loss", "sample", "{smoke}"]),
+    "small kernels": (60, [f"{BENCH}/gpu_kernels.py", "group_advantage", "sample", "{smoke}"]),
     "decode_attention": (60, [f"{BENCH}/gpu_kernels.py", "decode_attention", "{smoke}"]),
     "rms_norm": (40, [f"{BENCH}/gpu_kernels.py", "rms_norm", "{smoke}"]),
 }
@@ -45,44 +42,13 @@ def test_command(part: str, smoke: bool) -> list[str]:
     """Return the arguments of python that run a part of the tests, by pytest where it can."""
     some = ["-k", "rms_norm or token_logprobs_in_several"] if smoke else []
     gpu = part == "tests marked gpu"
-    if any(find_spec(name) is None for name in FOR_PYTEST):
-        return [__file__, "--gpu-tests" if gpu else "--checks", *["--smoke"] * smoke]
     if gpu:
         return ["-m", "pytest", *map(str, gpu_test_files()), "-m", "gpu", "-q", "-rfE"]
     return ["-m", "pytest", "tests/test_kernels.py", "-q", "-rfE", *some]
 
 
 def gpu_test_files() -> list[Path]:
-    return sorted((ROOT / "tests").glob("test_*_gpu.py"))  # without pytest they run with a stand-in of a few names
-
-
-def run_gpu_tests(smoke: bool) -> int:
-    """Run tests/test_*_gpu.py without pytest; with --smoke they are only loaded."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / BENCH), str(ROOT / "experiments")]
-    import gpu_harness  # noqa: F401  stands in for what the algorithm files import and no GPU test calls
-    from without_pytest import run_files
-
-    return 1 if run_files(gpu_test_files(), call=not smoke) else 0
-
-
-def run_checks(smoke: bool) -> int:
-    """Run the checks of the kernels without pytest, Triton on the GPU (--smoke: some, interpreted)."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    from kernel_checks import CHECKS, Kernels
-
-    number, failed = 0, []
-    for implementation in ("triton", "torch"):
-        for name, check in CHECKS.items():
-            if smoke and not name.startswith(("rms_norm", "token_logprobs_in_several")):
-                continue
-            number += 1
-            try:
-                check(Kernels(implementation), "cpu" if smoke else "cuda")
-            except Exception as error:  # the report is worth more than the first failure
-                failed.append(name)
-                print(f"FAILED {implementation} {name}: {type(error).__name__}: {str(error)[:500]}", flush=True)
-    print(f"{number} checks without pytest, {len(failed)} failed")
-    return 1 if failed else 0
+    return sorted((ROOT / "tests").glob("test_*_gpu.py"))
 
 
 def environment() -> dict:
@@ -187,18 +153,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", nargs="*", help=f"any of {', '.join(PARTS)}; default: all")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
-    parser.add_argument("--checks", action="store_true", help="the checks of the kernels alone, without pytest")
-    parser.add_argument("--gpu-tests", action="store_true", help="the tests for a GPU alone, without pytest")
     args = parser.parse_args()
     unknown = [name for name in args.part if name not in PARTS]
     if unknown:
         parser.error(f"unknown part {unknown[0]}: takes {', '.join(PARTS)}")
     if args.smoke:  # before triton is imported
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
-    if args.checks:
-        return run_checks(args.smoke)
-    if args.gpu_tests:
-        return run_gpu_tests(args.smoke)
     start, about = time.monotonic(), environment()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     if about["gpu"] is None and not args.smoke:

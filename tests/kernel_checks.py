@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from adaptive_reasoning.kernels import torch_version, triton_version
 from adaptive_reasoning.kernels.group_advantage import Groups
-from adaptive_reasoning.kernels.policy_loss import RATIOS
 
 from adaptive_reasoning.rollout.sampler import Sampling
 from adaptive_reasoning.rollout.sampler import sample as rollout_sample
@@ -140,51 +139,54 @@ def token_logprobs_of_no_tokens_frozen_inputs_and_huge_logits(kernels, device):
 # ----------------------------------------------------------------------------------------------------- group_advantage
 
 
-def one_by_one(rewards, ids, std, formats, w, std_of):
-    """Ada-GRPO's advantage, group by group in plain Python."""
-    A, shaped = [0.0] * len(rewards), list(rewards)
+def one_by_one(rewards, ids, std, base=None):
+    """The advantage, group by group in plain Python."""
+    A, numbers = [0.0] * len(rewards), rewards if base is None else base
     for group in set(ids):
         mine = [i for i, g in enumerate(ids) if g == group]
         n = len(mine)
-        for i in mine:
-            if formats is not None:
-                F = sum(formats[j] == formats[i] for j in mine)
-                shaped[i] = (1 + (n / F - 1) * w) * rewards[i]
-        base = [(shaped if std_of == "shaped" or std == "none" else rewards)[i] for i in mine]
-        mine_shaped = [shaped[i] for i in mine]
-        mean, centre = math.fsum(mine_shaped) / n, math.fsum(base) / n
-        squares = math.fsum((x - centre) ** 2 for x in base)
-        divisor = {"none": 1.0, "population": math.sqrt(squares / n) + 1e-6}.get(std)
-        divisor = math.sqrt(squares / max(n - 1, 1)) + 1e-6 if divisor is None else divisor
+        r, unit = [rewards[i] for i in mine], [numbers[i] for i in mine]
+        mean, centre = math.fsum(r) / n, math.fsum(unit) / n
+        squares = math.fsum((x - centre) ** 2 for x in unit)
+        s = math.sqrt(squares / (n if std == "population" else max(n - 1, 1)))
+        if n == 1 or (base is not None and max(unit) == min(unit)):
+            s = 1.0
         for i in mine:
             if n == 1:
-                A[i] = shaped[i] / (1.0 if std == "none" else 1.0 + 1e-6)
-            elif max(mine_shaped) > min(mine_shaped):
-                A[i] = (shaped[i] - mean) / (divisor if std == "none" or max(base) > min(base) else 1.0 + 1e-6)
-    return torch.tensor(A, dtype=torch.float64), torch.tensor(shaped, dtype=torch.float64)
+                A[i] = rewards[i] / (1.0 if std == "none" else 1.0 + 1e-6)
+            elif max(r) > min(r):
+                A[i] = (rewards[i] - mean) / (1.0 if std == "none" else s + 1e-6)
+    return torch.tensor(A, dtype=torch.float64)
 
 
-@check(*((std, std_of) for std in ("none", "population", "unbiased") for std_of in ("shaped", "raw")))
-def group_advantage_equals_python(kernels, device, std, std_of):
-    """Groups out of order, empty, of one, of equal rewards and of more than a block; and their tokens."""
+@check(*((std, based) for std in ("none", "population", "unbiased") for based in (False, True)))
+def group_advantage_equals_python(kernels, device, std, based):
+    """Groups out of order, of one, of equal rewards, of equal `base` and of more than a block; and their tokens."""
     ids = integers(6, (80,), seed=2)
     ids[ids == 3], ids[5], ids[40:75] = 4, 7, 1
-    rewards, formats = normal(80, seed=3), integers(4, (80,), seed=4)
-    rewards[ids == 2] = 0.1
+    rewards, base = normal(80, seed=3), normal(80, seed=4)
+    rewards[ids == 2], base[ids == 4] = 0.1, 0.7
     sequence = torch.repeat_interleave(torch.tensor([0, 3, 44, 79, 1]), torch.tensor([100, 1, 30, 2, 5]))  # 1: no order
-    groups = Groups.of(ids.to(device), 9)
-    for kind in (None, formats):
-        got = kernels.group_advantage(
-            rewards.to(device), groups, std, formats=None if kind is None else kind.to(device), weight=1 / 3,
-            std_of=std_of, sequence=sequence.to(device),
-        )  # fmt: skip
-        listed = None if kind is None else kind.tolist()
-        A, shaped = one_by_one(rewards.tolist(), ids.tolist(), std, listed, 1 / 3, std_of)
-        close(got.samples, A, 1e-10, "advantage")
-        close(got.shaped, shaped, 1e-12, "shaped reward")
-        close(got.tokens, A[sequence].float(), 1e-6, "tokens")
-        if kind is None:
-            assert (got.samples.cpu()[ids == 2] == 0).all(), "equal rewards must give exactly 0"
+    got = kernels.group_advantage(
+        rewards.to(device), Groups.of(ids.to(device)), std, base=base.to(device) if based else None,
+        sequence=sequence.to(device),
+    )  # fmt: skip
+    A = one_by_one(rewards.tolist(), ids.tolist(), std, base.tolist() if based else None)
+    close(got.samples, A, 1e-10, "advantage")
+    close(got.tokens, A[sequence].float(), 1e-6, "tokens")
+    assert (got.samples.cpu()[ids == 2] == 0).all(), "equal rewards must give exactly 0"
+
+
+@check()
+def group_advantage_of_empty_groups(kernels, device):
+    """Groups that nobody is in, first, between others and last."""
+    ids = torch.tensor([0, 0, 1, 1, 1], device=device)
+    groups = Groups.of(ids)
+    wide = Groups(groups.order, torch.tensor([0, 0, 2, 2, 5, 5], device=device), ids * 2 + 1)
+    rewards = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64, device=device)
+    want = kernels.group_advantage(rewards, groups, sequence=ids)
+    got = kernels.group_advantage(rewards, wide, sequence=ids)
+    assert torch.equal(got.samples, want.samples) and torch.equal(got.tokens, want.tokens)
 
 
 @check()
@@ -203,152 +205,16 @@ def group_advantage_in_fp32_without_tokens_and_of_nothing(kernels, device):
 
 @check(("grpo_advantage",), ("ada_grpo_advantage",))
 def group_advantage_golden(kernels, device, name):
-    """The official numbers; the 1 of a group of one is an fp32 constant there."""
+    """The official numbers, of the shaped rewards where there are any; the 1 of a group of one is an fp32 constant."""
     for case in golden(name):
         given = case["inputs"]
         names = sorted(set(given["group_id"]))
         ids = torch.tensor([names.index(g) for g in given["group_id"]])
         alone = torch.bincount(ids)[ids] == 1
-        kinds, w = None, 0.0
-        if "formats" in given:
-            kinds = torch.tensor([sorted(set(given["formats"])).index(f) for f in given["formats"]], device=device)
-            w = 0.5 * (1 + math.cos(math.pi * given["step"] / given["total_steps"]))
-        rewards = torch.tensor(given["rewards"], dtype=torch.float64, device=device)
-        got = kernels.group_advantage(rewards, Groups.of(ids.to(device)), formats=kinds, weight=w)
+        rewards = torch.tensor(case["expected"].get("shaped_reward", given["rewards"]), dtype=torch.float64)
+        got = kernels.group_advantage(rewards.to(device), Groups.of(ids.to(device)), spread=1e-6)
         want = torch.tensor(case["expected"]["advantage"], dtype=torch.float64)
-        tolerance = 1e-7 if alone.any() else 1e-9
-        close(got.samples, want, tolerance, case["name"])
-        if "shaped_reward" in case["expected"]:
-            close(got.shaped, torch.tensor(case["expected"]["shaped_reward"], dtype=torch.float64), 1e-12, case["name"])
-
-
-# --------------------------------------------------------------------------------------------------------- policy_loss
-
-
-@check(*((ratio, extras) for ratio in RATIOS for extras in (False, True)))
-def policy_loss_equals_textbook(kernels, device, ratio, extras):
-    """Loss, statistics and gradients; a sequence longer than a block, one of one token, one without any."""
-    lengths = torch.tensor([1, 1100, 7, 0, 41])
-    N, S = int(lengths.sum()), len(lengths)
-    n = N if ratio == "token" else S
-    sequence = torch.repeat_interleave(torch.arange(S), lengths)
-    logp = (-normal(N).abs()).requires_grad_()
-    old = logp.detach() + 0.3 * normal(N, seed=1) * (0.05 if ratio == "sequence_product" else 1)
-    ref, A = logp.detach() + 2 * normal(N, seed=2), normal(n, seed=3)
-    w, u = normal(n, seed=4).abs(), normal(N, seed=5).abs() / N
-    entropy = normal(N, seed=6).abs().requires_grad_()
-
-    d = logp - old
-    if ratio != "token":
-        d = torch.stack([d[sequence == s].sum() / (max(1, L) if ratio == "sequence_mean" else 1)
-                         for s, L in enumerate(lengths.tolist())])  # fmt: skip
-    free, cut = -A * d.exp(), -A * d.exp().clamp(0.8, 1.28)
-    value = torch.maximum(free, cut)
-    if extras:
-        value = torch.where(A < 0, torch.minimum(value, -1.5 * A), value)
-    mean = torch.full_like(A, 0.01) if extras else w
-    stats = {
-        "policy": (value * w).sum(),
-        "clip_fraction": ((cut > free) * mean).sum(),
-        "approx_kl": -(d * mean).sum(),
-    }
-    want, more = stats["policy"], {}
-    if extras:
-        k = ref - logp
-        stats["ref_kl"] = ((k.exp() - k - 1).clamp(-10, 10) * u).sum()
-        stats["entropy"] = (entropy * u).sum()
-        want = want + 0.1 * stats["ref_kl"] - 0.2 * stats["entropy"]
-        more = {"dual_clip": 1.5, "ref_logprobs": ref, "kl_coef": 0.1, "entropy": entropy, "entropy_coef": 0.2}
-        more |= {"spread_weights": u, "stat_weight": 0.01}
-    inputs = (logp, entropy) if extras else (logp,)
-    want_grads = torch.autograd.grad(3 * want, inputs)
-
-    dtype = fp32_on(kernels, torch.float64)
-    given = {key: x.detach().to(device, dtype) if isinstance(x, torch.Tensor) else x for key, x in more.items()}
-    mine = logp.detach().to(device, dtype).requires_grad_()
-    if extras:
-        given["entropy"].requires_grad_()
-    got, got_stats = kernels.policy_loss(
-        mine, *(x.to(device, dtype) for x in (old, A, w)), 0.2, 0.28, ratio,
-        sequence=sequence.to(device), lengths=lengths.to(device), **given,
-    )  # fmt: skip
-    grads = torch.autograd.grad(3 * got, (mine, given["entropy"]) if extras else (mine,))
-    close(got.detach(), want.detach(), 1e-5, "loss")
-    assert set(got_stats) == set(stats)
-    for key in stats:
-        assert not got_stats[key].requires_grad
-        close(got_stats[key], stats[key].detach(), 1e-5, key)
-    for a, b in zip(grads, want_grads):
-        close(a, b, 1e-5, "gradient")
-
-
-@check(*((ratio,) for ratio in RATIOS))
-def policy_loss_of_no_tokens(kernels, device, ratio):
-    """A filler micro-batch: 0, and a graph that gives a gradient of no elements."""
-    none, ints = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int64, device=device)
-    logprobs = none.clone().requires_grad_()
-    value, stats = kernels.policy_loss(logprobs, none, none, none, ratio=ratio, sequence=ints, lengths=ints)
-    value.backward()
-    assert value == 0 and all(x == 0 for x in stats.values()) and logprobs.grad.shape == (0,)
-
-
-def packed(given, mask):
-    """Return {name: [N]} of the entries inside the mask of [B, T] matrices, and the index of their rows."""
-    inside = mask.bool()
-    rows = torch.arange(len(mask))[:, None].expand_as(mask)[inside]
-    names = ("log_prob", "old_log_prob", "advantages", "ref_log_prob")
-    return {k: torch.tensor(given[k], dtype=torch.float64)[inside] for k in names if k in given}, rows
-
-
-@check(("adaptthink_loss",), ("degrpo_loss",), ("ppo_gae",))
-def policy_loss_golden(kernels, device, name):
-    """Loss and gradient of the official code: AdaptThink's two paths, DeGRPO's two means, PPO's dual clip."""
-    dtype, count = fp32_on(kernels, torch.float64), 0
-    for case in golden(name):
-        given, want = case["inputs"], case["expected"]
-        kind = case.get("kind", "policy_loss")
-        if kind not in ("policy_loss", "kl_k3"):
-            continue
-        mask = torch.tensor(given.get("response_mask") or given.get("eos_mask") or given["mask"])
-        values, rows = packed(given, mask)
-        first = torch.arange(mask.shape[1]).expand_as(mask)[mask.bool()] == 0
-        lengths, (N, S) = mask.sum(1), (int(mask.sum()), len(mask))
-        options, A = {}, values.get("advantages", torch.zeros(N, dtype=torch.float64))
-        w = torch.full_like(A, 1 / N)
-        if kind == "kl_k3":
-            values["old_log_prob"], options = values["log_prob"], {"ref_logprobs": values["ref_log_prob"]}
-            options["kl_coef"] = 1.0
-        elif name == "degrpo_loss":
-            options = {"clip_low": given["cliprange"], "clip_high": given["cliprange"]}
-            if given["alpha"] is not None:
-                w = w.masked_fill(first, given["alpha"] / S).masked_fill(~first, 1 / max(1, N - S))
-        elif name == "ppo_gae":
-            options = {"clip_low": given["clip"], "clip_high": given["clip"], "dual_clip": given["dual_clip"]}
-        else:
-            options = {"clip_low": given["clip_low"], "clip_high": given["clip_high"]}
-            if given["adjust_old_log_prob"]:
-                share = given["nothinking_ratio"]
-                forced = torch.tensor(given["enforce_nothinking"]).bool()[rows]
-                old = torch.full_like(A, math.log(1 - share) if share < 1 else 0.0)
-                old = old.masked_fill(forced, math.log(share or 1))
-                values["old_log_prob"] = torch.where(first, old, values["old_log_prob"])
-                options["ratio"] = "sequence_mean"
-                A, w = A[first], torch.full((S,), 1 / S, dtype=torch.float64)
-            elif given["loss_agg_mode"] != "token-mean":
-                w = 1 / (lengths[rows].double() if given["loss_agg_mode"].endswith("token-mean") else w * N) / S
-        on = {k: x.to(device, dtype) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
-        logprobs = values["log_prob"].to(device, dtype).requires_grad_()
-        others = [x.to(device, dtype) for x in (values["old_log_prob"], A, w)]
-        loss, _ = kernels.policy_loss(logprobs, *others, sequence=rows.to(device), lengths=lengths.to(device), **on)
-        grad = torch.zeros(mask.shape, dtype=torch.float64)
-        grad[mask.bool()] = torch.autograd.grad(loss, logprobs)[0].double().cpu()
-        tolerance = 1e-9 if dtype == torch.float64 else 1e-5
-        expected = want["kl_mean"] if kind == "kl_k3" else want["loss"]
-        close(loss.detach().cpu(), torch.tensor(expected, dtype=torch.float64), tolerance, case["name"])
-        if "grad_log_prob" in want:
-            close(grad, torch.tensor(want["grad_log_prob"], dtype=torch.float64), tolerance, case["name"])
-        count += 1
-    assert count >= 6
+        close(got.samples, want, 1e-7 if alone.any() else 1e-9, case["name"])
 
 
 # ---------------------------------------------------------------------------------------------------- decode_attention

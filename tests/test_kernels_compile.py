@@ -44,18 +44,8 @@ def launches():
         groups = Groups(ints(8192), ints(513), ints(8192))
         for dtype in (torch.float32, torch.float64):
             triton_version("group_advantage")(new(8192, dtype=dtype), groups)
-            for std, of in (("unbiased", "shaped"), ("unbiased", "raw"), ("none", "shaped")):
-                triton_version("group_advantage")(
-                    new(8192, dtype=dtype), groups, std, formats=ints(8192), weight=0.3, std_of=of, sequence=ints(99999)
-                )
-
-    def loss():
-        N, S = 50_001, 9
-        for ratio in ("token", "sequence_mean", "sequence_product"):
-            n = N if ratio == "token" else S
-            given = (new(N, grad=True), new(N), new(n), new(n), 0.2, 0.28, ratio, ints(N), ints(S))
-            triton_version("policy_loss")(*given)
-            triton_version("policy_loss")(*given, 3.0, new(N), 0.001, new(N), 0.001, new(N), 1e-5)
+            for std, base in (("unbiased", None), ("unbiased", new(8192, dtype=dtype)), ("none", None)):
+                triton_version("group_advantage")(new(8192, dtype=dtype), groups, std, base=base, sequence=ints(99999))
 
     def attention(dtype, h, k):
         for B in (1, 512):
@@ -83,7 +73,7 @@ def launches():
                 new(512, 2 * k, C, D, dtype=dtype), table,
             )  # fmt: skip
 
-    jobs = {"group_advantage": advantage, "policy_loss": loss, "sample": sampling}
+    jobs = {"group_advantage": advantage, "sample": sampling}
     for dtype in (torch.bfloat16, torch.float32):
         label = str(dtype).removeprefix("torch.")
         for size, (hidden, h, k) in MODELS.items():

@@ -58,13 +58,10 @@ def test_a_captured_step_equals_an_eager_one():
 def test_nothing_waits_for_the_device():
     state = make_state()
     decode_part(state)
-    values = torch.randn(4, 100, device="cuda")
-    triton_version("policy_loss")(*values)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         decode_part(state)
-        triton_version("policy_loss")(*values)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from adaptive_reasoning.learner.offload import OffloadedAdamW
 from distributed_worker import (
     accumulate,
     gradients,
@@ -104,7 +103,7 @@ def test_minibatches_count_everything_once(models, tmp_path):
     episodes[0].action_mask[:] = False  # nothing to learn from, but still one of the sequences
     batches = learner.minibatches(episodes, 2, seed=4, skip_zero_advantage=True)
     assert sum(b.counts.tokens for b in batches) == sum(int(e.action_mask.sum()) for e in episodes)
-    assert sum(b.counts.sequences for b in batches) == 10 and sorted(b.counts.groups for b in batches) == [2, 3]
+    assert sum(b.counts.sequences for b in batches) == 10
     seen = [{e.group for mb in b for e in mb.episodes} for b in batches]
     assert not seen[0] & seen[1]
     kept = [e for b in batches for mb in b for e in mb.episodes]
@@ -359,70 +358,6 @@ def test_named_weights_are_the_hugging_face_names(models, tmp_path):
         assert list(found) == [n for n, _ in opened.named_parameters()]
         assert all(torch.equal(found[n], p) for n, p in opened.named_parameters())
         assert ("lm_head.weight" in found) == (name == "untied")
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_offloaded_optimiser_gives_the_same_numbers(models, tmp_path, checkpointing):
-    """Bit for bit, warm-up, clipping and minibatches included; a parameter without gradient does not move."""
-    found = []
-    for offload in (False, True):
-        args = make_args(tmp_path, warmup_steps=3, offload_optimizer=offload, gradient_checkpointing=checkpointing)
-        learner = make_learner(models["untied"], args)
-        stats = train(learner, make_episodes(), 3, minibatches=2)
-        assert all(p.grad is None for p in learner.model.parameters())
-        found.append((stats, weights(learner), learner.optimizer.state_dict()))
-    assert isinstance(learner.optimizer, OffloadedAdamW) and found[0][0] == found[1][0]
-    for name, weight in found[0][1].items():
-        assert torch.equal(weight, found[1][1][name]), name
-    plain, offloaded = (state for _, _, state in found)
-    assert plain["param_groups"] == offloaded["param_groups"]
-    for i, state in plain["state"].items():
-        assert all(torch.equal(value, offloaded["state"][i][key]) for key, value in state.items())
-
-
-@pytest.mark.parametrize("first, second", [(True, True), (True, False), (False, True)])
-def test_resume_with_and_without_offload_is_bit_exact(models, tmp_path, first, second):
-    """One format of checkpoint: a run may be continued with the option or without it."""
-    learner = make_learner(models["tied"], make_args(tmp_path))
-    train(learner, make_episodes(), 4, minibatches=2)
-    expected = weights(learner)
-    learner = make_learner(models["tied"], make_args(tmp_path, offload_optimizer=first))
-    train(learner, make_episodes(), 2, minibatches=2)
-    save_checkpoint(tmp_path / "step_000002", learner, load_model(models["tied"], learner.args)[1], {})
-    learner = make_learner(models["tied"], make_args(tmp_path, offload_optimizer=second))
-    load_checkpoint(tmp_path / "step_000002", learner)
-    train(learner, make_episodes(), 2, minibatches=2, first=2)
-    for name, weight in weights(learner).items():
-        assert torch.equal(weight, expected[name]), name
-
-
-def test_nonfinite_stops_an_offloaded_optimiser_too(models, tmp_path):
-    learner = make_learner(models["tied"], make_args(tmp_path, offload_optimizer=True))
-    before = weights(learner)
-    (minibatch,) = learner.minibatches(make_episodes(), 1, seed=0)
-    for mb in minibatch:
-        learner.backward(toy_loss(learner.score(mb)[0], mb, minibatch.counts) * float("nan"))
-    with pytest.raises(NonFiniteError):
-        learner.step(learner.args.learning_rate)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(learner).values()))
-
-
-def test_fused_step_of_the_offloaded_optimiser():
-    """On a GPU the options say fused=True, which the step on the CPU understands as well: the same to rounding."""
-    found = []
-    for fused in (False, True):
-        torch.manual_seed(0)
-        parameters = [torch.nn.Parameter(x) for x in (torch.randn(7, 5), torch.randn(3), torch.ones(2))]
-        optimizer = OffloadedAdamW(parameters, fused=fused, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
-        for step in range(5):
-            for p in parameters[:2]:  # the third never gets a gradient
-                p.grad = torch.sin(p.detach() * (step + 1))
-            optimizer.step()
-            optimizer.zero_grad()
-        found.append([p.detach().clone() for p in parameters])
-    for a, b in zip(*found):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-    assert torch.equal(found[1][2], torch.ones(2))
 
 
 def varlen_sdpa(

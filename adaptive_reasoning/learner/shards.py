@@ -22,7 +22,7 @@ def write_optimizer(path: Path, learner) -> dict:
     """Write what this process holds; return {"bytes", "sha256"} of the file. No collective operation."""
     pieces, steps = [], set()
     places = zero3_places(learner.optimizer) if learner.zero3 else {}
-    # In the optimiser's order its entries may be copies of the parameters (offload.py); state is kept by entry.
+    # State is kept by the optimiser's entry, in its order.
     entries = [p for group in learner.optimizer.param_groups for p in group["params"]]
     for i, (name, parameter) in enumerate(trainable(learner)):
         if learner.zero3:

@@ -2,7 +2,7 @@
 
  token_logprobs     forward and backward at V = 151,936: Triton, torch in chunks, torch with all logits, Liger
  decode_attention   bytes of keys and values per second, against a copy measured in the same run
- group_advantage, policy_loss, sample, rms_norm, rope_and_store
+ group_advantage, sample, rms_norm, rope_and_store
 
     python experiments/bench/gpu_kernels.py                        # all of them
     python experiments/bench/gpu_kernels.py decode_attention       # one
@@ -162,41 +162,19 @@ def small(title: str, cases: dict[str, tuple[dict, int]]) -> dict:
 
 
 def bench_group_advantage() -> dict:
-    """8,192 rewards in groups of 16, plain, with Ada-GRPO's shaping, and with the broadcast to 4 M tokens."""
+    """8,192 rewards in groups of 16, alone, measured by other numbers, and with the broadcast to 4 M tokens."""
     B, G = (8, 4) if SMOKE else (8192, 16)
     groups = Groups.of(torch.arange(B, device=DEVICE) // G)
     rewards = torch.randint(2, (B,), device=DEVICE).double()
-    formats = torch.randint(4, (B,), device=DEVICE)
+    base = torch.rand(B, device=DEVICE, dtype=torch.float64)
     sequence = torch.repeat_interleave(torch.arange(B, device=DEVICE), 3 if SMOKE else 512)
-    name, shaping = "group_advantage", {"formats": formats, "weight": 0.4}
+    name = "group_advantage"
     cases = {
         "plain": (both(name, rewards, groups), 40 * B),
-        "shaped": (both(name, rewards, groups, **shaping), 48 * B),
-        "shaped, to tokens": (both(name, rewards, groups, sequence=sequence, **shaping), 12 * len(sequence)),
+        "with a base": (both(name, rewards, groups, base=base), 48 * B),
+        "to tokens": (both(name, rewards, groups, sequence=sequence), 12 * len(sequence)),
     }
-    return small("group_advantage", cases)
-
-
-def bench_policy_loss() -> dict:
-    """Forward and backward over one micro-batch of tokens."""
-    N, S = (100, 4) if SMOKE else (65_536, 16)
-    old, A, w, ref, entropy = (normal(N, dtype=torch.float32) for _ in range(5))
-    logprobs = (old + 0.1).requires_grad_()
-    lengths = torch.full((S,), N // S, device=DEVICE)
-    sequence = torch.repeat_interleave(torch.arange(S, device=DEVICE), N // S)
-
-    def calls(*args, **kwargs):
-        def run(version):
-            return lambda: torch.autograd.grad(version("policy_loss")(logprobs, old, *args, **kwargs)[0], logprobs)
-
-        return {"triton": run(triton_version), "torch": run(torch_version)}
-
-    more = {"ref_logprobs": ref, "kl_coef": 0.001, "entropy": entropy, "entropy_coef": 0.001}
-    cases = {
-        "AdaptThink": (calls(A[:S], w[:S], ratio="sequence_mean", sequence=sequence, lengths=lengths), 20 * N),
-        "GRPO": (calls(A, w, stat_weight=1e-5, **more), 40 * N),
-    }
-    return small("policy_loss, with backward", cases)
+    return small(name, cases)
 
 
 def bench_sample() -> dict:
@@ -289,7 +267,6 @@ PARTS = {
     "token_logprobs": bench_token_logprobs,
     "decode_attention": bench_decode_attention,
     "group_advantage": bench_group_advantage,
-    "policy_loss": bench_policy_loss,
     "sample": bench_sample,
     "rms_norm": bench_rms_norm,
     "tune": bench_tune,

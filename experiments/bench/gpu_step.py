@@ -6,7 +6,6 @@ what is graded is a text of its token ids. So many token ids are stop tokens tha
 
     python experiments/bench/gpu_step.py                                   # 16 questions x 16, up to 16,384 tokens
     python experiments/bench/gpu_step.py --short                           # 8 x 16, up to 2,048 tokens
-    python experiments/bench/gpu_step.py --offload_optimizer --fused       # with these options of a run
     python experiments/bench/gpu_step.py --smoke                           # a tiny model on the CPU
 
 The first step compiles and captures; the numbers are those of the last one.
@@ -57,8 +56,6 @@ def options_of(given, folder: str) -> Args:
         tokens_per_micro_batch=budget,
         rollout_rows=256,
         dtype="fp32" if SMOKE else "bf16",
-        offload_optimizer=given.offload_optimizer,
-        fused=given.fused,
         output_dir=folder,
     )
 
@@ -130,11 +127,7 @@ def bench_step(given) -> dict:
         parameters = sum(p.numel() for p in model.parameters())
         # What the update will need besides weights and replica, that are there already: Adam, gradients, the bf16 copy
         # of autocast, and activations (the plan of `preflight`).
-        later = (
-            parameters * ((0 if args.offload_optimizer else 8) + 4 + 2)
-            + (8 << 30)
-            + 700_000 * (args.tokens_per_micro_batch)
-        )
+        later = parameters * (8 + 4 + 2) + (8 << 30) + 700_000 * (args.tokens_per_micro_batch)
         cache = 2**26 if DEVICE == "cpu" else max(4 << 30, free_bytes() - later)
         engine = Engine(decoder, args.rollout_rows, cache, sync_every=1 if DEVICE == "cpu" else 8)
         engine.refresh(learner.named_weights())
@@ -159,7 +152,7 @@ def bench_step(given) -> dict:
         if DEVICE == "cuda":
             found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
         found |= {"parameters": parameters, "attention": model.config._attn_implementation}
-        found |= {"grader": type(pool).__name__, "offload_optimizer": args.offload_optimizer, "fused": args.fused}
+        found["grader"] = type(pool).__name__
         model = learner = engine = decoder = None
         gc.collect()
         free_bytes()
@@ -172,8 +165,6 @@ def bench_step(given) -> dict:
 
 def options(parser) -> None:
     parser.add_argument("--short", action="store_true", help="fewer and shorter responses")
-    parser.add_argument("--offload_optimizer", action="store_true", help="as the option of a run")
-    parser.add_argument("--fused", action="store_true", help="as the option of a run")
 
 
 if __name__ == "__main__":
