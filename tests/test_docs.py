@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LINK = re.compile(r"\[`([^`\n]+)`\]\(((?:\.\./)*[\w/]+\.(?:py|yaml))#L(\d+)\)")
+LINK = re.compile(r"\[`([^`\n]+)`\]\(((?:\.\./)*[\w./]+\.(?:py|yaml))#L(\d+)\)")
 
 
 def lines_of(page: Path, target: str) -> list[str]:
