@@ -171,6 +171,10 @@ toy-thinker: $(call cold,thinker)  ## Thinker on chains: fast answer, verificati
 toy-thinker-qa: $(call cold,thinker)  ## its baseline, PPO on question and answer; SEED=0
 	@$(call toy,thinker,thinker,toy-thinker,$(toy_folder)) --environment qa --seed $(SEED) $(ARGS)
 
+.PHONY: toy-dpo
+toy-dpo: $(call cold,adaptthink)  ## DPO on chains: the shortest right one of its own answers against the longest; SEED=0
+	@$(call toy,dpo,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+
 .PHONY: toy-ablation
 toy-ablation: $(call cold,adaptthink)  ## toy-adaptthink for all DELTAS="0 0.05 0.1 0.2" and SEEDS="0 1 2 3 4"
 	@for delta in $(DELTAS); do for seed in $(SEEDS); do \

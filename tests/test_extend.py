@@ -97,7 +97,8 @@ if __name__ == "__main__":
 SHORT = (
     "--task chain --chain_questions 16 --chain_eval_questions 10 --prompts_per_step 4 --num_generations 4 "
     "--max_new_tokens 12 --max_prompt_tokens 64 --rollout_rows 64 --minibatches_per_step 1 --max_steps 2 "
-    "--eval_every 0 --dtype fp32 --gradient_checkpointing false --tokens_per_micro_batch 2048 --kl_coef 0 --entropy_coef 0"
+    "--eval_every 0 --dtype fp32 --gradient_checkpointing false --tokens_per_micro_batch 2048 --kl_coef 0 "
+    "--entropy_coef 0"
 )
 
 
