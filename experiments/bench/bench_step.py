@@ -107,7 +107,7 @@ def ours(pipe, plan: Plan) -> None:
                 mb.old_logprobs = logprobs.detach()
                 value, _ = loss(logprobs, mb, minibatch.counts, args)
                 learner.backward(value)
-            learner.step()
+            learner.step(args.learning_rate)
         engine.refresh(learner.named_weights())
         end = time.perf_counter()
         tokens = [e.num_tokens for e in episodes]

@@ -100,7 +100,7 @@ def one_step(step: int, args: Args, learner, engine, pool, stop_ids, seconds: di
                 gap = (logprobs.detach() - mb.behaviour_logprobs).abs()[~mb.forced]
                 seconds["gap"] = float(gap.mean())
         seconds["micro_batches"] = len(minibatch)
-        learner.step()
+        learner.step(args.learning_rate)
     lap("update")
     engine.refresh(learner.named_weights())
     lap("refresh")
