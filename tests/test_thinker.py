@@ -645,7 +645,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(laboratory, tmp_path):
     for part in ("model", "critic/model"):
         files = [tmp_path / n / "checkpoints/step_000002" / part / "model.safetensors" for n in ("whole", "resumed")]
         assert files[0].read_bytes() == files[1].read_bytes()
-    state = json.loads((tmp_path / "resumed/checkpoints/step_000002/state.json").read_text())["state"]
+    state = json.loads((tmp_path / "resumed/checkpoints/step_000002/state.json").read_text())["state"]["state"]
     assert len(state["memory"]["fast"]) == 2
     rows = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
     assert all(row["check/logprob_gap_max"] < 1e-4 and row["loss/clip_fraction"] == 0 for row in rows)
