@@ -292,7 +292,11 @@ def test_logprobs_of_a_cut_distribution_are_renormalised(model):
         ({"forced": ((5, 1.0), Forced(((60, 1.0),)))}, "at the same position"),
         ({"forced": (Forced(((60, 1.0),), after=(131,)),)}, "token id 131 does not exist"),
         ({"forced": (Forced(((60, 1.0),), after=(1,)), Forced(((60, 1.0),), after=(2,)))}, "one Forced with"),
-        ({"forced": (Forced(((60, 1.0),), after=(1,), unless=3),)}, "either `after` or `unless`"),
+        ({"forced": (Forced(((60, 1.0),), after=(1,), unless=3),)}, "either `at`"),
+        ({"forced": (Forced(((60, 1.0),), at=2, after=(1,)),)}, "either `at`"),
+        ({"forced": (Forced(((60, 1.0),), after=()),)}, "or `after`"),  # it would stand in front
+        ({"forced": (Forced(((60, 1.0),), at=-1),)}, "0 or more"),
+        ({"forced": (Forced((), at=2),)}, "needs one token"),
     ],
 )
 def test_impossible_requests_are_refused(model, change, message):

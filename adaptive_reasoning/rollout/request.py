@@ -15,15 +15,16 @@ class Forced:
         tokens: (token id, probability q with which the behaviour policy was made to take it); they come back with
             log q. A forced token never ends a response.
         at: response position of the first one.
-        after: instead of `at`: right behind the first sampled token among these ids, once.
-        unless: not if this token came before; -1: whatever came before. Not together with `after`.
+        after: instead of `at`: right behind the first sampled token among these ids, once. Where tokens with `at` come
+            to stand there too, those stand.
+        unless: not if this token came before `at`; -1: whatever came before.
         action: False for tokens that are nobody's choice, such as `</think>` when a budget of thinking runs out: their
             action mask is False and their log-prob 0.
     """
 
     tokens: tuple[tuple[int, float], ...]
     at: int = 0
-    after: tuple[int, ...] = ()
+    after: tuple[int, ...] | None = None
     unless: int = -1
     action: bool = True
 
@@ -67,7 +68,7 @@ class Request:
         """Raise UserError for a request that could not be run."""
         forcing = self.forcing()
         pairs = [pair for f in forcing for pair in f.tokens]
-        ids = [*self.prompt_ids, *(token for token, _ in pairs), *(token for f in forcing for token in f.after)]
+        ids = [*self.prompt_ids, *(token for token, _ in pairs), *(token for f in forcing for token in f.after or ())]
         if not self.prompt_ids:
             raise UserError("a request needs at least one prompt token.")
         if ids and not (0 <= min(ids) and max(ids) < vocab):
@@ -77,6 +78,13 @@ class Request:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}: a response needs room for at least one token.")
         if any(not 0 < q <= 1 for _, q in pairs):
             raise UserError(f"forced tokens {pairs}: each needs a probability in (0, 1].")
+        for f in forcing:
+            placed = f.at == 0 and f.unless < 0 if f.after else f.after is None and f.at >= 0
+            if not (f.tokens and placed):
+                raise UserError(
+                    f"{f}: needs one token or more, and either `at`, 0 or more, which may have `unless`, or `after`, "
+                    "with one id or more."
+                )
         places = [place for f in forcing for place in f.places]
         if max(places, default=0) >= self.max_new_tokens:
             raise UserError(
@@ -87,8 +95,6 @@ class Request:
             raise UserError(f"two forced tokens stand at the same position: {sorted(places)}.")
         if sum(bool(f.after) for f in forcing) > 1 or sum(f.unless >= 0 for f in forcing) > 1:
             raise UserError("a request can have one Forced with `after`, and one with `unless`.")
-        if any(f.after and f.unless >= 0 for f in forcing):
-            raise UserError("a Forced has either `after` or `unless`.")
         if self.continues is not None and self.continues.cache is None:
             raise UserError("the completion to continue was not kept: set keep=True on its request.")
 
