@@ -39,7 +39,7 @@ PARTS = {
 
 
 def test_command(part: str, smoke: bool) -> list[str]:
-    """Return the arguments of python that run a part of the tests, by pytest where it can."""
+    """Return the arguments of python that run a part of the tests."""
     some = ["-k", "rms_norm or token_logprobs_in_several"] if smoke else []
     gpu = part == "tests marked gpu"
     if gpu:

@@ -227,7 +227,7 @@ def group_advantage_golden(kernels, device, name):
     (2, 2, 2, 16, 1, torch.float32, 1e-5),
 )
 def decode_attention_equals_softmax(kernels, device, B, h, k, D, T, dtype, tolerance):
-    """BatchState of every length down to 1 and 0, one part and many, q a slice of qkv, contiguous rows."""
+    """Rows of every length down to 1 and 0, one part and many, q a slice of qkv, contiguous rows."""
     q = normal(B, h + 2 * k, D, device=device, dtype=dtype)[:, :h]
     cache = normal(B + 1, 2 * k, T, D, seed=1, device=device, dtype=dtype)
     lengths = integers(T + 1, (B,), seed=2, device=device)

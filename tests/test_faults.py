@@ -60,7 +60,7 @@ def comparable(path: Path) -> list[dict]:
 def test_a_cold_start_continues_to_the_same_weights(go, tmp_path, lora):
     """P6. A checkpoint once held the learning rate as a NumPy number, and no resumed cold start could read it back.
 
-    The process is killed after the model is in its place and before done.json is: the model is then written again.
+    The process is killed after the model is in its place and before summary.json is: the model is then written again.
     """
     options = [*SFT, "--lora_rank", lora]
     assert go("sft", *options, "--output_dir", tmp_path / "whole") == (0, "")

@@ -233,7 +233,7 @@ def test_ten_thousand_at_once_from_eight_threads():
 
 
 def test_pools_of_processes_that_were_forked_or_spawned():
-    """A slot is a fresh interpreter, so neither the locks of a forked caller nor its threads are in it."""
+    """The server is a fresh interpreter, so neither the locks of a forked caller nor its threads are in it."""
     for method in ("fork", "spawn"):
         context = multiprocessing.get_context(method)
         queue = context.Queue()

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from adaptive_reasoning.kernels.group_advantage import Groups
 from conftest import make_model
 from kernel_checks import CHECKS, Kernels
 
-from adaptive_reasoning import ada_grpo, grpo, kernels
+from adaptive_reasoning import kernels
 from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.rollout import Decoder
 
@@ -71,20 +70,6 @@ def test_the_twin_is_torchs_mean_and_std_of_each_group(std):
             if len(r) > 1 and r.max() == r.min():
                 want = torch.zeros_like(r)
             assert torch.equal(got[ids == group], want)
-
-
-@pytest.mark.parametrize("name", ["grpo", "ada_grpo"])
-def test_the_methods_take_the_kernel(monkeypatch, name):
-    """No second copy of the normalisation: what the method returns is what the operation returns."""
-    called = []
-    real = kernels.group_advantage
-    monkeypatch.setattr(kernels, "group_advantage", lambda *a, **k: called.append(a) or real(*a, **k))
-    episodes = [SimpleNamespace(group=i // 4, reward=float(i % 3 == 0), mode="cot") for i in range(12)]
-    if name == "grpo":
-        grpo.advantages(episodes, grpo.Args())
-    else:
-        ada_grpo.advantages(episodes, ada_grpo.Args(), 5)
-    assert len(called) == 1
 
 
 # --------------------------------------------------------------------------------------- the decode step of the decoder

@@ -80,7 +80,7 @@ def test_rollout_benchmark_runs():
 
 @pytest.mark.slow
 def test_step_benchmark_runs_without_what_the_gpu_machine_lacks(tmp_path):
-    """No DeepSpeed, data sets or math-verify: the machine with the GPU has torch, triton, transformers, accelerate."""
+    """The machine with the GPU has torch, triton, transformers, accelerate: no DeepSpeed, math-verify, jsonargparse."""
     (tmp_path / "sitecustomize.py").write_text(HIDE)
     path = f".{os.pathsep}{tmp_path}"
     (line,) = lines_of("experiments/bench/gpu_step.py", "--smoke", PYTHONPATH=path)
@@ -94,7 +94,8 @@ def test_step_benchmark_runs_without_what_the_gpu_machine_lacks(tmp_path):
 
 HIDE = """
 import importlib.util, sys
-HIDDEN = ("deepspeed", "datasets", "math_verify", "latex2sympy2_extended", "pytest", "flash_attn", "trl")
+HIDDEN = ("deepspeed", "datasets", "math_verify", "latex2sympy2_extended", "pytest", "flash_attn", "trl",
+          "jsonargparse", "docstring_parser", "pebble")
 class Hide:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in HIDDEN:
@@ -103,6 +104,15 @@ sys.meta_path.insert(0, Hide())
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name.split(".")[0] in HIDDEN else real(name, *a)
 """
+
+
+@pytest.mark.parametrize("part", ["tests", "tests marked gpu"])
+def test_tests_are_found_without_what_the_gpu_machine_lacks(gpu_check, tmp_path, part):
+    (tmp_path / "sitecustomize.py").write_text(HIDE.replace('"pytest", ', ""))
+    command = [sys.executable, *gpu_check.test_command(part, smoke=False), "--collect-only"]
+    environment = os.environ | {"PYTHONPATH": f".{os.pathsep}{tmp_path}", "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_the_tests_for_a_gpu_are_those_marked_so(gpu_check):

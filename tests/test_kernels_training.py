@@ -1,13 +1,15 @@
-"""The same training with torch and with Triton kernels, by the one switch: 20 steps on chains give the same curve."""
+"""Methods on kernels: they take the operations, and the same training with torch and with Triton is the same curve."""
 
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from adaptive_reasoning import ada_grpo, grpo, kernels
 from adaptive_reasoning.core.files import read_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +31,20 @@ def run(module: str, kernels: str, *options: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.parametrize("name", ["grpo", "ada_grpo"])
+def test_the_methods_take_the_kernel(monkeypatch, name):
+    """No second copy of the normalisation: what the method returns is what the operation returns."""
+    called = []
+    real = kernels.group_advantage
+    monkeypatch.setattr(kernels, "group_advantage", lambda *a, **k: called.append(a) or real(*a, **k))
+    episodes = [SimpleNamespace(group=i // 4, reward=float(i % 3 == 0), mode="cot") for i in range(12)]
+    if name == "grpo":
+        grpo.advantages(episodes, grpo.Args())
+    else:
+        ada_grpo.advantages(episodes, ada_grpo.Args(), 5)
+    assert len(called) == 1
+
+
 @pytest.mark.slow
 def test_same_curve(tmp_path):
     if find_spec("triton") is None:
@@ -37,9 +53,9 @@ def test_same_curve(tmp_path):
     run("sft", "torch", *cold, "--output_dir", str(tmp_path / "cold"))
     toy = ["--config", "experiments/toy_adaptthink.yaml", "--model", str(tmp_path / "cold" / "model"), *SMALL.split()]
     curves = []
-    for kernels in ("torch", "triton"):
-        run("adaptthink", kernels, *toy, "--output_dir", str(tmp_path / kernels), "--ref_cache", str(tmp_path / "ref"))
-        curves.append([row for row in read_jsonl(tmp_path / kernels / "metrics.jsonl") if "loss/policy" in row])
+    for side in ("torch", "triton"):
+        run("adaptthink", side, *toy, "--output_dir", str(tmp_path / side), "--ref_cache", str(tmp_path / "ref"))
+        curves.append([row for row in read_jsonl(tmp_path / side / "metrics.jsonl") if "loss/policy" in row])
     assert len(curves[0]) == len(curves[1]) == 20
     for a, b in zip(*curves):
         for key in ("loss/policy", "loss/approx_kl", "loss/grad_norm", "adapt_think/advantage_mean"):

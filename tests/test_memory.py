@@ -18,6 +18,7 @@ from adaptive_reasoning import ada_grpo, adaptthink, degrpo, grpo, sft, thinker
 from adaptive_reasoning.benchmark import __main__ as benchmark
 from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.learner.runtime import offloads_optimizer
+from adaptive_reasoning.rollout.batch_state import BatchState
 from adaptive_reasoning.run import memory
 from adaptive_reasoning.run.memory import (
     GIB,
@@ -126,6 +127,14 @@ def test_a_folder_wins_over_the_table(tmp_path, monkeypatch):
 def test_kv_cache_is_28_kib_a_token(shapes):
     assert shapes.kv_bytes(2) == 28 * 1024  # 2 x 28 layers x 2 heads x 128 x 2 bytes
     assert shapes.kv_bytes(4) == 56 * 1024
+
+
+def test_buffers_of_a_row_in_the_rollout():
+    def size(new):
+        state = BatchState(1, (new, 1, 0, 0), torch.device("cpu"))
+        return sum(buffer.nbytes for buffer in state.all)
+
+    assert size(100) - size(99) == memory.ROW_BYTES
 
 
 def test_state_of_the_learner(shapes):

@@ -2,7 +2,7 @@
 
 One pass of the loop: fill free rows from the queue (longest budget first, so that the long answers do not start last),
 decode one token for every live row, hand out what ended, and close the gaps so that live rows are always 0 .. n-1.
-A prompt is run once for all samples of it. BatchState never depend on each other: each has its own random stream, so a
+A prompt is run once for all samples of it. Rows never depend on each other: each has its own random stream, so a
 response is the same whatever else is in the batch.
 
 On CUDA rows are lists of pages (`kv_cache.py`), admitted by the pages they need now and not by the longest response
@@ -211,7 +211,7 @@ class Engine:
         return [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < rows]
 
     def _decode(self, run: SchedulerState, columns: int) -> None:
-        """Take `sync_every` steps. BatchState that end on the way go on to no effect."""
+        """Take `sync_every` steps. Rows that end on the way go on to no effect."""
         n = len(run.live)
         if self.graphs is not None or self.batch_invariant:
             n = self._sizes(n)[-1]

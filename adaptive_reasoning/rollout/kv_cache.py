@@ -138,7 +138,7 @@ class Shares:
 
 
 class Pages:
-    """BatchState as lists of pages: `cache` [L, P, 2k, C, D], `table` [S, W] int32 on the device.
+    """Rows as lists of pages: `cache` [L, P, 2k, C, D], `table` [S, W] int32 on the device.
 
     Args:
         page: columns of a page, a power of two; the Triton kernels need 16 or more.

@@ -65,10 +65,11 @@ def stand_in_for(*names: str) -> None:
     for name in names:
         if name not in sys.modules and find_spec(name) is None:
             sys.modules[name] = Absent(name)
-            sys.modules[name].__spec__ = ModuleSpec(name, None)
+            sys.modules[name].__spec__, sys.modules[name].__path__ = ModuleSpec(name, None), []
 
 
-stand_in_for("math_verify", "latex2sympy2_extended")  # the algorithm files import them; nothing here is mathematics
+stand_in_for("math_verify", "latex2sympy2_extended")  # the method files import them; nothing here is mathematics
+stand_in_for("jsonargparse", "jsonargparse.typing", "docstring_parser")  # nor reads a command line by them
 
 
 # --------------------------------------------------------------------------------------------------------- the device
