@@ -218,7 +218,7 @@ def episodes_of(bank: Bank, pairs: list[tuple[dict, dict]], numbers: list[int]) 
     """Return the answers of these pairs, the chosen one before the rejected one."""
     episodes = bank.episodes([row for n in numbers for row in pairs[n]])
     for k, e in enumerate(episodes):
-        e.pair, e.advantage = numbers[k // 2], 1.0 - 2.0 * (k % 2)
+        e.pair, e.advantage = numbers[k // 2], 1.0 - 2.0 * (k % 2)  # not 0, with which the learner leaves it out
     return episodes
 
 

@@ -11,9 +11,12 @@ import pytest
 import torch
 from distributed_worker import make_episodes
 
+from adaptive_reasoning.core.episode import Episode
+from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.files import read_jsonl
 from adaptive_reasoning.dpo import Args, batch_of, loss, pairs_of, rate
 from adaptive_reasoning.learner.packing import Counts, fill, pack
+from adaptive_reasoning.run.bank import rows_of, write
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "dpo_loss.json").read_text())["cases"]
 
@@ -158,6 +161,8 @@ def test_a_run_continues_to_the_same_weights(go, cold, tmp_path):
         shutil.rmtree(tmp_path / "killed" / "checkpoints" / f"step_{step:06d}")
     (tmp_path / "killed" / "summary.json").unlink()
     kept = (tmp_path / "killed" / "reference" / "0.safetensors").stat().st_mtime_ns
+    (folder,) = (tmp_path / "bank").iterdir()
+    (folder / ".00000099.safetensors.7.tmp").write_bytes(b"half")  # what a kill leaves while a round is written
     assert start("killed") == (0, "")
     assert (tmp_path / "killed" / "reference" / "0.safetensors").stat().st_mtime_ns == kept
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "bank").rglob("*.safetensors")} == bank
@@ -166,6 +171,18 @@ def test_a_run_continues_to_the_same_weights(go, cold, tmp_path):
     again = read_jsonl(tmp_path / "killed" / "metrics.jsonl")
     clean = [[{k: v for k, v in row.items() if not k.startswith("time/")} for row in part] for part in (rows, again)]
     assert clean[0] == clean[1]
+
+
+def test_a_damaged_round_of_the_bank_is_named(tmp_path):
+    e = Episode(None, 3, torch.arange(2), torch.arange(4), torch.zeros(4), torch.ones(4, dtype=torch.bool), "stop")
+    write(tmp_path / "3.safetensors", [e, e])
+    rows = rows_of(tmp_path / "3.safetensors")
+    assert [(row["question"], row["sample"], row["tokens"]) for row in rows] == [(3, 0, 4), (3, 1, 4)]
+    whole = (tmp_path / "3.safetensors").read_bytes()
+    for broken in (whole[:-1], whole[:20], b""):
+        (tmp_path / "3.safetensors").write_bytes(broken)
+        with pytest.raises(UserError, match="3.safetensors is damaged: .*Delete it"):
+            rows_of(tmp_path / "3.safetensors")
 
 
 def test_defaults():

@@ -81,7 +81,11 @@ class Bank:
 
     def _read(self) -> None:
         """Read the headers of all files, on the main process, for all."""
-        found = on_main(self.run.accelerator, lambda: [(p.name, rows_of(p)) for p in sorted(self.folder.glob("*.s*"))])
+
+        def read():
+            return [(path.name, rows_of(path)) for path in sorted(self.folder.glob("*.safetensors"))]
+
+        found = on_main(self.run.accelerator, read)
         for name, rows in all_gather(self.run.accelerator, found)[0]:
             start = 0
             for question in dict.fromkeys(row["question"] for row in rows):
