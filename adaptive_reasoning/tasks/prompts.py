@@ -5,7 +5,7 @@ from jinja2 import TemplateError
 from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Question
 
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+THINK_OPEN = "<think>"
 
 
 def render(tokenizer, problem: str) -> list[int]:
