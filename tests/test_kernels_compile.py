@@ -168,8 +168,9 @@ def test_compiles_without_spills(capability):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels = {row["kernel"] for row in rows}
-    assert len(kernels) == 13 and len(rows) >= 30, sorted(kernels)
+    sources = "".join(path.read_text() for path in (Path(__file__).parents[1] / "kernels").glob("*_triton.py"))
+    assert {row["kernel"] for row in rows} == set(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
+    assert len(rows) >= 30
     assert [row for row in rows if row["spilled"]] == []
     assert [row for row in rows if row["shared"] > SHARED_MEMORY[capability]] == []
 
