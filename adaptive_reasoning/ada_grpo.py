@@ -38,8 +38,9 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from adaptive_reasoning import formats, kernels
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.errors import UserError, run_cli
 from adaptive_reasoning.core.metric import Alarm, Metric
+from adaptive_reasoning.errors import UserError, run_cli
+from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.formats.statistics import mean, mode_metrics, mode_rows, mode_statistics
 from adaptive_reasoning.kernels.group_advantage import Groups
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
@@ -136,6 +137,9 @@ def plan_rollouts(questions, args, stop_ids, step: int) -> list[Request]:
             seed = request_seed(args.seed, step, i, k)
             requests.append(Request(prompt_ids, args.max_new_tokens, stop_ids, seed, tag=(question, i)))
     return requests
+
+
+extract_answer = Arm.extract_answer  # what is graded: the one answer block, behind one rationale or none
 
 
 def reward(e: Episode, args) -> float:

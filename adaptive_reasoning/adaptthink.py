@@ -47,9 +47,9 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.errors import UserError, run_cli
 from adaptive_reasoning.core.metric import Alarm, Metric
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.formats.think import Think, ThinkArgs
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, Sampling, request_seed
@@ -57,6 +57,7 @@ from adaptive_reasoning.run.bank import Bank, free_samples
 from adaptive_reasoning.run.memory import Holds
 from adaptive_reasoning.run.options import Finite, Positive, PositiveShare, RunArgs, check_minibatches, parse_args
 from adaptive_reasoning.run.run import Run
+from adaptive_reasoning.tasks import chain
 
 
 @dataclass
@@ -206,6 +207,10 @@ def plan_rollouts(questions, form: Think, args, stop_ids, step: int) -> list[Req
             seed = request_seed(args.seed, step, i, k)
             requests.append(Request(prompt_ids, limit, stop_ids, seed, first, tag=(question, i)))
     return requests
+
+
+extract_answer = Think.extract_answer  # what is graded: the last box behind the one </think>
+chain.FORMS["adaptthink"] = Think
 
 
 def reward(e: Episode) -> float:

@@ -32,8 +32,8 @@ from torch.nn.functional import logsigmoid
 
 from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.errors import UserError, run_cli
 from adaptive_reasoning.core.metric import Metric
+from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.formats.think import ThinkArgs
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Sampling

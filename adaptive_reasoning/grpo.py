@@ -18,8 +18,8 @@ from jsonargparse.typing import PositiveInt
 
 from adaptive_reasoning import formats, kernels
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.errors import run_cli
 from adaptive_reasoning.core.metric import Alarm, Metric
+from adaptive_reasoning.errors import run_cli
 from adaptive_reasoning.formats.statistics import mean, mode_metrics, mode_rows, mode_statistics
 from adaptive_reasoning.kernels.group_advantage import Groups
 from adaptive_reasoning.learner.packing import Counts, MicroBatch

@@ -25,8 +25,8 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.errors import UserError, run_cli, say
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.errors import UserError, run_cli, say
 from adaptive_reasoning.formats import Row, control_slot, load
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import load_model

@@ -52,8 +52,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.errors import run_cli
 from adaptive_reasoning.core.metric import Metric
+from adaptive_reasoning.errors import run_cli
 from adaptive_reasoning.formats import dialogue
 from adaptive_reasoning.formats.dialogue import STAGES, DialogueArgs, DialogueFormat
 from adaptive_reasoning.learner.packing import Counts, MicroBatch

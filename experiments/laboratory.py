@@ -17,8 +17,8 @@ from pathlib import Path
 from compare_seeds import band, levels_of, over_steps, result_of, spread
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from adaptive_reasoning.core.errors import UserError, run_cli
 from adaptive_reasoning.core.files import write_bytes_atomic, write_text_atomic
+from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.report.console import aligned
 from adaptive_reasoning.report.curves import STYLE, plain
 from adaptive_reasoning.report.panels import MODE_COLOURS, PALETTE

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from adaptive_reasoning import ada_grpo, adaptthink
-from adaptive_reasoning.core.errors import UserError, run_cli
+from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.run.memory import GIB, plan_memory
 from adaptive_reasoning.run.options import parse_args
 from adaptive_reasoning.run.preflight import Place

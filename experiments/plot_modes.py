@@ -11,7 +11,7 @@ from pathlib import Path
 
 from compare_seeds import band, over_steps
 
-from adaptive_reasoning.core.errors import UserError, run_cli
+from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.report.panels import PALETTE, mode_colours
 from adaptive_reasoning.report.run_folder import Run, load_run
 

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import torch
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 
 SWITCH = "ADAPTIVE_REASONING_KERNELS"
 

@@ -68,7 +68,7 @@ def go(monkeypatch, capsys):
         monkeypatch.chdir(ROOT)
         capsys.readouterr()
         try:
-            from adaptive_reasoning.core.errors import run_cli
+            from adaptive_reasoning.errors import run_cli
 
             run_cli(importlib.import_module(f"adaptive_reasoning.{module}").main)
         except SystemExit as stopped:

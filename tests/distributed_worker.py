@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.checkpoint import load_checkpoint, save_checkpoint
 from adaptive_reasoning.learner.learner import Learner, NonFiniteError
 from adaptive_reasoning.learner.model import load_model

@@ -19,8 +19,8 @@ from test_grpo import batch, cases, episode, options
 from adaptive_reasoning import ada_grpo, grpo
 from adaptive_reasoning.ada_grpo import Args, advantages
 from adaptive_reasoning.benchmark import __main__ as evaluate
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.files import read_jsonl
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.run.options import parse_args

@@ -11,8 +11,8 @@ import torch
 from adaptive_reasoning import adaptthink, formats
 from adaptive_reasoning.adaptthink import Args, advantage, baselines, loss, metrics, plan_rollouts
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats.think import Think
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.run.options import parse_args

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from small_model import make_folder
 
-from adaptive_reasoning.core.errors import run_cli
+from adaptive_reasoning.errors import run_cli
 
 ROOT = Path(__file__).parent.parent
 SMALL = (

@@ -10,7 +10,7 @@ import torch
 from distributed_worker import make_args, make_episodes, make_learner, train, weights, write_model
 from safetensors.torch import load_file
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.checkpoint import load_checkpoint, prune, save_checkpoint, whole_checkpoint
 from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.tensors import Pieces, digest_of, write_tensors

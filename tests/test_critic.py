@@ -10,7 +10,7 @@ import torch
 from critic_worker import SHARES, check, fresh_episodes, learn, make_pair
 from distributed_worker import make_args, train, write_model
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.checkpoint import load_checkpoint, save_checkpoint
 from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.packing import pack

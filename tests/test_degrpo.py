@@ -21,10 +21,10 @@ from adaptive_reasoning.benchmark.__main__ import Args as EvaluateArgs
 from adaptive_reasoning.benchmark.lenient import lenient_answer, lenient_same
 from adaptive_reasoning.benchmark.papers import load_paper, paper_table
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.files import read_jsonl
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.degrpo import Args, advantages, loss, metrics, plan_rollouts, reward
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats import control_slot
 from adaptive_reasoning.formats.thinkless import Thinkless
 from adaptive_reasoning.learner.model import load_tokenizer

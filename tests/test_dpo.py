@@ -12,9 +12,9 @@ import torch
 from distributed_worker import make_episodes
 
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.files import read_jsonl
 from adaptive_reasoning.dpo import Args, batch_of, loss, pairs_of, rate
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.packing import Counts, fill, pack
 from adaptive_reasoning.run.bank import rows_of, write
 

@@ -215,7 +215,7 @@ def test_a_full_disk_while_a_checkpoint_is_written(small, tmp_path):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "from adaptive_reasoning import adaptthink\n"
-        "from adaptive_reasoning.core.errors import run_cli\n"
+        "from adaptive_reasoning.errors import run_cli\n"
         "run_cli(adaptthink.main)\n"
     )
     command = [str(ROOT / ".venv/bin/python") if (ROOT / ".venv").exists() else "python3", "-c", script]
@@ -233,7 +233,7 @@ def test_a_run_whose_answers_cannot_be_graded_stops(laboratory, tmp_path):
     """P7: a grader that fails on everything is not a model that is wrong on everything."""
     script = (
         "from adaptive_reasoning import adaptthink\n"
-        "from adaptive_reasoning.core.errors import run_cli\n"
+        "from adaptive_reasoning.errors import run_cli\n"
         "from adaptive_reasoning.tasks.task import ExactGrader\n"
         "ExactGrader.rates = lambda self: {'grader/timeout_rate': 0.3, 'grader/error_rate': 0.1, 'grader/graded': 10}\n"
         "run_cli(adaptthink.main)\n"

@@ -5,7 +5,7 @@ import pytest
 from adaptive_reasoning.benchmark.__main__ import Args, check_args
 from adaptive_reasoning.benchmark.papers import FOLDER, load_paper, paper_table
 from adaptive_reasoning.benchmark.votes import consensus, majority
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.run.evaluation import summarise
 from adaptive_reasoning.run.options import parse_args
 from adaptive_reasoning.tasks.answers import verified_answer

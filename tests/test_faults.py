@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.files import append_jsonl, read_jsonl
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.run import bank
 
 ROOT = Path(__file__).parent.parent
@@ -215,7 +215,7 @@ def test_no_duration_depends_on_the_clock_on_the_wall():
 GRADING = """
 import sys, time
 from pathlib import Path
-from adaptive_reasoning.core.errors import run_cli
+from adaptive_reasoning.errors import run_cli
 from adaptive_reasoning.tasks.grader import GraderPool
 import test_grader
 
@@ -260,7 +260,7 @@ def test_ctrl_c_once_closes_and_twice_ends(tmp_path, presses, closing):
 
 LATE = """
 import os, signal
-from adaptive_reasoning.core.errors import run_cli
+from adaptive_reasoning.errors import run_cli
 
 class Late:  # taken apart with the modules, after the interpreter has given its signal handlers back
     def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGINT):

@@ -8,7 +8,7 @@ from graph_stand_in import StandIn
 from test_paged_engine import all_free, paged
 from test_rollout import engine_of
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.rollout import Forced, Request, Sampling
 from adaptive_reasoning.rollout.graphs import Graphs
 from adaptive_reasoning.rollout.sampler import sample, uniforms

@@ -12,8 +12,8 @@ import pytest
 from adaptive_reasoning import formats
 from adaptive_reasoning.benchmark.__main__ import Args, wanted_settings
 from adaptive_reasoning.benchmark.votes import consensus
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.degrpo import reward
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.formats.think import Think
 from adaptive_reasoning.formats.thinkless import Thinkless

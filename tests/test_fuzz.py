@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from adaptive_reasoning import adaptthink, formats, thinker
 from adaptive_reasoning.adaptthink import read_authors_table
 from adaptive_reasoning.benchmark.lenient import NUMBER, lenient_answer, lenient_same
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.files import load_json, read_jsonl, truncate_jsonl
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats import control_slot
 from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.formats.dialogue import STAGES, DialogueFormat

@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.tasks.grader import GraderPool
 
 # --- checks

@@ -11,9 +11,9 @@ import torch
 
 from adaptive_reasoning import formats, grpo
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.metric import SHARED
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.formats.boxed import Boxed
 from adaptive_reasoning.formats.statistics import mode_metrics

@@ -17,7 +17,7 @@ from conftest import make_model
 from kernel_checks import CHECKS, Kernels
 
 from adaptive_reasoning import kernels
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.rollout import Decoder
 
 OPERATIONS = (

@@ -8,8 +8,8 @@ import yaml
 from compare_seeds import over_steps
 from laboratory import fact_rows, load_laboratory, seeds_of, write_laboratory
 
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.metric import to_json
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.formats.statistics import mode_metrics
 

@@ -20,7 +20,7 @@ from distributed_worker import (
 )
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.checkpoint import load_checkpoint, newest_checkpoint, prune, save_checkpoint
 from adaptive_reasoning.learner.learner import Learner, NonFiniteError
 from adaptive_reasoning.learner.model import boundaries, load_model

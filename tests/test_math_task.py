@@ -6,8 +6,8 @@ import types
 
 import pytest
 
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.tasks.math import BENCHMARKS, load_questions, read_rows
 
 

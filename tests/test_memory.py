@@ -16,7 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlamaConfig, MistralConfig
 
 from adaptive_reasoning import ada_grpo, adaptthink, degrpo, grpo, sft, thinker
 from adaptive_reasoning.benchmark import __main__ as benchmark
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.runtime import offloads_optimizer
 from adaptive_reasoning.rollout.batch_state import BatchState
 from adaptive_reasoning.run import memory

@@ -10,7 +10,7 @@ from graph_stand_in import StandIn
 from test_rollout import NEVER, prompts, reference_logprobs
 
 from adaptive_reasoning import kernels
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.rollout import Decoder, Engine, Forced, Request, Sampling
 from adaptive_reasoning.rollout import engine as engine_module
 from adaptive_reasoning.rollout.graphs import Graphs, buckets

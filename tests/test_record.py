@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.run import folder as record
 from adaptive_reasoning.run.metrics import Drift, over_processes
 

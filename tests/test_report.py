@@ -20,8 +20,8 @@ from accelerate import Accelerator
 
 from adaptive_reasoning import ada_grpo, adaptthink, degrpo, grpo, thinker
 from adaptive_reasoning.core import files
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.metric import SHARED, Metric, eval_metrics, from_json, to_json
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.formats.statistics import mode_metrics
 from adaptive_reasoning.formats.think import Think

@@ -7,7 +7,7 @@ import torch
 from adaptive_reasoning.kernels.sample import restrict
 from conftest import CONFIGS, make_model
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.rollout import Decoder, Engine, Forced, Request, Sampling, request_seed
 from adaptive_reasoning.rollout.sampler import sample
 

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 from adaptive_reasoning import formats
 from adaptive_reasoning.adaptthink import Args
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats.think import Think
 from adaptive_reasoning.learner.model import load_tokenizer
 from adaptive_reasoning.run.evaluation import summarise

@@ -17,9 +17,9 @@ from test_end_to_end import ROOT, comparable, run_module
 
 from adaptive_reasoning import formats, thinker
 from adaptive_reasoning.benchmark.papers import load_paper
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.files import read_jsonl
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats.dialogue import PROMPTS, STAGES, DialogueFormat
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.rollout import Completion, Decoder, Engine, Sampling

@@ -8,7 +8,7 @@ import pytest
 import torch
 from adaptive_reasoning.kernels import token_logprobs
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 
 
 def make_inputs(N, H, V, dtype=torch.float64, seed=0):

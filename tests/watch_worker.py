@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 
-from adaptive_reasoning.core.errors import UserError, run_cli
+from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.learner.runtime import all_gather, make_accelerator, on_main
 from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.run.options import RunArgs

@@ -20,8 +20,8 @@ from adaptive_reasoning.benchmark import routers as router
 from adaptive_reasoning.benchmark.lenient import lenient_answer, lenient_same
 from adaptive_reasoning.benchmark.papers import load_paper, paper_table
 from adaptive_reasoning.benchmark.votes import consensus, majority
-from adaptive_reasoning.core.errors import UserError, run_cli, say
 from adaptive_reasoning.core.files import append_jsonl, read_jsonl, write_bytes_atomic, write_json_atomic
+from adaptive_reasoning.errors import UserError, run_cli, say
 from adaptive_reasoning.formats.dialogue import DialogueArgs, DialogueFormat
 from adaptive_reasoning.formats.think import ThinkArgs
 from adaptive_reasoning.formats.thinkless import ThinklessArgs

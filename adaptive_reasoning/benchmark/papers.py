@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.report.console import aligned
 
 FOLDER = Path(__file__).parent / "published"

@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.rollout import Engine, Request, Sampling
 from adaptive_reasoning.tasks import prompts
 

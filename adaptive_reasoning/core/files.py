@@ -9,7 +9,7 @@ import math
 import os
 from pathlib import Path
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 
 
 def append_jsonl(path: Path, obj: dict) -> None:

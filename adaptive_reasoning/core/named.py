@@ -2,7 +2,7 @@
 
 import importlib
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 
 
 def named(name: str, known: dict[str, str], what: str, kind: str = "function"):

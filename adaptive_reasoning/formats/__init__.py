@@ -20,9 +20,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.named import named
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.run.evaluation import EvalSpec
 from adaptive_reasoning.tasks import chain
 from adaptive_reasoning.tasks.answers import same_answer

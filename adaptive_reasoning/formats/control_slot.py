@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.tasks import prompts
 
 AUTO = "auto"  # find a slot

@@ -33,8 +33,8 @@ from typing import Literal
 import numpy as np
 from jsonargparse.typing import PositiveInt
 
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats import ResponseFormat, Row
 from adaptive_reasoning.rollout.dialogue import Dialogue, Turn, turn_marks
 from adaptive_reasoning.run.evaluation import EvalSpec

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats import ResponseFormat, Row
 from adaptive_reasoning.tasks import chain, prompts
 from adaptive_reasoning.tasks.answers import boxed_answer

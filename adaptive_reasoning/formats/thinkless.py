@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats import ResponseFormat, control_slot
 from adaptive_reasoning.tasks import chain, prompts
 from adaptive_reasoning.tasks.answers import boxed_answer

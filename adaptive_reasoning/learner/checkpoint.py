@@ -22,7 +22,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.runtime import all_gather, on_main, together
 from adaptive_reasoning.learner.shards import restore, write_optimizer
 from adaptive_reasoning.learner.tensors import digest_of, write_tensors

@@ -19,8 +19,8 @@ import torch
 from accelerate import Accelerator
 
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.files import write_json_atomic
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.model import Policy
 from adaptive_reasoning.learner.packing import Counts, MicroBatch, Minibatch, fill, group_chunks, pack
 from adaptive_reasoning.learner.runtime import all_gather, all_reduce, is_zero3, on_main

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from transformers.utils.logging import disable_progress_bar
 
-from adaptive_reasoning.core.errors import ElsewhereError, UserError
+from adaptive_reasoning.errors import ElsewhereError, UserError
 
 arrivals = 0  # collective operations of this file that this process has come to; the watch compares them
 

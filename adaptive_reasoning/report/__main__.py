@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from adaptive_reasoning.core.errors import run_cli
+from adaptive_reasoning.errors import run_cli
 from adaptive_reasoning.report.page import write_report
 
 

@@ -10,8 +10,8 @@ import os
 import sys
 from collections import deque
 
-from adaptive_reasoning.core.errors import say
 from adaptive_reasoning.core.metric import Metric
+from adaptive_reasoning.errors import say
 from adaptive_reasoning.report.alarms import Alarms, Raised
 from adaptive_reasoning.report.run_folder import difficulty_order
 

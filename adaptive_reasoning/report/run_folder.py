@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.files import load_json, read_jsonl
 from adaptive_reasoning.core.metric import Metric, from_json
+from adaptive_reasoning.errors import UserError
 
 ADAPTIVE = "adaptive"  # the setting in which nothing is forced
 DEAR = ("thinking", "think", "long_cot", "slow")  # modes that think, whatever the algorithm calls them

@@ -28,7 +28,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from adaptive_reasoning import kernels
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.kernels.rms_norm import rms_norm  # the torch twin; `decode_paged` asks the dispatcher
 
 FAMILIES = ("qwen2", "qwen3", "llama")

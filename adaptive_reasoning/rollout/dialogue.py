@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 import torch
 
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.rollout.request import Completion, Request
 from adaptive_reasoning.rollout.sampler import Sampling, request_seed
 from adaptive_reasoning.tasks import prompts

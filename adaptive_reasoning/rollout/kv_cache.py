@@ -22,7 +22,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.rollout.decoder import Decoder
 
 COLUMN_STEP = 32  # slots are read in multiples of this many columns, so that few shapes occur

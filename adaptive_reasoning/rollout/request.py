@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from adaptive_reasoning import kernels
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.files import write_bytes_atomic, write_json_atomic
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.runtime import all_gather, on_main
 from adaptive_reasoning.rollout import Request, Sampling, request_seed
 from adaptive_reasoning.run.folder import weights_of

@@ -11,8 +11,8 @@ from typing import IO
 
 import yaml
 
-from adaptive_reasoning.core.errors import UserError, say
 from adaptive_reasoning.core.files import write_text_atomic
+from adaptive_reasoning.errors import UserError, say
 from adaptive_reasoning.learner.checkpoint import newest_checkpoint
 
 # Options that a continued run may have other values of: how long it is, what it writes down, and what fits the machine.

@@ -24,7 +24,6 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save
 
-from adaptive_reasoning.core.errors import UserError, say
 from adaptive_reasoning.core.files import (
     append_jsonl,
     load_json,
@@ -34,6 +33,7 @@ from adaptive_reasoning.core.files import (
     write_json_atomic,
 )
 from adaptive_reasoning.core.metric import SHARED, Metric, eval_metrics, to_json
+from adaptive_reasoning.errors import UserError, say
 from adaptive_reasoning.learner.checkpoint import checkpoints, load_checkpoint, prune, save_checkpoint, whole_checkpoint
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.runtime import on_main, together

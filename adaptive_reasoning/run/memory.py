@@ -15,7 +15,7 @@ Checked on the CPU (tests/memory_worker.py); not measured on a GPU.
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.run.shapes import Shapes
 
 GIB = 2**30

@@ -9,7 +9,7 @@ memory plan of any other machine:
 
 from dataclasses import dataclass
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.rollout.engine import CPU_CACHE_BYTES
 from adaptive_reasoning.run.memory import (
     GIB,

@@ -22,9 +22,9 @@ from collections.abc import Iterator
 import torch
 
 from adaptive_reasoning.core.episode import Episode, sample_row
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.metric import Metric
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.critic import Critic, load_critic
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import (

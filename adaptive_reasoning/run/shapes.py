@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Qwen2Config
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.model import load_config
 from adaptive_reasoning.rollout.decoder import check_supported
 

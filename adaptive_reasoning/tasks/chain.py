@@ -10,20 +10,25 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Benchmark, Question, Source
+from adaptive_reasoning.errors import UserError
 
 SPLIT = (  # how Qwen2 cuts text before byte-pair encoding: letters together, digits one by one, a space with its word
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
+FORMS: dict[str, type] = {}
+"""Formats that a method file makes known by a name of its own, for `tokenizer(name)`."""
+
+
 def tokenizer(form) -> PreTrainedTokenizerFast:
     """Return the tokenizer of the laboratory: byte-pair encoding as in Qwen2, trained on chains in one format
-    (a class of `formats`).
+    (a class of `formats`, or its name in `FORMS`).
 
     It is built the way `transformers` builds every Qwen2 tokenizer, so AutoTokenizer opens the folder alike.
     """
+    form = FORMS[form] if isinstance(form, str) else form
     pieces = Tokenizer(models.BPE())
     pieces.normalizer = normalizers.NFC()
     pieces.pre_tokenizer = pre_tokenizers.Sequence(

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 
-from adaptive_reasoning.core.errors import UserError
+from adaptive_reasoning.errors import UserError
 
 START_SECONDS = 120.0  # a server that is not ready by then never will be
 MAX_STARTS = 3  # in a row without a verdict

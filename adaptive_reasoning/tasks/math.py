@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Benchmark, Question, Source
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.tasks.answers import boxed_answer
 
 DATA_FOLDER = "ADAPTIVE_REASONING_DATA"

@@ -2,8 +2,8 @@
 
 from jinja2 import TemplateError
 
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.errors import UserError
 
 THINK_OPEN = "<think>"
 

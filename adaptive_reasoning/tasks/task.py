@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from adaptive_reasoning.core.errors import UserError
 from adaptive_reasoning.core.named import named
 from adaptive_reasoning.core.question import Benchmark, Question
+from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.grader import Grade, GraderPool
 
