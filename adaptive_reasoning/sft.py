@@ -73,6 +73,10 @@ class Args(RunArgs):
     """Share of the chain rows that are answered at once."""
     nothinking_supervised: ClosedUnitInterval = 0.05
     """Share of those rows in which the choice to answer at once is supervised too."""
+    checks: str = ""
+    """Shares of the thinking rows that check their work 0, 1, 2, ... times, e.g. 0.1,0.3,0.3,0.3 (empty: all once)."""
+    slip: ClosedUnitInterval = 0.0
+    """With --checks: probability that an operation of the first pass goes wrong; a quarter of it in a check."""
     pairs: bool = False
     """Rows of --data come in pairs, one question answered in both modes; both rows of a pair go into the same batch."""
     short_slot: str = ""
@@ -98,6 +102,8 @@ class Args(RunArgs):
             raise UserError("--model is empty: name the model to fine-tune.")
         if self.task == "math" and not self.data:
             raise UserError("--data is empty: name JSONL or Parquet files with `problem` and `response`.")
+        if self.slip and not self.checks:
+            raise UserError("--slip goes with --checks: name the shares of the rows with 0, 1, ... checks.")
 
     def holds(self) -> Holds:
         return Holds(rollout=False, lora_rank=self.lora_rank)

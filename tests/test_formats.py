@@ -248,3 +248,44 @@ def test_boxed_has_a_cold_start():
     assert list(form.eval_spec().settings) == ["adaptive"] and form.mode_of([1]) == "response"
     with pytest.raises(UserError, match="no tokens that force"):
         form.opening("response")
+
+
+LENGTHS = [(1, [25, 37, 49, 61]), (3, [37, 61, 85, 109]), (6, [55, 97, 139, 181])]
+
+
+@pytest.mark.parametrize("operations, lengths", LENGTHS)
+def test_each_check_of_the_thinking_costs_another_pass(operations, lengths):
+    """19 + 6n + k (6 + 6n) tokens for n operations and k checks."""
+    tok, rng = formats.tokenizer("think"), np.random.default_rng(0)
+    question = chain.make_question(rng, operations, "")
+    texts = [Think.thinking(question, rng, k) for k in range(4)]
+    assert [len(tok.encode(text, add_special_tokens=False)) + 1 for text in texts] == lengths
+    assert all(Think.extract_answer(text) == question.answer for text in texts)
+
+
+def test_slips_cost_accuracy_and_a_check_mends_most_of_them():
+    """0.9^n right without a check, 0.975^n with one or more; the boxed answer is the last pass's."""
+    rng = np.random.default_rng(0)
+    question = chain.make_question(rng, 4, "")
+    for checks, expected in ((0, 0.9**4), (1, 0.975**4), (3, 0.975**4)):
+        texts = [Think.thinking(question, rng, checks, slip=0.1) for _ in range(1500)]
+        right = np.mean([Think.extract_answer(text) == question.answer for text in texts])
+        assert abs(right - expected) < 0.04, (checks, right)
+
+
+def test_a_slip_goes_on_into_the_operations_behind_it():
+    assert [value for _, value in chain.steps("1+1*2", slip=1.0, rng=np.random.default_rng(0))] == [3, 7]
+    assert [text for text, _ in chain.steps("1+1*2", slip=1.0, rng=np.random.default_rng(0))] == ["1+1=3", "3*2=7"]
+
+
+def test_the_second_laboratory_mixes_lengths():
+    args = SftArgs(checks="0.5,0,0.5", slip=0.1, nothinking_rows=0.25)
+    rows = Think.rows(args, np.random.default_rng(1), 400, step=1)
+    thinking = [row.response for row in rows if not row.response.startswith("</think>")]
+    found = {k: sum(text.count("let me check") == k for text in thinking) / len(thinking) for k in range(4)}
+    assert found[1] == found[3] == 0 and abs(found[0] - 0.5) < 0.08 and abs(len(thinking) / 400 - 0.75) < 0.07
+
+
+def test_slips_without_checks_are_refused():
+    with pytest.raises(UserError, match="--slip goes with --checks"):
+        SftArgs(slip=0.1)

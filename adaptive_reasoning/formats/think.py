@@ -74,13 +74,22 @@ class Think(ResponseFormat):
         if mode == "nothinking":
             return f"</think>\n\\boxed{{{question.answer}}}"
         assert mode == "thinking", f"there is no mode {mode!r}"
+        return cls.thinking(question, rng)
+
+    @classmethod
+    def thinking(cls, question: Question, rng: np.random.Generator, checks: int = 1, slip: float = 0.0) -> str:
+        """Return a response that thinks: a first pass over the chain, then `checks` passes that check it.
+
+        Args:
+            slip: probability that an operation of the first pass is off by one and the work goes on from it. In a
+                check it is a quarter of that. The answer is that of the last pass, right or wrong.
+        """
         words, shares = zip(*OPENERS)
         opener = rng.choice(words, p=shares)
-        work = "\n".join(text for text, _ in chain.steps(question.problem))
-        return (
-            f"{opener}, let me see.\n{work}\nWait, let me check.\n{work}\n"
-            f"So it is {question.answer}.\n</think>\n\\boxed{{{question.answer}}}"
-        )
+        passes = [chain.steps(question.problem, slip / (4 if i else 1), rng) for i in range(checks + 1)]
+        work = "Wait, let me check.\n".join("".join(f"{text}\n" for text, _ in steps) for steps in passes)
+        answer = passes[-1][-1][1]
+        return f"{opener}, let me see.\n{work}So it is {answer}.\n</think>\n\\boxed{{{answer}}}"
 
     @classmethod
     def rows(cls, args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
@@ -89,13 +98,20 @@ class Think(ResponseFormat):
         Half are answered after thinking, half at once. Models such as R1 hardly ever choose to skip their thinking, and
         learning to is the point of the method, so `</think>` as a first token is supervised in a few of the direct rows
         only (`nothinking_supervised`): the model can answer directly but seldom does.
+
+        With `checks` the thinking varies in length, and with `slip` in its answer: what methods need that shorten it.
         """
         shares = chain.parse_mix(args.chain_mix)
+        checks = chain.parse_mix(args.checks, "--checks", "0, 1, ... checks") if args.checks else None
         out = []
         for i in range(n):
             mode = "nothinking" if rng.random() < args.nothinking_rows else "thinking"
             operations = int(rng.choice(len(shares), p=shares)) + 1
             question = chain.make_question(rng, operations, f"chain/cold/{step}/{i}")
             masked = mode == "nothinking" and rng.random() >= args.nothinking_supervised
-            out.append(Row(question, cls.response(question, mode, rng), int(masked)))
+            if checks and mode == "thinking":
+                response = cls.thinking(question, rng, int(rng.choice(len(checks), p=checks)), args.slip)
+            else:
+                response = cls.response(question, mode, rng)
+            out.append(Row(question, response, int(masked)))
         return out

@@ -62,12 +62,17 @@ def tokenizer(form) -> PreTrainedTokenizerFast:
     return form.finish(finished)
 
 
-def steps(problem: str) -> list[tuple[str, int]]:
-    """Return the operations of a chain as (text such as "3*7=1", value), from left to right modulo 10."""
+def steps(problem: str, slip: float = 0.0, rng: np.random.Generator | None = None) -> list[tuple[str, int]]:
+    """Return the operations of a chain as (text such as "3*7=1", value), from left to right modulo 10.
+
+    With probability `slip` an operation comes out one too high, and the next ones go on from there.
+    """
     value, out = int(problem[0]), []
     for i in range(1, len(problem), 2):
         op, operand = problem[i], int(problem[i + 1])
         new = {"+": value + operand, "-": value - operand, "*": value * operand}[op] % 10
+        if slip and rng.random() < slip:
+            new = (new + 1) % 10
         out.append((f"{value}{op}{operand}={new}", new))
         value = new
     return out
@@ -81,8 +86,8 @@ def make_question(rng: np.random.Generator, operations: int, name: str) -> Quest
     return Question(name, problem, str(steps(problem)[-1][1]), str(operations), "chain")
 
 
-def parse_mix(mix: str) -> list[float]:
-    """Return the shares in "0.4,0.2,..." of the questions with 1, 2, ... operations.
+def parse_mix(mix: str, option: str = "--chain_mix", of: str = "1, 2, ... operations") -> list[float]:
+    """Return the shares in "0.4,0.2,..." of the questions with 1, 2, ... operations, or of what an option counts.
 
     Raises:
         UserError: not a list of non-negative numbers with a positive sum.
@@ -92,9 +97,7 @@ def parse_mix(mix: str) -> list[float]:
     except ValueError:
         shares = []
     if not shares or not 0 < sum(shares) < float("inf") or min(shares) < 0:
-        raise UserError(
-            f"--chain_mix {mix!r}: needs comma-separated shares for 1, 2, ... operations, e.g. 0.4,0.3,0.3."
-        )
+        raise UserError(f"{option} {mix!r}: needs comma-separated shares for {of}, e.g. 0.4,0.3,0.3.")
     return [share / sum(shares) for share in shares]
 
 
