@@ -310,7 +310,7 @@ plan-sft-% plan-warmup-%: $(INSTALLED)
 
 .PHONY: test
 test: $(INSTALLED)  ## install and run the tests (all but the slow ones)
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PY) -m pytest -m "not slow" -n auto --dist worksteal $(ARGS)
 
 .PHONY: lint
 lint: $(INSTALLED)  ## check style and format

@@ -1,0 +1,155 @@
+"""Accuracy against tokens: every method of the second laboratory from one starting model, on one picture.
+
+    python experiments/pareto.py runs/second-laboratory
+
+reads the finished runs <name>-seed<k> found there, prints one table and writes pareto.png and pareto.md. The starting
+model and its forced modes are the bounds. AES is O1-Pruner's accuracy-efficiency score (arXiv 2501.12570) against the
+starting model: the share of tokens saved, plus 3 times the relative gain in accuracy, or minus 5 times the loss.
+"""
+
+import argparse
+from pathlib import Path
+
+from compare_seeds import Spread, levels_of, result_of, spread
+from laboratory import Runs, load_laboratory
+
+from adaptive_reasoning.core.files import write_bytes_atomic, write_text_atomic
+from adaptive_reasoning.errors import UserError, run_cli
+from adaptive_reasoning.report.console import aligned
+from adaptive_reasoning.report.curves import STYLE, plain
+from adaptive_reasoning.report.panels import MODE_COLOURS, PALETTE
+from adaptive_reasoning.report.run_folder import ADAPTIVE, Run
+
+START = "starting model"
+MARKS = "osD^vP*X<>hp"
+
+
+def aes(result: dict, start: dict) -> float:
+    """Return the accuracy-efficiency score of an evaluation against that of the starting model."""
+    saved = (start["mean_tokens"] - result["mean_tokens"]) / start["mean_tokens"]
+    gain = (result["accuracy"] - start["accuracy"]) / start["accuracy"]
+    return saved + (3 if gain >= 0 else 5) * gain
+
+
+def bounds(run: Run) -> dict[str, dict]:
+    """Return {setting: E before training} of the starting model: free first, then each forced mode."""
+    benchmark = run.benchmarks[0]
+    settings = [ADAPTIVE, *run.forced(benchmark)]
+    found = {setting: run.before_after(benchmark, setting)[0] for setting in settings}
+    return {START if setting == ADAPTIVE else f"{START}, {setting}": e for setting, e in found.items() if e}
+
+
+def check_one_start(runs: Runs) -> dict[str, dict]:
+    """Return the bounds, the same for every run.
+
+    Raises:
+        UserError: two runs did not begin from the same evaluation.
+    """
+    every = [run for members in runs.values() for run in members]
+    first = max(every, key=lambda run: len(bounds(run)))
+    for run in every:
+        mine, its = result_of(first, "before"), result_of(run, "before")
+        if any(mine[key] != its[key] for key in ("accuracy", "mean_tokens")):
+            raise UserError(
+                f"{first.folder} and {run.folder} do not start from the same numbers: accuracy and tokens before "
+                f"training are {mine['accuracy']}, {mine['mean_tokens']} and {its['accuracy']}, {its['mean_tokens']}. "
+                "Give runs of one starting model, sampler and number of questions."
+            )
+    return bounds(first)
+
+
+def numbers(results: list[dict], start: dict, hard: str, easy: str, by_level: list[dict]) -> list[Spread | None]:
+    """Return accuracy, tokens, AES, tokens of the easiest and hardest level, their accuracy and the share skipped."""
+    return [
+        spread([r["accuracy"] for r in results]),
+        spread([r["mean_tokens"] for r in results]),
+        spread([aes(r, start) for r in results]),
+        *(spread([levels[level]["mean_tokens"] for levels in by_level]) for level in (easy, hard)),
+        *(spread([levels[level]["accuracy"] for levels in by_level]) for level in (easy, hard)),
+        spread([r["modes"].get("nothinking", {}).get("share", 0.0) for r in results]),
+    ]
+
+
+DECIMALS = (3, 1, 2, 1, 1, 3, 3, 2)
+
+
+def rows_of(runs: Runs) -> tuple[list[str], list[tuple[str, list[Spread | None]]]]:
+    """Return (header, rows): the starting model and its forced modes, then the methods by their AES."""
+    limits = check_one_start(runs)
+    levels = levels_of([run for members in runs.values() for run in members])
+    easy, hard = levels[0], levels[-1]
+    header = ["", "accuracy", "tokens", "AES", f"tokens, {easy}", f"tokens, {hard}", f"accuracy, {easy}",
+              f"accuracy, {hard}", "NoThinking"]  # fmt: skip
+    start = limits[START]
+    rows = [(name, numbers([e], start, hard, easy, [e["by_difficulty"]])) for name, e in limits.items()]
+    found = []
+    for name, members in runs.items():
+        after = [run.summary["after"] for run in members]
+        found.append((name, numbers(after, start, hard, easy, [e["by_difficulty"] for e in after])))
+    return header, rows + sorted(found, key=lambda row: -row[1][2].mean)
+
+
+def picture(runs: Runs, rows: list[tuple[str, list[Spread | None]]]) -> bytes:
+    """Return the PNG: mean over the seeds, bars from the smallest to the largest, every run a dot."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(8.2, 5.2), layout="constrained")
+        names = iter(range(len(rows)))
+        for name, (accuracy, tokens, *_) in rows:
+            known = name in runs
+            i = next(names) if known else 0
+            colour = PALETTE[MODE_COLOURS[i % len(MODE_COLOURS)]][0] if known else PALETTE["ink"][0]
+            bars = {
+                "xerr": [[tokens.mean - tokens.low], [tokens.high - tokens.mean]],
+                "yerr": [[accuracy.mean - accuracy.low], [accuracy.high - accuracy.mean]],
+            }
+            axis.errorbar(
+                tokens.mean, accuracy.mean, **bars, color=colour, marker=MARKS[i % len(MARKS)] if known else "s",
+                markersize=8, markerfacecolor=colour if known else "white", elinewidth=1, linestyle="none",
+                label=plain(name), zorder=3,
+            )  # fmt: skip
+            if known:
+                dots = [(run.summary["after"]["mean_tokens"], run.summary["after"]["accuracy"]) for run in runs[name]]
+                axis.scatter(*zip(*dots), s=9, color=colour, alpha=0.45, linewidths=0, zorder=2)
+        axis.set_xlabel("mean tokens of a response")
+        axis.set_ylabel("accuracy")
+        axis.set_title("Accuracy against tokens, all from one starting model", color=PALETTE["ink"][0])
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=120)
+        plt.close(figure)
+    return out.getvalue()
+
+
+def write_pareto(folder: Path) -> str:
+    """Write pareto.png and pareto.md into the folder and return the table as text.
+
+    Raises:
+        UserError: nothing finished there, a damaged run, or runs of different starting models.
+    """
+    runs, left_out = load_laboratory(folder)
+    header, rows = rows_of(runs)
+    lines = [[name, *(s.text(d) if s else "-" for s, d in zip(values, DECIMALS))] for name, values in rows]
+    write_bytes_atomic(Path(folder) / "pareto.png", picture(runs, rows))
+    marks = [header, ["---"] * len(header), *lines]
+    table = "".join("| " + " | ".join(cells) + " |\n" for cells in marks)
+    write_text_atomic(Path(folder) / "pareto.md", table)
+    return "\n".join([aligned([header, *lines]), *left_out])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="folder that holds the run folders <name>-seed<k>")
+    args = parser.parse_args(argv)
+    print(write_pareto(args.folder))
+    print(f"\nmean (min..max, sd) over the seeds; wrote {args.folder / 'pareto.png'} and {args.folder / 'pareto.md'}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
