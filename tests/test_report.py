@@ -318,7 +318,9 @@ def test_an_alarm_is_raised_once_after_enough_steps_in_a_row():
 # ------------------------------------------------------------------------------------------------ console
 
 
-def test_a_step_is_one_plain_line_with_its_alarms_below(capsys):
+def test_a_step_is_one_plain_line_with_its_alarms_below(capsys, monkeypatch):
+    clock = iter((100.0, 102.0, 104.5))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     follow = console.Console(150, DECLARED)
     row = metric_row(12, 150, random.Random(0)) | {"time/step_s": 1.5, "time/eval_s": 0.5, "loss/policy": None}
     follow.step(row)
@@ -329,7 +331,19 @@ def test_a_step_is_one_plain_line_with_its_alarms_below(capsys):
     assert alarm.startswith("!!! ALARM loss/policy = null (step 12)")
     follow.step(row | {"step": 13})
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.endswith(" | ETA 4m00s")  # 137 steps of (1.5 + 2.0) / 2 s: later evaluations count
+    assert line.endswith(" | ETA 4m00s")  # 137 steps of (1.5 + 2.0) / 2 s: what came between the two counts
+
+
+def test_steps_that_do_not_say_how_long_they_took_are_timed(capsys, monkeypatch):
+    """Supervised steps were said to end in 0 s."""
+    clock = iter((100.0, 102.0, 104.5))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    follow = console.Console(101, DECLARED)
+    follow.step({"step": 1})
+    assert "ETA" not in capsys.readouterr().out
+    follow.step({"step": 2}, show=False)
+    follow.step({"step": 3})
+    assert capsys.readouterr().out.strip().endswith("ETA 3m40s")  # 98 steps of 2.25 s
 
 
 def test_alarms_are_coloured_on_a_terminal_only(monkeypatch):

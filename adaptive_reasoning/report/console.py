@@ -8,6 +8,7 @@ alarms, and only on a terminal (NO_COLOR switches it off).
 
 import os
 import sys
+import time
 from collections import deque
 
 from adaptive_reasoning.core.metric import Metric
@@ -31,16 +32,20 @@ class Console:
         self.max_steps, self.declared = max_steps, declared
         self.alarms = Alarms(declared, rows)
         self.seconds = deque(maxlen=20)  # of the newest steps, evaluation included: what the ETA is made from
+        self.then: float | None = None  # when the step before ended
 
     def step(self, row: dict, show: bool = True) -> None:
         """Print the line of one metric row (the dict that goes into metrics.jsonl) and the alarms it raises."""
-        spent = row.get("time/step_s") or 0.0
-        if self.seconds:  # the evaluation before the first step has more settings than those to come
-            spent += row.get("time/eval_s") or 0.0
-        self.seconds.append(spent)
-        left = max(self.max_steps - row["step"], 0) * sum(self.seconds) / len(self.seconds)
+        now = time.monotonic()
+        # The first one without what came before it: an evaluation that has more settings than those to come.
+        spent = row.get("time/step_s") if self.then is None else now - self.then
+        self.then = now
+        if spent is not None:
+            self.seconds.append(spent)
         if show:
-            say(step_line(row, self.max_steps, self.declared, left))
+            left = max(self.max_steps - row["step"], 0)
+            eta_s = left * sum(self.seconds) / len(self.seconds) if self.seconds else None
+            say(step_line(row, self.max_steps, self.declared, eta_s))
         for alarm in self.alarms.see(row):
             say(alarm_line(alarm))
 
