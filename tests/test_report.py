@@ -343,7 +343,7 @@ def test_steps_that_do_not_say_how_long_they_took_are_timed(capsys, monkeypatch)
     assert "ETA" not in capsys.readouterr().out
     follow.step({"step": 2}, show=False)
     follow.step({"step": 3})
-    assert capsys.readouterr().out.strip().endswith("ETA 3m40s")  # 98 steps of 2.25 s
+    assert capsys.readouterr().out.strip().endswith("ETA 3m41s")  # 98 steps of (2.0 + 2.5) / 2 s
 
 
 def test_alarms_are_coloured_on_a_terminal_only(monkeypatch):
