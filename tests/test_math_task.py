@@ -340,6 +340,15 @@ def test_parquet_holes_single_precision_and_arrays(tmp_path):
     mapping = pyarrow.array([{"A": "x", "B": "y"}, {"A": "x", "B": None}])
     with pytest.raises(UserError, match="row 1: 'options: B' has to be text"):
         load(options=mapping, answer=["A", "A"])
+    named = pyarrow.array([[("A", 0.1), ("B", 2)]] * 2, pyarrow.map_(pyarrow.string(), pyarrow.float32()))
+    assert load(options=named, answer=["0.1", "B"]) == ["A", "B"]
+    late = pyarrow.array([1, 2**60], pyarrow.timestamp("ms"))
+    with pytest.raises(UserError, match="cannot be read as Parquet: Python int too large"):
+        load(answer=["1", "2"], when=late)
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["p"])] * 3, ["problem", "answer", "answer"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match="twice.parquet: two columns are named 'answer'"):
+        load_questions(str(tmp_path / "twice.parquet"))
     broken = pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"\xff", b"2"]).buffers())
     with pytest.raises(UserError, match="cannot be read as Parquet"):
         load(answer=broken)
@@ -356,6 +365,11 @@ def test_parquet_holes_single_precision_and_arrays(tmp_path):
         ("a.csv", b"problem,answer,answer\np,1,2\n", "line 1: two columns are named 'answer'"),
         ("a.csv", b"problem,answer\n", "is empty"),
         ("a.csv", b"problem,answer\np,\xff\n", "line 2 is not UTF-8"),
+        (
+            "a.tsv",
+            b"problem\tanswer\np\t1\n",
+            "line 1 is not JSON: .* A file not named .csv or .parquet needs one JSON",
+        ),
         ("a.xlsx", b"PK\x03\x04\xff", "line 1 is not UTF-8: .* Files are JSONL, CSV or Parquet"),
         ("a.jsonl.gz", gzip.compress(GOOD.encode() * 99)[:-12], "cannot be read: Truncated"),
         ("a.zst", b"(\xb5/\xfdnonsense", "cannot be read: "),

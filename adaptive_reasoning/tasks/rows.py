@@ -65,7 +65,8 @@ def table_rows(where: str, batches: Iterable) -> Iterator[tuple[str, dict]]:
     number = 0
     for batch in batches:
         kinds = {field.name: field.type for field in batch.schema if re.search(r"\b(half)?float\b", str(field.type))}
-        for row in batch.to_pylist():
+        _once(batch.schema.names, where)
+        for row in batch.to_pylist(maps_as_pydicts="strict"):
             yield f"{where}, row {number}", row | {name: _double(kind, row[name]) for name, kind in kinds.items()}
             number += 1
 
@@ -75,7 +76,8 @@ def _double(kind, value):
     if isinstance(value, list):
         return [_double(getattr(kind, "value_type", kind), item) for item in value]
     if isinstance(value, dict):
-        return {name: _double(kind.field(name).type, item) for name, item in value.items()}
+        kinds = getattr(kind, "item_type", None)  # of a map; a struct has fields
+        return {name: _double(kinds or kind.field(name).type, item) for name, item in value.items()}
     single = {"halffloat": np.float16, "float": np.float32}.get(str(getattr(kind, "value_type", kind)))
     return value if value is None or single is None else float(str(single(value)))
 
@@ -142,7 +144,9 @@ def _jsonl_rows(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, object]
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON: {error}. The file needs one JSON object a line.") from error
+            raise UserError(
+                f"{where} is not JSON: {error}. A file not named .csv or .parquet needs one JSON object a line."
+            ) from error
         if re.search(r"\\u[dD][89a-fA-F]", text):  # only so can half of a character get in
             try:
                 json.dumps(row, ensure_ascii=False).encode()
@@ -150,6 +154,12 @@ def _jsonl_rows(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, object]
                 half = f"\\u{ord(error.object[error.start]):04x}"
                 raise UserError(f"{where}: {half} is half of a character. Mend it, or drop the row.") from error
         yield where, row
+
+
+def _once(names: list[str], where: str) -> None:
+    twice = [name for name in names if name and names.count(name) > 1]
+    if twice:
+        raise UserError(f"{where}: two columns are named {twice[0]!r}. Keep one of them.")
 
 
 def _csv_rows(path: Path, lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, dict]]:
@@ -161,9 +171,7 @@ def _csv_rows(path: Path, lines: Iterable[tuple[str, str]]) -> Iterator[tuple[st
             where = f"{path}, line {reader.line_num}"
             if header is None:
                 header = cells
-                twice = [name for name in header if name and header.count(name) > 1]
-                if twice:
-                    raise UserError(f"{where}: two columns are named {twice[0]!r}. Keep one of them.")
+                _once(header, where)
                 continue
             if len(cells) != len(header):
                 raise UserError(
@@ -184,5 +192,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         with ParquetFile(path) as file:
             yield from table_rows(str(path), file.iter_batches())
-    except (ArrowException, OSError, ValueError) as error:
+    except UserError:
+        raise
+    except (ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
