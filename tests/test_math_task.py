@@ -425,7 +425,7 @@ words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 words = words.filter(str.strip)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.lists(st.fixed_dictionaries({"Problem": words, "answer": words, "difficulty": words}), min_size=1, max_size=3)
 )

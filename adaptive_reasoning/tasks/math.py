@@ -88,7 +88,7 @@ def load_questions(source: str, limit: int = 0, split: str = "train", beside: st
     return _questions(read_rows(path), stem(path), source, limit)
 
 
-def _questions(rows: Iterable[tuple[str, dict]], stem: str, source: str, limit: int) -> list[Question]:
+def _questions(rows: Iterable[tuple[str, dict]], prefix: str, source: str, limit: int) -> list[Question]:
     questions, places = [], {}
     for where, row in rows:
         problem, answer, options = _text(row, PROBLEM, where), _answer(row, where), _options(row, where)
@@ -101,7 +101,7 @@ def _questions(rows: Iterable[tuple[str, dict]], stem: str, source: str, limit: 
         label = next((name for name in LABEL if row.get(name) not in (None, "")), None)
         questions.append(
             Question(
-                id=f"{stem}/{len(questions)}",
+                id=f"{prefix}/{len(questions)}",
                 problem=problem,
                 answer=answer,
                 difficulty=label and _as_text(row[label], label, where).removeprefix("Level ").removesuffix(".0"),
@@ -151,17 +151,14 @@ def _options(row: dict, where: str) -> dict[str, str]:
         if alone:
             raise UserError(f"{where}: '{alone}' looks like an option. Write the options as a list in 'options'.")
         return {}
-    labels, texts = string.ascii_uppercase, row[name]
-    if isinstance(texts, dict):
-        both = {"label", "text"} <= set(texts)
-        labels, texts = (texts["label"], texts["text"]) if both else (list(texts), list(texts.values()))
-    elif isinstance(texts, list):
-        labels = labels[: len(texts)]
-    if (
-        not isinstance(texts, list)
-        or isinstance(labels, str) != isinstance(row[name], list)
-        or len(texts) != len(labels)
-    ):
+    labels, texts = None, row[name]
+    if isinstance(texts, list):
+        labels = list(string.ascii_uppercase[: len(texts)])
+    elif isinstance(texts, dict) and {"label", "text"} <= set(texts):
+        labels, texts = texts["label"], texts["text"]
+    elif isinstance(texts, dict):
+        labels, texts = list(texts), list(texts.values())
+    if not (isinstance(labels, list) and isinstance(texts, list) and len(labels) == len(texts)):
         raise UserError(
             f"{where}: '{name}' has to be a list of texts, or labels with their texts, found {row[name]!r:.80}."
         )
