@@ -287,6 +287,7 @@ XY = {"options": ["x", "y"]}
         (XY | {"answer": "1"}, "'1' means none"),
         ({"choices": ["x", "y"], "answerKey": "A"}, ["q\n(A)x  (B)y", "A"]),
         ({"options": {"A": "x", "B": "y"}, "answer": "B"}, ["q\n(A)x  (B)y", "B"]),
+        ({"options": {"a": "x", "b": "y"}, "answer": "B"}, ["q\n(a)x  (b)y", "b"]),
         ({"options": {"1": "x", "2": "y"}, "answer": 1}, ["q\n(1)x  (2)y", "1"]),
         ({"choices": {"label": ["1", "2"], "text": ["x", "y"]}, "answer": "2"}, ["q\n(1)x  (2)y", "2"]),
         ({"options": ["A) x", "B) y"], "answer": "A"}, ["q\n(A)x  (B)y", "A"]),
