@@ -4,6 +4,7 @@ A case runs a command in this process: starting Python a hundred times would be 
 command line makes of a UserError is tested with real processes in test_end_to_end.py.
 """
 
+import gzip
 import importlib
 import json
 import shutil
@@ -33,7 +34,16 @@ FILES = {  # name -> content of a broken file
     "wrong_type.jsonl": '{"problem": ["1+1"], "answer": "2"}\n',
     "no_number.jsonl": '{"problem": "1+1", "answer": "it is\\n#### "}\n',
     "no_box.jsonl": '{"problem": "1+1", "solution": "it is 2"}\n',
-    "choices.jsonl": '{"question": "which?", "choices": ["a", "b"], "answerKey": "A"}\n',
+    "choices.jsonl": '{"question": "which?", "choices": "a, b", "answerKey": "A"}\n',
+    "columns.csv": "question,option_a,option_b,answer\nwhich?,a,b,A\n",
+    "letter.jsonl": '{"question": "which?", "options": ["a", "b"], "answer": "C"}\n',
+    "place.jsonl": '{"question": "which?", "options": ["a", "b"], "answer": 1}\n',
+    "nan.jsonl": '{"problem": "1+1", "answer": NaN}\n',
+    "half.jsonl": '{"problem": "p \\ud83d?", "answer": "2"}\n',
+    "twice.jsonl": '{"problem": "1+1", "Problem": "1+1", "answer": "2"}\n',
+    "semicolons.csv": "Problem;Answer\n1+1;2\n",
+    "comma.csv": "problem,answer\n1,1?,2\n",
+    "cut.jsonl.gz": gzip.compress(GOOD.encode())[:-9],
     "latin1.jsonl": GOOD.encode() + '{"problem": "café", "answer": "1"}\n'.encode("latin-1"),
     "few.jsonl": GOOD,
     "no.parquet": GOOD,

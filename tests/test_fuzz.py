@@ -281,7 +281,7 @@ def test_damaged_files_of_a_run_are_read_or_named(tmp_path, content):
     for read in (
         read_jsonl,
         lambda p: read_yaml(p, adaptthink.Args),
-        lambda p: list(math._jsonl_rows(p)),
+        lambda p: list(math.read_rows(p)),
         lambda p: truncate_jsonl(p, 1),
         read_config,
         load_json,

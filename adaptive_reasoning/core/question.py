@@ -8,7 +8,7 @@ class Question:
     """One question with its reference answer.
 
     `id` is unique within its data set and stable between runs (reference accuracies and samples are keyed by it).
-    `difficulty` is a short label used for tables ("1" ... "6", a MATH level) or None where the data has none.
+    `difficulty` is a short label used for tables ("1" ... "6", a MATH level, a task of BBH), None if there is none.
     """
 
     id: str

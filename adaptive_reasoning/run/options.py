@@ -49,7 +49,7 @@ class RunArgs:
     task: str = "math"
     """Questions: "math" (data files or data sets), "chain" (arithmetic made by code), or your own "module.function"."""
     data: str = ""
-    """Training questions, comma separated: JSONL or Parquet files with `problem` and `answer`, or hub data sets."""
+    """Training questions, comma separated: JSONL, CSV, Parquet with `problem` and `answer`, or hub data sets."""
     train_limit: NonNegativeInt = 0
     """Use only the first so many training questions (0: all of them)."""
     eval_data: str = ""

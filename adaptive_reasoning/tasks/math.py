@@ -1,32 +1,41 @@
 """Math questions: local files, data sets of the hub, and the benchmarks known by name.
 
-A row has `problem` (or `question`) and `answer`, perhaps a `level`; `choices` (CommonsenseQA, OpenBookQA) are written
-behind the question, and the answer is the letter. Answers stay text as they are; only GSM8K's worked solutions are cut
-down to what follows "####". Grading is `answers.same_answer` or what the algorithm names, through a `GraderPool`.
+A row has a problem and an answer, perhaps a level; which columns and files are read is in docs/add_a_task_or_reward.md.
+Options of a multiple-choice row are written behind the question as ARM writes them, and the answer is the letter.
+Answers stay text as they are; only GSM8K's worked solutions are cut down to what follows "####". Grading is
+`answers.same_answer` or what the algorithm names, through a `GraderPool`.
 """
 
-import json
+import math
 import os
 import re
+import string
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from adaptive_reasoning.core.question import Benchmark, Question, Source
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.tasks.answers import boxed_answer
+from adaptive_reasoning.tasks.rows import FILE_TYPES, READ, known_columns, read_rows, stem, table_rows
 
 DATA_FOLDER = "ADAPTIVE_REASONING_DATA"
 """Environment variable: a folder whose <name>_test.jsonl files stand in for the benchmarks of the hub."""
 
-FILE_TYPES = (".jsonl", ".json", ".parquet")
+PROBLEM = ("problem", "question_concat", "question", "question_stem")
+ANSWER = ("answer", "answerKey")
+LABEL = ("level", "difficulty", "subject")  # BBH's tasks are its subjects
+UNREAD = re.compile(r"(option|choice)s?[ _-]?\w?", re.IGNORECASE)  # option_a, choice1: a column for each option
+OWN_LETTER = re.compile(r"\(?([A-Z])[).:]\s*(.+)", re.DOTALL)  # "A) one"
 
 
 @dataclass(frozen=True)
 class Known:
     """A test set known by name."""
 
-    hub: str  # data set, with ":config" where it has several
+    hub: str  # data set, with ":config" where it has several; "" if only files have it in one piece
     split: str
     samples: int = 1  # responses per question in the paper's tables
 
@@ -38,6 +47,7 @@ BENCHMARKS = {
     "csqa": Known("tau/commonsense_qa", "validation"),
     "obqa": Known("allenai/openbookqa:main", "test"),
     "svamp": Known("ChilleD/SVAMP", "test"),
+    "bbh": Known("", "test"),
     "aime25": Known("math-ai/aime25", "test", samples=16),
     "aime24": Known("HuggingFaceH4/aime_2024", "train", samples=16),  # 30 questions: one sample each says little
 }
@@ -47,8 +57,8 @@ def load_questions(source: str, limit: int = 0, split: str = "train", beside: st
     """Return the questions of a file, a hub data set or a benchmark, in their order.
 
     Args:
-        source: path of a JSONL or Parquet file; else a name in `BENCHMARKS`; else a hub data set, "name:config" for one
-            of its configurations. A path that exists wins.
+        source: path of a file (JSONL, CSV, Parquet) or a folder of its shards; else a name in `BENCHMARKS`; else a hub
+            data set, "name:config" for one of its configurations. A path that exists wins.
         limit: only the first so many (0: all of them).
         split: split of a hub data set. Files have none, benchmarks their own.
         beside: a local data file; a benchmark's <name>_test.jsonl in its folder is taken rather than the hub's.
@@ -64,51 +74,48 @@ def load_questions(source: str, limit: int = 0, split: str = "train", beside: st
         stored = [f / f"{source}_test.jsonl" for f in folders if (f / f"{source}_test.jsonl").is_file()]
         if stored:
             path = stored[0]
+        elif not benchmark.hub:
+            raise UserError(
+                f"{source}: no data set of the hub has it. Put {source}_test.jsonl in the folder {DATA_FOLDER}."
+            )
         else:
             return _questions(_hub_rows(benchmark.hub, benchmark.split), source, source, limit)
-    elif not path.exists() and path.suffix not in FILE_TYPES and not source.startswith((".", "/", "~")):
-        return _questions(_hub_rows(source, split), source.split(":")[0].split("/")[-1], source, limit)
-    return _questions(read_rows(path), path.stem, source, limit)
-
-
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield ("<file>, line 3", row) for every row of a JSONL or Parquet file (".parquet").
-
-    Raises:
-        UserError: the file is missing, holds no row, or a row is no object; the message names file and line (or row).
-    """
-    path, where = Path(path), ""
-    if not path.is_file():
+    elif not path.exists():
+        if not source.lower().endswith(FILE_TYPES) and not source.startswith((".", "/", "~")):
+            return _questions(_hub_rows(source, split), source.split(":")[0].split("/")[-1], source, limit)
         names = ", ".join(BENCHMARKS)
-        raise UserError(f"{path}: no such file. Give a JSONL or Parquet file, a hub data set, or one of {names}.")
-    for where, row in _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path):
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object with the fields as keys, found {row!r:.80}.")
-        yield where, row
-    if not where:
-        raise UserError(f"{path} is empty. Give a file with one row per question.")
+        raise UserError(f"{path}: no such file. Give a file in {READ}, a hub data set, or one of {names}.")
+    return _questions(read_rows(path), stem(path), source, limit)
 
 
-def _questions(rows: Iterable[tuple[str, dict]], stem: str, source: str, limit: int) -> list[Question]:
-    questions = []
+def _questions(rows: Iterable[tuple[str, dict]], prefix: str, source: str, limit: int) -> list[Question]:
+    questions, places = [], {}
     for where, row in rows:
-        level = row.get("level")
+        problem, answer, options = _text(row, PROBLEM, where), _answer(row, where), _options(row, where)
+        if options:
+            written = next((row[name] for name in ANSWER if row.get(name) is not None), None)
+            if isinstance(written, int) and "".join(options) == string.ascii_uppercase[: len(options)]:
+                places[where] = answer
+            problem += "\n" + "  ".join(f"({label}){text}" for label, text in options.items())
+            answer = _letter(answer, options, where in places, where)
+        label = next((name for name in LABEL if row.get(name) not in (None, "")), None)
         questions.append(
             Question(
-                id=f"{stem}/{len(questions)}",
-                problem=_text(row, ("problem", "question", "question_stem", "question_concat"), where)
-                + _options(row, where),
-                answer=_answer(row, where),
-                difficulty=None if level is None else str(level).removeprefix("Level "),
+                id=f"{prefix}/{len(questions)}",
+                problem=problem,
+                answer=answer,
+                difficulty=label and _as_text(row[label], label, where).removeprefix("Level ").removesuffix(".0"),
                 source=source,
             )
         )
-        if not questions[-1].answer:
-            raise UserError(
-                f"{where}: nothing follows '####' in 'answer'. Give every question an answer, or drop the row."
-            )
         if len(questions) == limit:
             break
+    if places and "0" not in places.values():
+        where, answer = next(iter(places.items()))
+        raise UserError(
+            f"{where}: 'answer' {answer} is a place in the list of options, and nothing shows if it counts from 0. "
+            "Write the letter."
+        )
     if not questions:
         raise UserError(f"Data set {source} is empty. Give one with a row per question.")
     return questions
@@ -116,7 +123,7 @@ def _questions(rows: Iterable[tuple[str, dict]], stem: str, source: str, limit: 
 
 def _answer(row: dict, where: str) -> str:
     """Return the reference: the answer, what follows "####" in it (GSM8K), or the box of a worked solution (MATH)."""
-    if "solution" in row and row.get("answer") is None:
+    if row.get("solution") is not None and all(row.get(name) is None for name in ANSWER):
         solution = _text(row, ("solution",), where)
         bare = re.findall(
             r"\\(?:boxed|f?box)\s*\{?([^\s{}$]+)", solution
@@ -125,57 +132,86 @@ def _answer(row: dict, where: str) -> str:
         if not boxed.strip():
             raise UserError(f"{where}: 'solution' has no \\boxed{{...}}, and there is no 'answer'. Add it.")
         return boxed.strip()
-    return _text(row, ("answer", "answerKey", "Answer"), where).rpartition("####")[2].strip()
+    answer = _text(row, ANSWER, where).rpartition("####")[2].strip()
+    if not answer:
+        raise UserError(f"{where}: nothing follows '####' in 'answer'. Give every question an answer, or drop the row.")
+    return answer
 
 
-def _options(row: dict, where: str) -> str:
-    """Return the options of a multiple-choice row of the hub as ARM writes them: "\\n(A)one  (B)two", else ""."""
-    if "choices" not in row:
-        return ""
-    choices = row["choices"]
-    if not isinstance(choices, dict) or not {"label", "text"} <= set(choices):
-        raise UserError(f"{where}: 'choices' needs 'label' and 'text', found {choices!r:.80}.")
-    return "\n" + "  ".join(f"({label}){text}" for label, text in zip(choices["label"], choices["text"]))
+def _options(row: dict, where: str) -> dict[str, str]:
+    """Return {label: text} of the options of a row: none, a list, {label: text}, or {"label": [...], "text": [...]}.
+
+    Raises:
+        UserError: they are in another form, or one of them is missing; or they are in columns of their own.
+    """
+    name = next((name for name in ("choices", "options") if row.get(name) is not None), None)
+    if name is None:
+        alone = next((n for n in row if UNREAD.fullmatch(n) and row[n] is not None), None)
+        alone = alone or (row.get("A") is not None and row.get("B") is not None and "A")
+        if alone:
+            raise UserError(f"{where}: '{alone}' looks like an option. Write the options as a list in 'options'.")
+        return {}
+    labels, texts = None, row[name]
+    if isinstance(texts, list):
+        labels = list(string.ascii_uppercase[: len(texts)])
+    elif isinstance(texts, dict) and {"label", "text"} <= set(texts):
+        labels, texts = texts["label"], texts["text"]
+    elif isinstance(texts, dict):
+        labels, texts = list(texts), list(texts.values())
+    if not (isinstance(labels, list) and isinstance(texts, list) and len(labels) == len(texts)):
+        raise UserError(
+            f"{where}: '{name}' has to be a list of texts, or labels with their texts, found {row[name]!r:.80}."
+        )
+    labels = [_as_text(label, f"{name}: label", where).strip() for label in labels]
+    texts = [_as_text(text, f"{name}: {label}", where).strip() for label, text in zip(labels, texts)]
+    own = [OWN_LETTER.fullmatch(text) for text in texts]
+    if all(own) and [match[1] for match in own] == labels:
+        texts = [match[2] for match in own]
+    if len(texts) < 2 or len({label.upper() for label in labels}) < len(labels):
+        raise UserError(
+            f"{where}: '{name}' needs two options or more with labels of their own, found {row[name]!r:.80}."
+        )
+    return dict(zip(labels, texts))
+
+
+def _letter(answer: str, options: dict[str, str], place: bool, where: str) -> str:
+    """Return the label that the answer means: a label, the text of one option alone, or (place) its number from 0."""
+    bare = answer.strip("(). ").upper()
+    found = {label for label, text in options.items() if label.upper() == bare or text == answer}
+    if place and int(answer) in range(len(options)):
+        found.add(list(options)[int(answer)])
+    if len(found) != 1:
+        raise UserError(
+            f"{where}: 'answer' {answer!r:.80} means {'none' if not found else 'more than one'} of the options "
+            f"{', '.join(options)}. Write the letter."
+        )
+    return found.pop()
 
 
 def _text(row: dict, names: tuple[str, ...], where: str) -> str:
     """Return the first of the fields the row has, as text that is not empty."""
-    value = next((row[name] for name in names if row.get(name) is not None), None)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    if value is None:
+    name = next((name for name in names if row.get(name) is not None), None)
+    if name is None:
+        empty = next((name for name in names if name in row), None)
+        if empty:
+            raise UserError(f"{where}: '{empty}' has no value. Fill it in, or drop the row.")
         raise UserError(f"{where}: no field '{names[0]}' (fields: {', '.join(map(str, row)) or 'none'}). Add it.")
+    return _as_text(row[name], names[0], where)
+
+
+def _as_text(value: object, name: str, where: str) -> str:
+    """Return a text as it is and a number written out (0.00001, not 1e-05), else raise UserError."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: '{name}' has no value (it is {value}). Fill it in, or drop the row.")
+    if isinstance(value, float):
+        return np.format_float_positional(value, trim="0")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
     if not isinstance(value, str):
-        raise UserError(f"{where}: '{names[0]}' has to be text, found {value!r:.80}.")
+        raise UserError(f"{where}: '{name}' has to be text, found {value!r:.80}.")
     if not value.strip():
-        raise UserError(f"{where}: '{names[0]}' is empty. Fill it in, or drop the row.")
+        raise UserError(f"{where}: '{name}' is empty. Fill it in, or drop the row.")
     return value
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open("rb") as file:  # bytes: only "\n" ends a line, and a bad byte is found in its line
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            try:
-                text = line.decode("utf-8-sig")
-                if text.strip():
-                    yield where, json.loads(text)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where} is not UTF-8: {error}. Save the file as UTF-8.") from error
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{where} is not JSON: {error}. The file needs one JSON object a line.") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise UserError(f"{path}: reading Parquet needs pyarrow. pip install pyarrow, or give a JSONL file.") from error
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{path} is no Parquet file: {error}") from error
-    yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
 
 
 def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
@@ -185,14 +221,14 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
         raise UserError(f"Data set {name}: needs datasets. pip install datasets, or give a local file.") from error
     hub, _, config = name.partition(":")
     try:
-        rows = load_dataset(hub, config or None, split=split)
+        data = load_dataset(hub, config or None, split=split).with_format("arrow")
     except Exception as error:  # the hub, the network and every data format have exceptions of their own
         raise UserError(
             f"Data set {name}, split {split}, cannot be loaded: {type(error).__name__}: {error}\n"
-            f"Check its name (owner/name, owner/name:config) and the network, or give a local JSONL or Parquet file; "
+            f"Check its name (owner/name, owner/name:config) and the network, or give a local file ({READ}); "
             f"{DATA_FOLDER} names a folder with <benchmark>_test.jsonl files."
         ) from error
-    yield from ((f"data set {name}, split {split}, row {i}", row) for i, row in enumerate(rows))
+    yield from known_columns(table_rows(f"data set {name}, split {split}", data.iter(1000)))
 
 
 def source(args, train: bool) -> Source:
@@ -203,13 +239,13 @@ def source(args, train: bool) -> Source:
     """
     sources = [part.strip() for part in args.data.split(",") if part.strip()]
     if train and not sources:
-        raise UserError("--data is empty: name JSONL or Parquet files, or data sets of the hub.")
+        raise UserError("--data is empty: name files (JSONL, CSV, Parquet), or data sets of the hub.")
     loaded = [load_questions(source, args.train_limit) for source in sources] if train else []
-    beside = next((source for source in sources if Path(source).is_file()), "")
+    beside = next((source for source in sources if Path(source).exists()), "")
     benchmarks = []
     for name in filter(None, (part.strip() for part in args.eval_data.split(","))):
         known = BENCHMARKS.get(name)
         samples = known.samples if known and known.samples > 1 else args.eval_samples
         asked = load_questions(name, args.eval_limit, split="test", beside=beside)
-        benchmarks.append(Benchmark(name if known else Path(name).stem, asked, samples))
+        benchmarks.append(Benchmark(name if known else stem(Path(name)), asked, samples))
     return Source([question for part in loaded for question in part], benchmarks)
