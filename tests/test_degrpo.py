@@ -43,7 +43,7 @@ FORM = object.__new__(Thinkless)  # without a tokenizer: two tokens are all that
 ONE_PROCESS = SimpleNamespace(gather=list)
 FORM.tokens = {"think": THINK, "short": SHORT}
 EXTRACT = {"first_token": Thinkless.answer_by_first_token, "substring": Thinkless.answer_by_substring}
-PLAIN = {"alpha": 0.001, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "entropy_coef": 0.0, "max_new_tokens": 64,
+PLAIN = {"kl_average": "as_loss", "alpha": 0.001, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "entropy_coef": 0.0, "max_new_tokens": 64,
          "fused": False}  # fmt: skip
 
 
@@ -139,6 +139,25 @@ def test_hand_computed_divergence(logprob, ref, want):
     assert stats["loss/ref_kl"].item() == pytest.approx(want, abs=1e-8)
 
 
+@pytest.mark.parametrize("aggregation, kl_average, want", [
+    ("paper", "as_loss", "sequence"), ("vanilla", "as_loss", "sequence"), ("code", "as_loss", "token"),
+    ("vanilla_code", "as_loss", "token"), ("paper", "token", "token"), ("vanilla", "token", "token"),
+    ("code", "sequence", "sequence"), ("vanilla_code", "sequence", "sequence"), ("paper", "sequence", "sequence"),
+    ("code", "token", "token"),
+])  # fmt: skip
+def test_divergence_and_entropy_by_response_or_by_token(aggregation, kl_average, want):
+    """Four tokens of k3 0.01873075 and entropy 0.5, two of 0.71828183 and 2: means of the two means, or of the six."""
+    logprobs = torch.tensor([-1.0] * 4 + [-2.0] * 2, dtype=torch.float64)
+    ref = torch.tensor([-1.2] * 4 + [-1.0] * 2, dtype=torch.float64)
+    entropy = torch.tensor([0.5] * 4 + [2.0] * 2, dtype=torch.float64)
+    mb = batch([4, 2], None, logprobs, torch.zeros(6, dtype=torch.float64), ref)
+    args = options(aggregation, kl_average=kl_average, kl_coef=0.1, entropy_coef=0.01)
+    value, stats = loss(logprobs, entropy, mb, Counts(6, 2), args)
+    k3, H = {"sequence": (0.36850629, 1.25), "token": (0.25191444, 1.0)}[want]
+    assert (stats["loss/ref_kl"].item(), stats["loss/entropy"].item()) == pytest.approx((k3, H), abs=1e-8)
+    assert value.item() == pytest.approx(0.1 * k3 - 0.01 * H, abs=1e-8)
+
+
 @pytest.mark.parametrize(
     "aggregation, control, response",
     [
@@ -211,10 +230,11 @@ def episode(mode, tokens, advantage=0.0, reward=0.0, group=0, text="", correct=F
     return e
 
 
-def total(split, aggregation):
+def total(split, aggregation, kl_average="as_loss"):
     """The loss of a step cut into micro-batches, with log-probs that do not depend on the cut."""
     counts = Counts(sum(e.num_tokens for part in split for e in part), sum(map(len, split)))
-    args, value = options(aggregation, kl_coef=0.1, entropy_coef=0.1, alpha=0.1), 0.0
+    args = options(aggregation, kl_average=kl_average, kl_coef=0.1, entropy_coef=0.1, alpha=0.1)
+    value = 0.0
     for part in split:
         mb = pack(part)
         logprobs = mb.behaviour_logprobs * 1.3
@@ -233,8 +253,9 @@ def test_no_split_changes_the_loss_but_the_official_one():
     ]
     splits = ([es], [es[:2], es[2:]], [[e] for e in es], [es[4:], es[:1], es[1:4]])
     for aggregation in ("paper", "vanilla", "vanilla_code"):
-        values = [total(split, aggregation) for split in splits]
-        assert values == pytest.approx([values[0]] * 4, rel=1e-6), aggregation
+        for kl_average in ("sequence", "token"):
+            values = [total(split, aggregation, kl_average) for split in splits]
+            assert values == pytest.approx([values[0]] * 4, rel=1e-6), aggregation
     values = [total(split, "code") for split in splits]
     assert max(values) - min(values) > 0.1, "micro-batches are summed as they are"
 
@@ -912,7 +933,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(laboratory, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("switches", [
     "--aggregation code --minibatches_per_step 2 --mode_rule substring --kl_coef 0.001 --tokens_per_micro_batch 128",
-    "--aggregation vanilla --std unbiased --entropy_coef 0.001 --gamma 0",
+    "--aggregation vanilla --std unbiased --entropy_coef 0.001 --gamma 0 --kl_average token",
     "--aggregation vanilla_code --alpha 0",
 ])  # fmt: skip
 def test_every_switch_trains(laboratory, tmp_path, switches):
