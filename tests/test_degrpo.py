@@ -43,8 +43,8 @@ FORM = object.__new__(Thinkless)  # without a tokenizer: two tokens are all that
 ONE_PROCESS = SimpleNamespace(gather=list)
 FORM.tokens = {"think": THINK, "short": SHORT}
 EXTRACT = {"first_token": Thinkless.answer_by_first_token, "substring": Thinkless.answer_by_substring}
-PLAIN = {"kl_average": "as_loss", "alpha": 0.001, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "entropy_coef": 0.0, "max_new_tokens": 64,
-         "fused": False}  # fmt: skip
+PLAIN = {"kl_average": "as_loss", "alpha": 0.001, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0,
+         "entropy_coef": 0.0, "max_new_tokens": 64}  # fmt: skip
 
 
 def golden(name, kind=None):
