@@ -22,7 +22,7 @@ from adaptive_reasoning.benchmark.papers import load_paper, paper_table
 from adaptive_reasoning.benchmark.votes import consensus, majority
 from adaptive_reasoning.core.files import append_jsonl, read_jsonl, write_bytes_atomic, write_json_atomic
 from adaptive_reasoning.errors import UserError, run_cli, say
-from adaptive_reasoning.formats.dialogue import DialogueArgs, DialogueFormat
+from adaptive_reasoning.formats.dialogue import DialogueArgs, DialogueFormat, check_budgets
 from adaptive_reasoning.formats.think import ThinkArgs
 from adaptive_reasoning.formats.thinkless import ThinklessArgs
 from adaptive_reasoning.learner.model import load_model, whole_weights
@@ -82,6 +82,8 @@ def check_args(args) -> None:
     form = formats.load(args.answer_format)
     if args.paper and (mode := load_paper(args.paper)["mode"]) not in ("", *form.modes):
         raise UserError(f"--paper {args.paper}: its rows have the mode {mode}, {args.answer_format} has no such mode.")
+    if issubclass(form, DialogueFormat):
+        check_budgets(args)
     if args.maj_k and issubclass(form, DialogueFormat):
         raise UserError("--maj_k: a dialogue already decides between two answers; there is no vote over dialogues.")
     if args.maj_k > args.eval_samples:
