@@ -37,7 +37,9 @@ Where paper and official code disagree (default first; every switch is an option
 """
 
 import json
-from dataclasses import dataclass
+import re
+import unicodedata
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -156,9 +158,9 @@ METRICS = {
     "adapt_think/thinking_tokens": Metric(
         "Mean length of the Thinking responses.", "tokens", panel=TOKENS, line="thinking"),
     "adapt_think/first_eot_prob": Metric(
-        "Mean probability of </think> as the first token, over the NoThinking responses of this step that get gradient "
-        "(step 0: over the evaluation questions): the first sign of progress. The share of NoThinking in the "
-        "evaluations stays at 0 for long, because the nucleus cuts improbable tokens.", "share",
+        "Mean probability of </think> as the first token, over the NoThinking responses of this step (step 0: over the "
+        "evaluation questions): the first sign of progress. The share of NoThinking in the evaluations stays at 0 for "
+        "long, because the nucleus cuts improbable tokens.", "share",
         "rises, then settles between 0 and 1", "p(</think>)",
         alarms=(
             Alarm("</think> is almost certain on every question for twenty steps: the model has stopped thinking "
@@ -268,6 +270,21 @@ def loss(logprobs: torch.Tensor, mb: MicroBatch, counts: Counts, args) -> tuple[
     return value, stats
 
 
+def score_first_token(episodes: list[Episode], learner) -> None:
+    """Keep log pi(</think> | x) of questions whose NoThinking responses all have advantage 0, for `metrics`.
+
+    The update does not score those. The prompt alone decides, so one response of a question has it for all of them, and
+    a delta that leaves no advantage 0, such as 0.05, costs nothing. Every process must call this, before the update.
+    """
+    skips = [e for e in episodes if e.mode == "nothinking"]
+    scored = {e.group for e in skips if e.teaches}
+    unscored = list({e.group: e for e in skips if e.group not in scored}.values())
+    cut = ("response_ids", "behaviour_logprobs", "action_mask")
+    firsts = [replace(e, forced=None, **{name: getattr(e, name)[:1] for name in cut}) for e in unscored]
+    for e, values in zip(unscored, learner.logprobs(firsts)):
+        e.info["first_logprob"] = float(values[0])
+
+
 def note_first_token(mb: MicroBatch, logprobs: torch.Tensor) -> None:
     """Keep log pi(y_1 | x) before the update of each episode, for `metrics`. Shapes: logprobs [N]."""
     first = mb.position == 0
@@ -278,13 +295,17 @@ def note_first_token(mb: MicroBatch, logprobs: torch.Tensor) -> None:
 def metric_rows(episodes: list[Episode], base: dict[int, float]) -> list[dict]:
     """Return what `metrics` needs of each episode, as plain numbers that can travel between processes."""
     rows = []
+    skips = [e for e in episodes if e.mode == "nothinking"]
+    of_question = {e.group: e.info["first_logprob"] for e in skips if "first_logprob" in e.info}
     for e in episodes:
         row = {"mode": e.mode, "reward": e.reward, "accuracy": float(e.correct), "tokens": e.num_tokens}
         row |= {"advantage": e.advantage, "ref_accuracy": base[e.group]}
-        if "first_logprob" in e.info:  # absent where the episode taught nothing
-            first = e.info["first_logprob"]
-            ratio = float(np.exp(first - e.behaviour_logprobs[0].item()))
-            row |= {"eot_logprob": first, "eot_prob": float(np.exp(first)), "ratio": ratio}
+        first = e.info.get("first_logprob")  # None where the episode taught nothing
+        if first is not None:
+            row["ratio"] = float(np.exp(first - e.behaviour_logprobs[0].item()))
+        if e.mode == "nothinking":  # the same prompt, the same probability
+            first = of_question[e.group] if first is None else first
+            row |= {"eot_logprob": first, "eot_prob": float(np.exp(first))}
         rows.append(row)
     return rows
 
@@ -328,34 +349,52 @@ def reference_accuracy(run: Run, args) -> dict[int, float] | None:
     return run.journal.keep("reference.json", needed, measure)
 
 
+def comparable(problem: str) -> str:
+    """Return a problem without what decode(encode(text)), through which the authors' keys went, may change.
+
+    Composed letters (NFC), the space in "is 2 ." and "do n't", at the ends, and how much of it is between words.
+    """
+    text = re.sub(r"\s+(?=n't\b)", "", unicodedata.normalize("NFC", problem))
+    return " ".join(re.sub(r"\s+(?=[^\w\s])|(?<=[^\w\s])\s+", "", text).split())
+
+
 def read_authors_table(path: str, questions: dict[int, Question]) -> dict[int, float]:
     """Return {question index: reference accuracy} from the authors' JSON list, looked up by the problem's text.
 
-    Rows are {"problem", "answer", "metrics": {"avg_acc_thinking", ...}}; the first, "__OVERALL__", holds means.
+    Rows are {"problem", "answer", "metrics": {"avg_acc_thinking", ...}}; the first, "__OVERALL__", holds means. A
+    question whose very text is not there takes the row whose text is `comparable`.
 
     Raises:
-        UserError: the file cannot be read or has another layout, or a question is not in it.
+        UserError: the file cannot be read or has another layout, a question is not in it, or rows of different
+            accuracies may be its own.
     """
     try:
-        table = {
-            row["problem"].strip(): row["metrics"]["avg_acc_thinking"] for row in json.loads(Path(path).read_text())
-        }
-        if wrong := [v for v in table.values() if not isinstance(v, (int, float)) or not 0 <= v <= 1]:
+        rows = json.loads(Path(path).read_text())
+        table = [(row["problem"].strip(), row["metrics"]["avg_acc_thinking"]) for row in rows]
+        if wrong := [v for _, v in table if not isinstance(v, (int, float)) or not 0 <= v <= 1]:
             raise TypeError(f"an accuracy of {wrong[0]!r}")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--ref_results {path}: cannot be read as JSON: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--ref_results {path}: expected a list of {{problem, answer, metrics: {{avg_acc_thinking}}}}, "
-            f"stumbled over {error}."
-        ) from error
-    missing = [q for q in questions.values() if q.problem.strip() not in table]
-    if missing:
-        raise UserError(
-            f"--ref_results {path}: {len(missing)} of {len(questions)} questions are not in it, the first is "
-            f"{missing[0].id}: {missing[0].problem[:80]!r}. Measure them instead: leave --ref_results empty."
-        )
-    return {i: float(table[q.problem.strip()]) for i, q in questions.items()}
+        layout = "a list of {problem, answer, metrics: {avg_acc_thinking}}"
+        raise UserError(f"--ref_results {path}: expected {layout}, stumbled over {error}.") from error
+    exact, near = {}, {}  # text -> accuracies of its rows
+    for problem, accuracy in table:
+        exact.setdefault(problem, set()).add(accuracy)
+        near.setdefault(comparable(problem), set()).add(accuracy)
+    found = {i: exact.get(q.problem.strip()) or near.get(comparable(q.problem), set()) for i, q in questions.items()}
+    for fault, wrong in (
+        ("are not in it", [i for i, values in found.items() if not values]),
+        ("have rows of different accuracies", [i for i, values in found.items() if len(values) > 1]),
+    ):
+        if wrong:
+            first, *others = (questions[i] for i in wrong)
+            more = f" (then {', '.join(q.id for q in others[:9])}{', ...' * (len(others) > 9)})" if others else ""
+            raise UserError(
+                f"--ref_results {path}: {len(wrong)} of {len(questions)} questions {fault}, the first is {first.id}: "
+                f"{first.problem[:80]!r}{more}. Measure them instead: leave --ref_results empty."
+            )
+    return {i: float(*values) for i, values in found.items()}
 
 
 def main() -> None:
@@ -384,6 +423,7 @@ def main() -> None:
             on_policy = args.old_logprobs == "learner" and args.minibatches_per_step == 1
             if args.old_logprobs == "learner" and not on_policy:
                 learner.recompute_logprobs(episodes)
+            score_first_token(episodes, learner)
             losses, updates = [], []
             minibatches = learner.minibatches(episodes, args.minibatches_per_step, step, skip_zero_advantage=True)
             for minibatch in minibatches:

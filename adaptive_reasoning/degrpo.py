@@ -16,11 +16,14 @@ Where paper and official code disagree (default first; every switch is an option
  - loss: Eq. 4, normalised over the whole step, so that no split changes it. The code takes alpha times the mean over
    the control tokens of a micro-batch and one mean over all its other tokens, and sums the micro-batches: `aggregation`
    "code" (summed over processes too, the official code averages those). Its vanilla lacks 1/(T_i + 1): "vanilla_code".
+ - divergence and entropy: weighted as the loss weights response tokens, so per response with Eq. 4, which has them
+   outside its normaliser; the code takes the mean over tokens. `kl_average` (and `aggregation` "code" has it).
  - mode: the first token. The code pays `<short>` anywhere, also for a thinking answer that prints it: `mode_rule`
    "substring". By the first token, a second control token is malformed like an unclosed thinking or a missing box: -1.
  - a first token that is no control token is a response token; the code trains it as a control token.
- - gamma: no value in the paper; 0.5 in the code, then 0.2 after 300 steps because 0.5 alone ends up too short.
-   `gamma`, `gamma_schedule`.
+ - gamma: no value in the paper; 0.5 in the code, then 0.2 after 300 steps because 0.5 alone ends up too short. That
+   second phase is a new run from the weights of step 300: they are its reference policy too, and AdamW starts anew
+   (experiments/degrpo_1_5b_phase2.yaml). `gamma_schedule` changes gamma alone.
  - the code's divergence 0.001 (k3), entropy bonus 0.001, clip range 0.2, beta2 0.95 and log-probs at temperature 0.6
    are followed; the paper has no values for these, no bonus, and beta2 0.999. 600 steps are the paper's.
 """
@@ -93,6 +96,10 @@ class Args(ThinklessArgs, RunArgs):
     """Divide the advantage by the group's standard deviation: "unbiased", or "none" (Dr. GRPO)."""
     aggregation: Literal["paper", "code", "vanilla", "vanilla_code"] = "paper"
     """Weight of a token: "paper" (Eq. 4), "code" (per micro-batch), "vanilla" (Eq. 1), "vanilla_code" (token mean)."""
+    kl_average: Literal["as_loss", "sequence", "token"] = "as_loss"
+    """Mean of k3 and entropy: "sequence" (of each response's mean), "token" (code: of all tokens; with aggregation
+    "code" those of a micro-batch), "as_loss": "token" with the two aggregations of the code, else "sequence", so that
+    a response pulls to the reference as much as it teaches. Default because the paper leaves it open."""
     clip_low: Positive = 0.2
     """epsilon below 1."""
     clip_high: Positive = 0.2
@@ -178,20 +185,20 @@ def token_weights(mb: MicroBatch, counts: Counts, args) -> tuple[torch.Tensor, t
     T counts response tokens: the control token is none of them, a first token that is no control token is one.
     """
     S, length = counts.sequences, mb.lengths[mb.sequence].to(mb.advantages.dtype)  # [N] of the token's own response
+    of_code = args.aggregation in ("code", "vanilla_code")
     per_sequence = 1 / (length * S)
-    if args.aggregation == "vanilla":  # Eq. 1
-        return per_sequence, per_sequence
-    if args.aggregation == "vanilla_code":
-        per_token = torch.full_like(length, 1 / counts.tokens)
-        return per_token, per_token
+    per_token = torch.full_like(length, 1 / max(len(length) if args.aggregation == "code" else counts.tokens, 1))
+    weight = per_token if args.kl_average == "token" or (args.kl_average == "as_loss" and of_code) else per_sequence
+    if args.aggregation in ("vanilla", "vanilla_code"):  # Eq. 1; one mean over all tokens
+        return per_token if of_code else per_sequence, weight
     opened = torch.tensor([e.mode != Thinkless.malformed for e in mb.episodes], dtype=torch.bool, device=length.device)
     opened = opened[mb.sequence]  # [N] whether the token's response has a control token
     control = opened & (mb.position == 0)
     if args.aggregation == "paper":  # Eq. 4; T is 0 only where there is nothing to weigh
         T = (length - opened.to(length.dtype)).clamp(min=1)
-        return torch.where(control, args.alpha / S, 1 / (T * S)), per_sequence
+        return torch.where(control, args.alpha / S, 1 / (T * S)), weight
     n, N = (part.to(length.dtype).sum().clamp(min=1) for part in (control, ~control))  # "code": of this micro-batch
-    return torch.where(control, args.alpha / n, 1 / N), torch.full_like(length, 1 / max(len(length), 1))
+    return torch.where(control, args.alpha / n, 1 / N), weight
 
 
 def loss(logprobs, entropy, mb: MicroBatch, counts: Counts, args) -> tuple[torch.Tensor, dict]:

@@ -93,7 +93,7 @@ class Args(DialogueArgs, RunArgs):
     max_prompt_tokens: PositiveInt = 2048
     """Questions with a longer prompt are left out of training, and counted."""
     max_new_tokens: PositiveInt = 14000
-    """All responses of a dialogue together, for the memory plan; at least the sum of the budgets."""
+    """All responses of a dialogue together, for the memory plan; at least the sum of the budgets, and --qa_budget."""
     learning_rate: Positive = 1e-6
     """AdamW learning rate, constant."""
     warmup_steps: NonNegativeInt = 50
@@ -146,16 +146,15 @@ class Args(DialogueArgs, RunArgs):
 
     def __post_init__(self):
         check_minibatches(self)
+        dialogue.check_budgets(self)
 
     def holds(self) -> Holds:
-        dialogues = self.environment == "dialogue"
-        turns = self.fast_budget + self.verify_budget + self.slow_budget + self.summary_budget
         return Holds(
             questions=self.prompts_per_step,
             top_p=self.eval_top_p,
             critic=True,
-            dialogues=dialogues,
-            least_new_tokens=turns if dialogues else self.qa_budget,
+            dialogues=self.environment == "dialogue",
+            least_new_tokens=dialogue.least_new_tokens(self),
         )
 
 

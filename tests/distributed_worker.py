@@ -114,6 +114,20 @@ def train(learner, episodes, steps: int, minibatches: int = 1, first: int = 0, *
     return stats
 
 
+def skip_one(learner, episodes) -> dict:
+    """Return what a step says whose loss is not a number on the first rank, with --on_nonfinite skip."""
+    learner.args.on_nonfinite, advantage = "skip", episodes[0].advantage if episodes else 0.0
+    if learner.accelerator.process_index == 0:
+        episodes[0].advantage = float("nan")
+    (minibatch,) = learner.minibatches(episodes, 1, seed=0)
+    accumulate(learner, minibatch)
+    stats = learner.step(learner.args.learning_rate)
+    if learner.accelerator.process_index == 0:
+        episodes[0].advantage = advantage
+    learner.args.on_nonfinite = "stop"
+    return stats
+
+
 def gradients(learner) -> dict[str, torch.Tensor]:
     """Return the whole gradient by name, on all ranks."""
     if not learner.zero3:
@@ -168,6 +182,7 @@ def main(folder: Path) -> None:
             learner = make_learner(str(folder / name), args, accelerator)
             found["state"] = load_checkpoint(folder / "step_000003", learner)
             found["restored_steps"] = learner.steps
+            found["skipped"] = skip_one(learner, mine)
             found["again"] = train(learner, mine, 2, first=3)
             found["again_weights"] = weights(learner)
 

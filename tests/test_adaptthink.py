@@ -2,11 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from distributed_worker import make_args, make_episodes, make_learner, write_model
 
 from adaptive_reasoning import adaptthink, formats
 from adaptive_reasoning.adaptthink import Args, advantage, baselines, loss, metrics, plan_rollouts
@@ -288,9 +290,69 @@ def test_metrics_by_mode():
     assert got == {f"adapt_think/{k}": pytest.approx(v) for k, v in want.items()}
 
 
+def test_first_token_counts_for_every_nothinking_response():
+    """Responses with advantage 0 are not scored in the update; those of the same prompt have the same probability."""
+    scored = [
+        episode("nothinking", 0, group=0, first=math.log(0.2)),
+        episode("nothinking", 1, group=0),
+        episode("nothinking", 1, group=1),
+        episode("nothinking", 1, group=1),
+        episode("thinking", 1, group=1),
+    ]
+    scored[0].advantage = -1.0
+    asked = []
+
+    def logprobs(firsts):
+        asked.extend(firsts)
+        return [torch.tensor([math.log(0.8)])] * len(firsts)
+
+    adaptthink.score_first_token(scored, SimpleNamespace(logprobs=logprobs))
+    (one,) = asked  # group 1 has no response that gets gradient; its prompt is read once
+    assert (one.group, one.response_ids.tolist(), one.action_mask.tolist()) == (1, [NOTHING], [True])
+    assert not one.forced.any(), "a forced token would keep log 0.5"
+    got = metrics(adaptthink.metric_rows(scored, {0: 1.0, 1: 1.0}), Args(num_generations=4))
+    assert got["adapt_think/first_eot_prob"] == pytest.approx((0.2 + 0.2 + 0.8 + 0.8) / 4)
+    assert got["adapt_think/first_eot_logprob"] == pytest.approx((2 * math.log(0.2) + 2 * math.log(0.8)) / 4)
+    assert got["adapt_think/first_ratio_mean"] == pytest.approx((0.2 / 0.5 + 0.8 / 0.5) / 2), "of those read"
+
+
+def test_first_token_read_alone_is_that_of_the_whole_response(tmp_path):
+    learner = make_learner(write_model(tmp_path / "model", tied=True), make_args(tmp_path))
+    forced = make_episodes()[1]
+    forced.mode, forced.advantage, forced.info = "nothinking", 0.0, {}
+    adaptthink.score_first_token([forced], learner)
+    (whole,) = learner.logprobs([replace(forced, forced=None)])
+    assert (
+        forced.info["first_logprob"] == pytest.approx(float(whole[0]), abs=1e-5) != float(forced.behaviour_logprobs[0])
+    )
+
+
+@pytest.mark.parametrize("theirs, ours", [
+    ("Is it 3.", "Is it 3 .\n"), ("caf\u00e9 don't", "cafe\u0301 do n't"), ("a $x$, (b)", " a  $x$ , ( b )"),
+])  # fmt: skip
+def test_the_authors_table_is_matched_whatever_their_tokenizer_did_to_the_text(tmp_path, theirs, ours):
+    """Their keys went through encode and decode; the very text goes first, and what may be two rows is refused."""
+
+    def read(rows, problem):
+        table = [{"problem": p, "answer": "", "metrics": {"avg_acc_thinking": v}} for p, v in rows]
+        (tmp_path / "ref.json").write_text(json.dumps(table))
+        return adaptthink.read_authors_table(str(tmp_path / "ref.json"), {7: Question("q7", problem, "1")})
+
+    assert read([("other", 0.0), (theirs, 0.5)], ours) == {7: 0.5}
+    assert read([(ours, 0.25), (theirs, 0.5)], ours) == {7: 0.25} == read([(ours, 0.25), (theirs, 0.5)], ours.strip())
+    assert read([(theirs + " ", 0.5), (theirs, 0.5)], ours) == {7: 0.5}
+    with pytest.raises(UserError, match="1 of 1 questions have rows of different accuracies, the first is q7"):
+        read([(theirs + " .", 0.5), (theirs + ".", 0.25)], ours + ".")
+
+
+@pytest.mark.parametrize("theirs, ours", [("1 1", "11"), ("not a", "nota"), ("x^2", "x2"), ("A", "a")])
+def test_texts_that_no_tokenizer_confuses_are_other_questions(theirs, ours):
+    assert adaptthink.comparable(theirs) != adaptthink.comparable(ours)
+
+
 def test_the_alarm_of_the_forced_share():
     """Half was asked for, a quarter came: forcing is broken, and nothing else would tell."""
-    rows = adaptthink.metric_rows([episode("nothinking", 1)] + [episode("thinking", 1)] * 3, {0: 1.0})
+    rows = adaptthink.metric_rows([episode("nothinking", 1, first=-0.7)] + [episode("thinking", 1)] * 3, {0: 1.0})
     assert metrics(rows, Args(num_generations=4))["adapt_think/forced_share_gap"] == 0.25
 
 

@@ -18,18 +18,19 @@ from transformers import AutoTokenizer
 from adaptive_reasoning import formats
 from adaptive_reasoning.benchmark import routers as router
 from adaptive_reasoning.benchmark.__main__ import Args as EvaluateArgs
-from adaptive_reasoning.benchmark.lenient import lenient_answer, lenient_same
+from adaptive_reasoning.benchmark.__main__ import of_benchmark, spec_of
+from adaptive_reasoning.benchmark.lenient import aime_answer, lenient_answer, lenient_same
 from adaptive_reasoning.benchmark.papers import load_paper, paper_table
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.files import read_jsonl
-from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.core.question import Benchmark, Question
 from adaptive_reasoning.degrpo import Args, advantages, loss, metrics, plan_rollouts, reward
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats import control_slot
 from adaptive_reasoning.formats.thinkless import Thinkless
 from adaptive_reasoning.learner.model import load_tokenizer
 from adaptive_reasoning.learner.packing import Counts, pack
-from adaptive_reasoning.run.evaluation import summarise
+from adaptive_reasoning.run.evaluation import Evaluator, summarise
 from adaptive_reasoning.run.options import parse_args, parse_schedule
 from adaptive_reasoning.sft import Args as SftArgs
 from adaptive_reasoning.sft import batch_of, check_pairs, load_rows
@@ -43,8 +44,8 @@ FORM = object.__new__(Thinkless)  # without a tokenizer: two tokens are all that
 ONE_PROCESS = SimpleNamespace(gather=list)
 FORM.tokens = {"think": THINK, "short": SHORT}
 EXTRACT = {"first_token": Thinkless.answer_by_first_token, "substring": Thinkless.answer_by_substring}
-PLAIN = {"alpha": 0.001, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "entropy_coef": 0.0, "max_new_tokens": 64,
-         "fused": False}  # fmt: skip
+PLAIN = {"kl_average": "as_loss", "alpha": 0.001, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0,
+         "entropy_coef": 0.0, "max_new_tokens": 64}  # fmt: skip
 
 
 def golden(name, kind=None):
@@ -139,6 +140,25 @@ def test_hand_computed_divergence(logprob, ref, want):
     assert stats["loss/ref_kl"].item() == pytest.approx(want, abs=1e-8)
 
 
+@pytest.mark.parametrize("aggregation, kl_average, want", [
+    ("paper", "as_loss", "sequence"), ("vanilla", "as_loss", "sequence"), ("code", "as_loss", "token"),
+    ("vanilla_code", "as_loss", "token"), ("paper", "token", "token"), ("vanilla", "token", "token"),
+    ("code", "sequence", "sequence"), ("vanilla_code", "sequence", "sequence"), ("paper", "sequence", "sequence"),
+    ("code", "token", "token"),
+])  # fmt: skip
+def test_divergence_and_entropy_by_response_or_by_token(aggregation, kl_average, want):
+    """Four tokens of k3 0.01873075 and entropy 0.5, two of 0.71828183 and 2: means of the two means, or of the six."""
+    logprobs = torch.tensor([-1.0] * 4 + [-2.0] * 2, dtype=torch.float64)
+    ref = torch.tensor([-1.2] * 4 + [-1.0] * 2, dtype=torch.float64)
+    entropy = torch.tensor([0.5] * 4 + [2.0] * 2, dtype=torch.float64)
+    mb = batch([4, 2], None, logprobs, torch.zeros(6, dtype=torch.float64), ref)
+    args = options(aggregation, kl_average=kl_average, kl_coef=0.1, entropy_coef=0.01)
+    value, stats = loss(logprobs, entropy, mb, Counts(6, 2), args)
+    k3, H = {"sequence": (0.36850629, 1.25), "token": (0.25191444, 1.0)}[want]
+    assert (stats["loss/ref_kl"].item(), stats["loss/entropy"].item()) == pytest.approx((k3, H), abs=1e-8)
+    assert value.item() == pytest.approx(0.1 * k3 - 0.01 * H, abs=1e-8)
+
+
 @pytest.mark.parametrize(
     "aggregation, control, response",
     [
@@ -211,10 +231,11 @@ def episode(mode, tokens, advantage=0.0, reward=0.0, group=0, text="", correct=F
     return e
 
 
-def total(split, aggregation):
+def total(split, aggregation, kl_average="as_loss"):
     """The loss of a step cut into micro-batches, with log-probs that do not depend on the cut."""
     counts = Counts(sum(e.num_tokens for part in split for e in part), sum(map(len, split)))
-    args, value = options(aggregation, kl_coef=0.1, entropy_coef=0.1, alpha=0.1), 0.0
+    args = options(aggregation, kl_average=kl_average, kl_coef=0.1, entropy_coef=0.1, alpha=0.1)
+    value = 0.0
     for part in split:
         mb = pack(part)
         logprobs = mb.behaviour_logprobs * 1.3
@@ -233,8 +254,9 @@ def test_no_split_changes_the_loss_but_the_official_one():
     ]
     splits = ([es], [es[:2], es[2:]], [[e] for e in es], [es[4:], es[:1], es[1:4]])
     for aggregation in ("paper", "vanilla", "vanilla_code"):
-        values = [total(split, aggregation) for split in splits]
-        assert values == pytest.approx([values[0]] * 4, rel=1e-6), aggregation
+        for kl_average in ("sequence", "token"):
+            values = [total(split, aggregation, kl_average) for split in splits]
+            assert values == pytest.approx([values[0]] * 4, rel=1e-6), aggregation
     values = [total(split, "code") for split in splits]
     assert max(values) - min(values) > 0.1, "micro-batches are summed as they are"
 
@@ -762,12 +784,42 @@ def test_rows_that_are_no_pairs(tmp_path, break_it):
         ("<short> it is <answer>12</answer>", "12"),
         ("so\n**Answer:** 8 apples\n", "8 apples"),
         ("**Final Answer**: 9", "9"),
-        ("first 3, then 1,250.", "1250"),
+        ("first 3, then 1,250.", "250"),  # commas are kept
+        ("at -3.5, so -4", "4"),
+        ("it is .5", ".5"),
         ("nothing", None),
     ],
 )
 def test_lenient_answers(text, answer):
     assert lenient_answer(text) == answer
+
+
+@pytest.mark.parametrize("text, gold, right", [
+    ("\\boxed{27}", "27", True), ("\\boxed{5} \\boxed{027.0}", "27", True), ("\\boxed{27}", "027", True),
+    ("\\boxed{-27}", "27", False), ("\\boxed{27/2}", "27", False), ("\\boxed{27.1}", "27", False),
+    ("\\boxed{27 m}", "27", False), ("\\boxed{5}, the final answer is 27", "27", False), ("\\boxed{inf}", "27", False),
+    ("The final answer is **27**, not 3", "27", True), ("from 3 to 27.", "27", True),
+    ("The final answer is -27.", "27", False), ("nothing", "27", False),
+])  # fmt: skip
+def test_aime_is_a_float_in_the_last_box(text, gold, right):
+    """The general rule takes "27/2" and "-27" for 27, because the first numbers are equal."""
+    answer = aime_answer(text)
+    assert (answer is not None and lenient_same(answer, gold)) is right
+
+
+def test_lenient_scoring_reads_aime_by_its_own_script_and_counts_a_later_think(lab):
+    args = EvaluateArgs(answer_format="thinkless", scoring="lenient")
+    spec = spec_of(lab, args)
+    on = Evaluator(None, None, lab, (), spec, args)
+    read = {
+        name: of_benchmark(on, Benchmark(name, [])).spec.extract_answer for name in ("aime24", "aime25_test", "math500")
+    }
+    assert read == {"aime24": aime_answer, "aime25_test": aime_answer, "math500": lenient_answer}
+    think, short = (lab.convert_tokens_to_ids(f"<{tag}>") for tag in ("think", "short"))
+    modes = [(think, 5), (short, 5), (short, 5, think), (5, think), (5, 5)]
+    assert [spec.mode_of(list(ids)) for ids in modes] == ["think", "short", "think", "think", "malformed"]
+    strict = spec_of(lab, EvaluateArgs(answer_format="thinkless"))
+    assert [strict.mode_of(list(ids)) for ids in modes] == ["think", "short", "short", "malformed", "malformed"]
 
 
 @pytest.mark.parametrize(
@@ -779,7 +831,10 @@ def test_lenient_answers(text, answer):
         ("12 apples", "12", True, True),
         ("x", "y", False, False),
         ("\\frac{1}{2}", "0.5", True, True),
-        ("1,250", "1250", True, True),
+        ("1,250", "1250", True, True),  # by math-verify
+        ("1,000", "1,200", True, False),  # commas are kept: the first number of both is 1
+        (".5", "5", False, False),
+        ("+0.5", "0.5", True, True),
     ],
 )
 def test_lenient_and_strict_equality(answer, gold, lenient, strict):
@@ -912,7 +967,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(laboratory, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("switches", [
     "--aggregation code --minibatches_per_step 2 --mode_rule substring --kl_coef 0.001 --tokens_per_micro_batch 128",
-    "--aggregation vanilla --std unbiased --entropy_coef 0.001 --gamma 0",
+    "--aggregation vanilla --std unbiased --entropy_coef 0.001 --gamma 0 --kl_average token",
     "--aggregation vanilla_code --alpha 0",
 ])  # fmt: skip
 def test_every_switch_trains(laboratory, tmp_path, switches):
@@ -932,7 +987,12 @@ def test_evaluation_with_routers_and_both_ways_of_counting(laboratory, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = {row["setting"]: row["result"] for row in json.loads((tmp_path / "evaluation.json").read_text())}
     assert list(rows) == ["adaptive", "always_think", "never_think", "router_random", "router_judge"]
-    assert rows["always_think"]["modes"]["think"]["share"] == 1 == rows["never_think"]["modes"]["short"]["share"]
+    assert rows["always_think"]["modes"]["think"]["share"] == 1
+    never = [row["response"] for row in read_jsonl(tmp_path / "samples.jsonl") if row["setting"] == "never_think"]
+    assert len(never) == 24 and all(text.startswith("<short>") for text in never)
+    thinks = sum("<think>" in text for text in never) / 24  # wherever it stands in the response
+    assert rows["never_think"]["modes"]["think"]["share"] == pytest.approx(thinks)
+    assert rows["never_think"]["modes"]["short"]["share"] == pytest.approx(1 - thinks)
     assert all(r["mean_tokens_paper"] > r["mean_tokens"] + 4 for r in rows.values())
     assert 0 <= rows["router_judge"]["judge_unclear_share"] <= 1 and rows["router_judge"]["judge_tokens"] > 0
 

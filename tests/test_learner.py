@@ -226,6 +226,24 @@ def test_nonfinite_stops_before_the_update(models, tmp_path, where):
     assert set(entry["samples"][0]) >= {"text", "behaviour_logprobs", "reward", "advantage", "group"}
 
 
+def test_nonfinite_update_is_skipped_where_asked(models, tmp_path):
+    """As verl does: the two steps around it are those of a run without it, bit for bit, and the samples are there."""
+    stats, moved = {}, {}
+    for name in ("whole", "skips"):
+        learner = make_learner(models["tied"], make_args(tmp_path / name, on_nonfinite="skip", warmup_steps=3))
+        stats[name] = train(learner, make_episodes(), 1)
+        if name == "skips":
+            (minibatch,) = learner.minibatches(make_episodes(), 1, seed=0)
+            for mb in minibatch:
+                learner.backward(toy_loss(learner.score(mb)[0], mb, minibatch.counts) * float("nan"))
+            assert learner.step(1e-3)["skipped_updates"] == 1 and learner.steps == 1
+        stats[name] += train(learner, make_episodes(), 1, first=1)
+        moved[name] = weights(learner)
+    assert stats["whole"] == stats["skips"] and [s["skipped_updates"] for s in stats["skips"]] == [0, 0]
+    assert all(torch.equal(a, b) for a, b in zip(moved["whole"].values(), moved["skips"].values()))
+    assert (tmp_path / "skips" / "nonfinite_step_0002.json").is_file()
+
+
 def test_resume_is_bit_exact(models, tmp_path):
     """P6: 2 steps, save, load into another learner, 2 steps: the weights of 4 steps, bit for bit."""
     args = make_args(tmp_path, warmup_steps=3)

@@ -119,6 +119,7 @@ def test_checkpoint_continues_exactly(two_ranks, one_process):
     kind, folder, result = two_ranks
     found = result["empty"]
     assert found["state"] == {"step": 3} and found["restored_steps"] == 5
+    assert found["skipped"]["skipped_updates"] == 1, "a step that is not finite lies between, and leaves no trace"
     assert found["again"] == found["after"]
     for name, weight in found["after_weights"].items():
         assert torch.equal(weight, found["again_weights"][name]), name

@@ -16,6 +16,8 @@ from small_model import make_folder, make_tokenizer
 from test_end_to_end import ROOT, comparable, run_module
 
 from adaptive_reasoning import formats, thinker
+from adaptive_reasoning.benchmark.__main__ import Args as EvaluateArgs
+from adaptive_reasoning.benchmark.__main__ import check_args
 from adaptive_reasoning.benchmark.papers import load_paper
 from adaptive_reasoning.core.files import read_jsonl
 from adaptive_reasoning.core.question import Question
@@ -594,9 +596,19 @@ def test_marks_of_a_turn():
     assert control.stop_ids == (r1.convert_tokens_to_ids("<|im_end|>"), r1.eos_token_id)
 
 
-def test_budgets_have_to_fit():
-    with pytest.raises(UserError, match="the budgets of the stages add up to 108"):
-        form_of(TOKENIZER, make_args(max_new_tokens=100))
+@pytest.mark.parametrize("changes, message", [
+    ({"max_new_tokens": 107}, "--max_new_tokens 107: the budgets of the stages add up to 108"),
+    ({"qa_budget": 109}, "--max_new_tokens 108: --qa_budget 109 is longer. The evaluations of a dialogue"),
+    ({"environment": "qa", "qa_budget": 109}, "--max_new_tokens 108: --qa_budget 109 is longer"),
+])  # fmt: skip
+def test_budgets_have_to_fit(changes, message):
+    """That of the baseline too, which the evaluation before step 1 takes: it was found too long when that began."""
+    with pytest.raises(UserError, match=message):
+        make_args(**changes)
+    assert make_args(environment="qa", max_new_tokens=40).holds().least_new_tokens == 40, "no dialogue, one turn"
+    args = EvaluateArgs(answer_format="dialogue", max_new_tokens=7_999, fast_budget=1, verify_budget=1, slow_budget=1)
+    with pytest.raises(UserError, match="--qa_budget 8000 is longer"):
+        check_args(args)
 
 
 def test_paper_table_and_its_average():

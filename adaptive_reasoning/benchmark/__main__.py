@@ -17,12 +17,12 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from adaptive_reasoning import formats
 from adaptive_reasoning.benchmark import routers as router
-from adaptive_reasoning.benchmark.lenient import lenient_answer, lenient_same
+from adaptive_reasoning.benchmark.lenient import aime_answer, lenient_answer, lenient_same
 from adaptive_reasoning.benchmark.papers import load_paper, paper_table
 from adaptive_reasoning.benchmark.votes import consensus, majority
 from adaptive_reasoning.core.files import append_jsonl, read_jsonl, write_bytes_atomic, write_json_atomic
 from adaptive_reasoning.errors import UserError, run_cli, say
-from adaptive_reasoning.formats.dialogue import DialogueArgs, DialogueFormat
+from adaptive_reasoning.formats.dialogue import DialogueArgs, DialogueFormat, check_budgets
 from adaptive_reasoning.formats.think import ThinkArgs
 from adaptive_reasoning.formats.thinkless import ThinklessArgs
 from adaptive_reasoning.learner.model import load_model, whole_weights
@@ -65,7 +65,8 @@ class Args(DialogueArgs, ThinkArgs, ThinklessArgs, RunArgs):
     paper: str = ""
     """Print a paper's rows beside ours: a name in benchmark/published such as arm-3b, or the path of a YAML file."""
     scoring: Literal["strict", "lenient"] = "strict"
-    """"strict": as in training. "lenient": a box anywhere, other places, the first number (Thinkless' scripts)."""
+    """"strict": as in training; default, because it is what a model was taught. "lenient": as Thinkless' scripts: a box
+    anywhere, other places, the first number; AIME as a float; thinking is `<think>` anywhere in the response."""
     instruction: str = ""
     """Text put before every problem, e.g. to ask for a box."""
     judge_model: str = ""
@@ -82,6 +83,8 @@ def check_args(args) -> None:
     form = formats.load(args.answer_format)
     if args.paper and (mode := load_paper(args.paper)["mode"]) not in ("", *form.modes):
         raise UserError(f"--paper {args.paper}: its rows have the mode {mode}, {args.answer_format} has no such mode.")
+    if issubclass(form, DialogueFormat):
+        check_budgets(args)
     if args.maj_k and issubclass(form, DialogueFormat):
         raise UserError("--maj_k: a dialogue already decides between two answers; there is no vote over dialogues.")
     if args.maj_k > args.eval_samples:
@@ -92,9 +95,21 @@ def spec_of(tokenizer, args) -> EvalSpec:
     """Return how the format is evaluated, with the scoring that was asked for."""
     form = formats.load(args.answer_format)(tokenizer, args)
     spec = dataclasses.replace(form.eval_spec(), extra_tokens=form.template_tokens())
-    if args.scoring == "lenient":
-        spec = dataclasses.replace(spec, extract_answer=lenient_answer, check=lenient_same)
-    return spec
+    if args.scoring == "strict":
+        return spec
+
+    def mode_of(response_ids) -> str:  # the scripts' think %: a response with <think> anywhere in it
+        return "think" if "<think>" in tokenizer.decode(response_ids) else spec.mode_of(response_ids)
+
+    mode_of = mode_of if "think" in spec.modes else spec.mode_of
+    return dataclasses.replace(spec, extract_answer=lenient_answer, check=lenient_same, mode_of=mode_of)
+
+
+def of_benchmark(on: Evaluator, benchmark: Benchmark) -> Evaluator:
+    """Return the evaluator of one benchmark: lenient scoring reads answers to AIME by another script."""
+    if on.args.scoring == "strict" or not benchmark.name.startswith("aime"):
+        return on
+    return dataclasses.replace(on, spec=dataclasses.replace(on.spec, extract_answer=aime_answer))
 
 
 def wanted_settings(names: str, spec: EvalSpec) -> list[str]:
@@ -238,7 +253,7 @@ def measure(args, accelerator, watch: Watch) -> None:
         on = Evaluator(
             engine, grader, tokenizer, stop_ids, spec, args, accelerator, args.instruction, args.execute_code
         )
-        parts = [measure_benchmark(on, b, wanted, kept, judged, keep, watch) for b in task.benchmarks]
+        parts = [measure_benchmark(of_benchmark(on, b), b, wanted, kept, judged, keep, watch) for b in task.benchmarks]
     on_main(accelerator, partial(report, folder, args, spec, [row for part in parts for row in part]))
 
 

@@ -92,6 +92,7 @@ SHARED = {
         "", "steady; spikes come before damage", "grad", panel="Gradient norm | Before clipping.",
         alarms=(Alarm("the gradient is not finite: stop and look at the samples of this step", null=True),)),
     "loss/learning_rate": Metric("Learning rate of the last optimiser step.", "", "as scheduled"),
+    "loss/skipped_updates": Metric("Updates skipped because they were not finite (--on_nonfinite skip).", "", "0"),
     "loss/entropy": Metric(
         "Mean entropy of the next-token distribution over the response tokens, at the sampling temperature.",
         "nats", "falls slowly; a sudden fall is a collapse",

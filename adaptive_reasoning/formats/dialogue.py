@@ -113,6 +113,23 @@ def next_stage(turns: dict[str, Turn], setting: str, options: DialogueArgs) -> s
     return None if accepted and setting != "slow" else "slow"
 
 
+def least_new_tokens(args) -> int:
+    """Return the longest response: all turns of a dialogue, or the baseline's one, which evaluations have beside it."""
+    turns = args.fast_budget + args.verify_budget + args.slow_budget + args.summary_budget
+    return args.qa_budget if args.environment == "qa" else max(turns, args.qa_budget)
+
+
+def check_budgets(args) -> None:
+    """Raise UserError where --max_new_tokens, for which memory is planned, is less than a budget takes."""
+    if args.max_new_tokens >= (longest := least_new_tokens(args)):
+        return
+    if longest == args.qa_budget:
+        fault = f"--qa_budget {longest} is longer. The evaluations of a dialogue have the setting qa too"
+    else:
+        fault = f"the budgets of the stages add up to {longest}"
+    raise UserError(f"--max_new_tokens {args.max_new_tokens}: {fault}. Raise it, or lower the budgets.")
+
+
 class DialogueFormat(ResponseFormat):
     """Turns of a dialogue; the mode is the stage whose answer counts.
 
@@ -135,8 +152,7 @@ class DialogueFormat(ResponseFormat):
         self.end, self.wave = self.marks.end, args.rollout_rows
         self.stop_ids = tuple(dict.fromkeys((self.end, *prompts.stop_tokens(tokenizer))))
         self.stages = ("qa",) if self.options.environment == "qa" else STAGES[:-1]
-        if args.max_new_tokens < (longest := sum(map(self.budget, self.stages))):
-            raise UserError(f"--max_new_tokens {args.max_new_tokens}: the budgets of the stages add up to {longest}.")
+        check_budgets(args)
 
     def ids(self, stage: str, problem: str | None) -> list[int]:
         """Return the tokens before the response of a stage: the user's turn, and how the model's turn opens."""

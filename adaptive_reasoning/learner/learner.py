@@ -273,12 +273,15 @@ class Learner:
     def step(self, rate: float) -> dict[str, float]:
         """Check, clip and apply the gradient. Returns {"grad_norm" (before clipping), "learning_rate"}.
 
+        With args.on_nonfinite "skip" also "skipped_updates", 1 where a loss of any rank or the gradient was not finite:
+        weights, optimiser and number of steps then stay as they were.
+
         Args:
             rate: AdamW's learning rate; over the first args.warmup_steps steps it rises to this from zero.
 
         Raises:
-            NonFiniteError: on all ranks, before any weight changes, if a loss of any rank or the gradient is not
-                finite. The questions concerned are in <output_dir>/nonfinite_step_<number>.json.
+            NonFiniteError: with "stop", on all ranks, before any weight changes, if a loss of any rank or the gradient
+                is not finite. Either way the questions concerned are in <output_dir>/nonfinite_step_<number>.json.
         """
         assert self._scored is None and self._complete, "step comes after backward of the last micro-batch"
         losses, self._losses, self._complete = self._losses, [], False
@@ -287,9 +290,19 @@ class Learner:
         grad_norm = self._clip_gradient()
         # One exchange tells all ranks the same: a non-finite number anywhere leaves a non-finite sum everywhere.
         flags = self._reduce(torch.stack([bad.double(), grad_norm.double()]), "sum")
-        if flags[0] > 0 or not flags[1].isfinite():
-            self._stop(values, losses, float(grad_norm))
         rate *= min(1.0, (self.steps + 1) / max(1, self.args.warmup_steps))
+        stats = {"grad_norm": float(grad_norm), "learning_rate": rate}
+        if self.args.on_nonfinite == "skip":
+            stats["skipped_updates"] = 0
+        if flags[0] > 0 or not flags[1].isfinite():
+            told = self._write_nonfinite(values, losses, float(grad_norm))
+            if self.args.on_nonfinite == "stop":
+                raise NonFiniteError(told)
+            if self.zero3:
+                self.optimizer._overflow_clean_up(None)  # what DeepSpeed does with an overflow in fp16
+            else:
+                self.optimizer.zero_grad(set_to_none=True)
+            return stats | {"skipped_updates": 1}
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self.zero3:
@@ -298,7 +311,7 @@ class Learner:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
-        return {"grad_norm": float(grad_norm), "learning_rate": rate}
+        return stats
 
     def _clip_gradient(self) -> torch.Tensor:
         """Return the norm of the whole gradient, the same on all ranks; clips it, except under ZeRO-3."""
@@ -311,8 +324,8 @@ class Learner:
         square = torch.stack(torch._foreach_norm(shards)).double().square().sum()
         return self._reduce(square, "sum").sqrt().to(square.device)
 
-    def _stop(self, values: torch.Tensor, losses: list, grad_norm: float) -> None:
-        """Write down the samples concerned and raise, on all ranks."""
+    def _write_nonfinite(self, values: torch.Tensor, losses: list, grad_norm: float) -> str:
+        """Write down the samples concerned, and return what to tell; every rank must call this."""
         finite = values.isfinite().tolist()
         mine = [
             {
@@ -343,7 +356,7 @@ class Learner:
             write_json_atomic(path, report)
 
         on_main(self.accelerator, write)
-        raise NonFiniteError(
+        return (
             f"the {what} of optimiser step {self.steps + 1} is not finite; nothing was updated on any process. The "
             f"samples concerned, with their token ids, are in {path}: look for the one that is unlike the others. "
             f"Lower --learning_rate or --max_grad_norm if the steps before it were growing; the same command "

@@ -104,6 +104,9 @@ class RunArgs:
     """AdamW second-moment decay."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm over all parameters."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: "stop" (default, because its cause is in the samples that are written
+    down) or "skip" the update and go on, as verl does; counted as loss/skipped_updates."""
     tokens_per_micro_batch: PositiveInt = 32768
     """Most tokens (padding included) in one forward pass of the learner."""
     dtype: Literal["bf16", "fp32"] = "bf16"

@@ -305,6 +305,8 @@ class Run:
             **own,
         }
         row["rollout/tokens_per_s"] = row["rollout/tokens"] / seconds["rollout"]
+        if args.on_nonfinite == "skip":
+            row["loss/skipped_updates"] = sum(u["skipped_updates"] for u in updates)
         row |= self._evaluated()
         batch = self.task.batch(self.step, args.prompts_per_step, args.seed)
         chosen = picked([part["groups"] for part in parts], batch, args.samples_per_step, self.step)
