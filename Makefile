@@ -175,6 +175,14 @@ toy-thinker-qa: $(call cold,thinker)  ## its baseline, PPO on question and answe
 toy-dpo: $(call cold,adaptthink)  ## DPO on chains: the shortest right one of its own answers against the longest; SEED=0
 	@$(call toy,dpo,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
 
+.PHONY: toy-tlmre
+toy-tlmre: $(call cold,adaptthink)  ## TLMRE on chains: among right answers the shorter ones earn more; SEED=0
+	@$(call toy,tlmre,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+
+.PHONY: toy-o1-pruner
+toy-o1-pruner: $(call cold,adaptthink)  ## O1-Pruner on chains: its own answers, weighted by length and accuracy; SEED=0
+	@$(call toy,o1_pruner,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+
 .PHONY: toy-ablation
 toy-ablation: $(call cold,adaptthink)  ## toy-adaptthink for all DELTAS="0 0.05 0.1 0.2" and SEEDS="0 1 2 3 4"
 	@for delta in $(DELTAS); do for seed in $(SEEDS); do \
@@ -213,6 +221,26 @@ train-adaptthink-7b: $(INSTALLED)  ## AdaptThink, R1-Distill-Qwen-7B on DeepScal
 
 .PHONY: eval-adaptthink-1.5b
 eval-adaptthink-1.5b: $(INSTALLED)  ## GSM8K, MATH-500, AIME24 in all three settings, beside the paper's row
+	$(call paper,benchmark)
+
+.PHONY: train-tlmre-1.5b train-tlmre-7b eval-tlmre-1.5b eval-tlmre-7b
+train-tlmre-1.5b: $(INSTALLED)  ## TLMRE, a baseline of AdaptThink's Table 1, R1-Distill-Qwen-1.5B on DeepScaleR
+	$(call paper,tlmre)
+train-tlmre-7b: $(INSTALLED)  ## the same, R1-Distill-Qwen-7B
+	$(call paper,tlmre)
+eval-tlmre-1.5b: $(INSTALLED)  ## AdaptThink's protocol on a model of train-tlmre-1.5b, beside Table 1
+	$(call paper,benchmark)
+eval-tlmre-7b: $(INSTALLED)  ## the same, 7B
+	$(call paper,benchmark)
+
+.PHONY: train-o1-pruner-1.5b train-o1-pruner-7b eval-o1-pruner-1.5b eval-o1-pruner-7b
+train-o1-pruner-1.5b: $(INSTALLED)  ## O1-Pruner, a baseline of the same table, offline: samples its answers first
+	$(call paper,o1_pruner)
+train-o1-pruner-7b: $(INSTALLED)  ## the same, R1-Distill-Qwen-7B
+	$(call paper,o1_pruner)
+eval-o1-pruner-1.5b: $(INSTALLED)  ## AdaptThink's protocol on a model of train-o1-pruner-1.5b, beside Table 1
+	$(call paper,benchmark)
+eval-o1-pruner-7b: $(INSTALLED)  ## the same, 7B
 	$(call paper,benchmark)
 
 # ARM and Thinkless start from a supervised model of their own. It is made first if it is not there: from SFT_DATA, rows
@@ -299,6 +327,10 @@ plan-ada-grpo-%: $(INSTALLED)
 	$(call plan,ada_grpo)
 plan-grpo-%: $(INSTALLED)
 	$(call plan,grpo)
+plan-tlmre-%: $(INSTALLED)
+	$(call plan,tlmre)
+plan-o1-pruner-%: $(INSTALLED)
+	$(call plan,o1_pruner)
 plan-degrpo-%: $(INSTALLED)
 	$(call plan,degrpo)
 plan-thinker-%: $(INSTALLED)

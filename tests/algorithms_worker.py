@@ -21,6 +21,7 @@ COMMON = (
 RUNS = {  # algorithm: (format of its model, options)
     "grpo": ("arm", "--max_new_tokens 32 --kl_coef 0.01 --entropy_coef 0.01"),
     "ada_grpo": ("arm", "--max_new_tokens 32 --kl_coef 0.01 --entropy_coef 0.01"),
+    "tlmre": ("arm", "--answer_format arm --max_new_tokens 32 --kl_coef 0.01 --alpha 0.4"),
     "degrpo": ("thinkless", "--max_new_tokens 24 --kl_coef 0.01 --entropy_coef 0.01"),
     "thinker": ("thinker", "--critic_minibatches 2 --max_new_tokens 64 --fast_budget 8 --verify_budget 12 "
                            "--slow_budget 12 --summary_budget 8"),

@@ -76,3 +76,17 @@ def go(monkeypatch, capsys):
         return 0, ""
 
     return go
+
+
+@pytest.fixture(scope="session")
+def guesser(tmp_path_factory):
+    """The folder of a laboratory model that knows AdaptThink's format and guesses: some answers are right, of unlike
+    lengths."""
+    folder, argv = tmp_path_factory.mktemp("guesser"), sys.argv
+    options = "--config experiments/cold_start_adaptthink.yaml --max_steps 80 --batch_size 16 --chain_mix 1"
+    sys.argv = ["sft", *options.split(), "--nothinking_supervised", "1", "--output_dir", str(folder)]
+    try:
+        importlib.import_module("adaptive_reasoning.sft").main()
+    finally:
+        sys.argv = argv
+    return folder / "model"

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from adaptive_reasoning import ada_grpo, adaptthink, degrpo, grpo, thinker
+from adaptive_reasoning import ada_grpo, adaptthink, degrpo, grpo, thinker, tlmre
 from adaptive_reasoning.core.metric import SHARED, Alarm
 from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.formats.boxed import Boxed
@@ -12,7 +12,7 @@ from adaptive_reasoning.formats.statistics import mode_metrics
 from adaptive_reasoning.formats.thinkless import Thinkless
 from adaptive_reasoning.report.alarms import Alarms
 
-METHODS = (grpo, ada_grpo, degrpo, adaptthink, thinker)
+METHODS = (grpo, ada_grpo, degrpo, tlmre, adaptthink, thinker)
 DECLARED = {key: metric for method in METHODS for key, metric in method.METRICS.items()} | SHARED
 for form in (Boxed, Arm, Thinkless):
     DECLARED |= mode_metrics(form)

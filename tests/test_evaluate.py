@@ -89,6 +89,18 @@ def test_rows_of_the_paper():
         assert sum(n for _, n in arm[size]["ARM, k=1"].values()) / 7 == pytest.approx(average, abs=1)
 
 
+def test_baselines_of_table_1():
+    """Mean differences to the original model, as AdaptThink's Table 1 prints them: accuracy in points, length in %."""
+    want = {"1.5b": {"O1-Pruner": (-1.0, -33.9), "TLMRE": (2.0, -25.3)},
+            "7b": {"O1-Pruner": (-2.7, -24.7), "TLMRE": (1.0, -8.8)}}  # fmt: skip
+    for size, methods in want.items():
+        rows = load_paper(f"adaptthink-{size}")["rows"]
+        for name, (accuracy, length) in methods.items():
+            pairs = [(rows[name][b], rows["original, always think"][b]) for b in ("gsm8k", "math500", "aime24")]
+            assert sum(a[0] - o[0] for a, o in pairs) / 3 == pytest.approx(accuracy, abs=0.06)
+            assert sum(a[1] / o[1] - 1 for a, o in pairs) / 3 * 100 == pytest.approx(length, abs=0.06)
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_published_rows_are_whole(path):
     """Every cell belongs to a benchmark of the paper, has as many numbers as the others, and is no text."""

@@ -46,6 +46,21 @@ def trained(target: str, model: Path, data: Path, out: Path, more: str = "", aga
 
 
 @pytest.mark.slow
+def test_the_baselines_of_adaptthinks_table(base, tmp_path):
+    model, data = base
+    trained("train-tlmre-1.5b", model, data, tmp_path / "tlmre")
+    offline = SMALL.replace("--prompts_per_step 4 --num_generations 4", "--rows_per_step 4 --samples 4")
+    offline = offline.replace("--minibatches_per_step 1", f"--eval_data {data} --train_limit 8 --bank {tmp_path}/bank")
+    make("train-o1-pruner-1.5b", MODEL=model, DATA=data, NUM_GPUS=0, OUT=tmp_path / "o1", ARGS=offline)
+    assert [row["step"] for row in read_jsonl(tmp_path / "o1" / "metrics.jsonl")] == [0, 1, 2]
+    (tmp_path / "gsm8k.jsonl").write_bytes(data.read_bytes())  # a name that Table 1 has
+    out = make("eval-tlmre-1.5b", MODEL=model, NUM_GPUS=0, OUT=tmp_path / "eval",
+               ARGS=f"--eval_data {tmp_path}/gsm8k.jsonl --eval_limit 3 --max_new_tokens 16").stdout  # fmt: skip
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "paper, TLMRE 80.7 / 863 / 0" in lines and any(line.startswith("here, never_think") for line in lines)
+
+
+@pytest.mark.slow
 def test_arm_from_the_cold_start_to_the_evaluation(base, tmp_path):
     model, data = base
     formats = [lambda a, t=t: f"<{t}>\nso\n</{t}>\n<ANSWER>\n{a}\n</ANSWER>" for t in ("COT", "CODE", "LONG_COT")]
