@@ -7,7 +7,7 @@ other model with one task vector is w = alpha.
     make merge-1.5b                        # DeepSeek-R1-Distill-Qwen-1.5B with Qwen2.5-Math-1.5B, w = 0.7
     python -m adaptive_reasoning.merge --model REASONER --other OTHER --weight 0.5,0.7,0.9 --output_dir runs/merged
 
- 1. theta = w theta_reasoner + (1 - w) theta_other for every parameter: layers, norms, biases, embeddings. In fp32,
+ 1. theta = w theta_reasoner + (1 - w) theta_other for every parameter: layers, norms, biases, embeddings. In fp64,
     rounded once to the reasoner's type.
  2. Where one model has a tied output embedding and the other has not, the tied one is written out before the mean, and
     the result is untied. Two tied models stay tied.
@@ -45,7 +45,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SAME = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")  # no shape shows these
 KEPT = ("rope_parameters", "rms_norm_eps", "max_position_embeddings")  # the reasoner's; told where the other's differ
 SHARD_BYTES = 5 * 10**9  # of one file of the result
-BLOCK = 2**24  # numbers merged at a time: 64 MiB in fp32
+BLOCK = 2**22  # numbers merged at a time: 32 MiB in fp64
 BESIDE = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")  # what of the reasoner's folder goes along
 ABOUT = "merge.json"  # in every folder: from what it was made
 
@@ -73,15 +73,14 @@ class Args:
 
 
 def merge(reasoner: torch.Tensor, other: torch.Tensor, w: float) -> torch.Tensor:
-    """Return w reasoner + (1 - w) other in fp32, rounded once to the reasoner's type; same shape, any float types.
+    """Return w reasoner + (1 - w) other in fp64, rounded once to the reasoner's type; same shape, any of DTYPES.
 
-    w = 1 and w = 0 return the inputs bit for bit, and numbers that both share are kept as they are, which the sum of
-    two rounded products would miss by a bit.
+    Not in fp32: its own rounding shows in fp32 results, where a model merged with itself would change, and in bf16 ones
+    where the mean lies halfway between two numbers. w = 1 and w = 0 return the inputs bit for bit, -0.0 too.
     """
     if w in (0.0, 1.0):
         return reasoner if w else other.to(reasoner.dtype)
-    x, y = reasoner.float(), other.float()
-    return torch.where(x == y, x, w * x + (1 - w) * y).to(reasoner.dtype)
+    return (w * reasoner.double() + (1 - w) * other.double()).to(reasoner.dtype)
 
 
 def parse_weights(text: str) -> list[float]:
