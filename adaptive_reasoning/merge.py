@@ -58,7 +58,7 @@ class Args:
     """Reasoner: a Hugging Face folder or a hub name (Qwen2, Qwen3 or Llama), with safetensors."""
     other: str = "Qwen/Qwen2.5-Math-1.5B"
     """Model to merge it with."""
-    weight: str = "0.7"
+    weight: str | float = "0.7"
     """w: the reasoner's share, in [0, 1]; several, comma separated, are a folder each."""
     rows: Literal["refuse", "cut"] = "refuse"
     """Embeddings with different numbers of rows: "refuse", or "cut" both to the rows that they have in common."""
@@ -314,7 +314,7 @@ def name_of(w: float) -> str:
 
 def main() -> None:
     args = parse_args(Args)
-    weights, folder = parse_weights(args.weight), Path(args.output_dir)
+    weights, folder = parse_weights(str(args.weight)), Path(args.output_dir)
     reasoner, other = Source("--model", args.model), Source("--other", args.other)
     entries = plan(reasoner, other, args)
     about = {"method": "w model + (1 - w) other", "model": args.model, "other": args.other, "rows": args.rows}
