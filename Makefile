@@ -87,6 +87,8 @@ paper = @$(LAUNCH) adaptive_reasoning.$(1) --config $(call YAML,$(NAME)) $(WHAT)
   --output_dir "$(or $(OUT),runs/$(NAME))" $(ARGS)
 toy = $(ON_CPU) $(PY) -m adaptive_reasoning.$(1) --config $(call YAML,$(3)) \
   --model "$(or $(MODEL),runs/cold-start-$(2)/model)" --output_dir "$(4)"
+merged = @$(ON_CPU) $(PY) -m adaptive_reasoning.merge --config $(call YAML,$@) $(if $(MODEL),--model "$(MODEL)") \
+  --output_dir "$(or $(OUT),runs/$@)" $(ARGS)
 # The folder of a cold start holds a model once it is complete.
 cold = $(INSTALLED) $(if $(MODEL),,runs/cold-start-$(1)/model/config.json)
 COLD_STARTS := $(foreach format,adaptthink arm thinkless thinker,runs/cold-start-$(format)/model/config.json)
@@ -183,6 +185,10 @@ toy-tlmre: $(call cold,adaptthink)  ## TLMRE on chains: among right answers the 
 toy-o1-pruner: $(call cold,adaptthink)  ## O1-Pruner on chains: its own answers, weighted by length and accuracy; SEED=0
 	@$(call toy,o1_pruner,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
 
+.PHONY: toy-rft-mixthinking
+toy-rft-mixthinking: $(call cold,adaptthink)  ## RFT_MixThinking on chains: its own right answers, each question in one mode; SEED=0
+	@$(call toy,rft,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+
 .PHONY: toy-ablation
 toy-ablation: $(call cold,adaptthink)  ## toy-adaptthink for all DELTAS="0 0.05 0.1 0.2" and SEEDS="0 1 2 3 4"
 	@for delta in $(DELTAS); do for seed in $(SEEDS); do \
@@ -241,6 +247,29 @@ train-o1-pruner-7b: $(INSTALLED)  ## the same, R1-Distill-Qwen-7B
 eval-o1-pruner-1.5b: $(INSTALLED)  ## AdaptThink's protocol on a model of train-o1-pruner-1.5b, beside Table 1
 	$(call paper,benchmark)
 eval-o1-pruner-7b: $(INSTALLED)  ## the same, 7B
+	$(call paper,benchmark)
+
+# Merging needs no GPU and no data; MODEL= is the reasoner, ARGS="--other ... --weight 0.5,0.7" the rest.
+.PHONY: merge-1.5b merge-7b eval-merge-1.5b eval-merge-7b
+merge-1.5b: $(INSTALLED)  ## ModelMerging: R1-Distill-Qwen-1.5B with Qwen2.5-Math-1.5B, weight 0.7 (one folder a weight)
+	$(merged)
+merge-7b: $(INSTALLED)  ## the same, 7B
+	$(merged)
+runs/merge-%/w0.7/config.json: | $(INSTALLED)
+	@$(MAKE) --no-print-directory merge-$* MODEL= OUT=runs/merge-$* ARGS=
+eval-merge-1.5b: $(if $(MODEL),$(INSTALLED),runs/merge-1.5b/w0.7/config.json)  ## AdaptThink's protocol on it, beside Table 1
+	$(call paper,benchmark)
+eval-merge-7b: $(if $(MODEL),$(INSTALLED),runs/merge-7b/w0.7/config.json)  ## the same, 7B
+	$(call paper,benchmark)
+
+.PHONY: train-rft-mixthinking-1.5b train-rft-mixthinking-7b eval-rft-mixthinking-1.5b eval-rft-mixthinking-7b
+train-rft-mixthinking-1.5b: $(INSTALLED)  ## RFT_MixThinking, R1-Distill-Qwen-1.5B on its own right answers to DeepScaleR
+	$(call paper,rft)
+train-rft-mixthinking-7b: $(INSTALLED)  ## the same, R1-Distill-Qwen-7B
+	$(call paper,rft)
+eval-rft-mixthinking-1.5b: $(INSTALLED)  ## AdaptThink's protocol on a model of train-rft-mixthinking-1.5b, beside Table 1
+	$(call paper,benchmark)
+eval-rft-mixthinking-7b: $(INSTALLED)  ## the same, 7B
 	$(call paper,benchmark)
 
 # ARM and Thinkless start from a supervised model of their own. It is made first if it is not there: from SFT_DATA, rows
@@ -335,6 +364,8 @@ plan-degrpo-%: $(INSTALLED)
 	$(call plan,degrpo)
 plan-thinker-%: $(INSTALLED)
 	$(call plan,thinker)
+plan-rft-%: $(INSTALLED)
+	$(call plan,rft)
 plan-sft-% plan-warmup-%: $(INSTALLED)
 	$(call plan,sft)
 

@@ -80,10 +80,9 @@ def go(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def guesser(tmp_path_factory):
-    """The folder of a laboratory model that knows AdaptThink's format and guesses: some answers are right, of unlike
-    lengths."""
+    """Folder of a model that knows the format "think" and guesses at chains: some answers are right, of any length."""
     folder, argv = tmp_path_factory.mktemp("guesser"), sys.argv
-    options = "--config experiments/cold_start_adaptthink.yaml --max_steps 80 --batch_size 16 --chain_mix 1"
+    options = f"--config {ROOT}/experiments/cold_start_adaptthink.yaml --max_steps 80 --batch_size 16 --chain_mix 1"
     sys.argv = ["sft", *options.split(), "--nothinking_supervised", "1", "--output_dir", str(folder)]
     try:
         importlib.import_module("adaptive_reasoning.sft").main()

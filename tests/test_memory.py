@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from adaptive_reasoning import ada_grpo, adaptthink, degrpo, grpo, sft, thinker
+from adaptive_reasoning import ada_grpo, adaptthink, degrpo, grpo, rft, sft, thinker
 from adaptive_reasoning.benchmark import __main__ as benchmark
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.runtime import offloads_optimizer
@@ -95,7 +95,7 @@ def test_tied_embedding_is_counted_once():
 
 def test_models_of_all_experiments_need_no_network():
     for module, pattern in ((adaptthink, "adaptthink_*"), (ada_grpo, "ada_grpo_*"), (degrpo, "degrpo_1_5b.y*"),
-                            (grpo, "grpo_*"), (thinker, "thinker_*"), (sft, "sft_arm_*")):  # fmt: skip
+                            (grpo, "grpo_*"), (thinker, "thinker_*"), (rft, "rft_*"), (sft, "sft_arm_*")):  # fmt: skip
         found = sorted(EXPERIMENTS.glob(pattern))
         assert found
         for path in found:

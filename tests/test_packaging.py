@@ -265,7 +265,19 @@ def test_run_files_hold_options_only(path):
     starts = {"cold_start": "sft", "sft": "sft", "warmup": "sft", "eval": "benchmark.__main__"}
     module = next((m for start, m in starts.items() if path.stem.startswith(start)), "")
     if not module:  # <algorithm>_<size>, toy_<algorithm>, ...
-        names = ("ada_grpo", "degrpo", "grpo", "dpo", "tlmre", "o1_pruner", "thinker", "adaptthink", "quickstart")
+        names = (
+            "ada_grpo",
+            "degrpo",
+            "grpo",
+            "dpo",
+            "tlmre",
+            "o1_pruner",
+            "thinker",
+            "adaptthink",
+            "rft",
+            "merge",
+            "quickstart",
+        )
         module = next(name for name in names if name in path.stem).replace("quickstart", "adaptthink")
     loaded = importlib.import_module(f"adaptive_reasoning.{module}")
     read_yaml(path, loaded.Args)

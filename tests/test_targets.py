@@ -61,6 +61,25 @@ def test_the_baselines_of_adaptthinks_table(base, tmp_path):
 
 
 @pytest.mark.slow
+def test_rft_mixthinking_and_merging_to_their_evaluations(guesser, tmp_path):
+    """On chains, where a tiny model is right at times; what was trained is merged with what it started from."""
+    chains = "--task chain --chain_mix 1 --chain_questions 24 --chain_eval_questions 6 --max_new_tokens 24"
+    own = f"--samples 4 --nothinking_samples 4 --batch_size 4 --bank {tmp_path / 'bank'}"
+    arguments = f"{chains} {own} --max_steps 2 --save_every 1 --eval_every 0 --rollout_rows 32"
+    out = tmp_path / "run"
+    for _ in range(2):
+        done = make("train-rft-mixthinking-1.5b", MODEL=guesser, NUM_GPUS=0, OUT=out, ARGS=arguments)
+    assert "continuing" in done.stdout and [row["step"] for row in read_jsonl(out / "metrics.jsonl")] == [0, 1, 2]
+    reasoner, merged = out / "checkpoints" / "step_000002" / "model", tmp_path / "merged"
+    for said in (f"wrote {merged / 'w1'}", f"{merged / 'w1'} is complete"):
+        done = make("merge-1.5b", MODEL=reasoner, OUT=merged, ARGS=f"--other {guesser} --weight 0.7,1")
+        assert said in done.stdout
+    for target, model in (("eval-merge-1.5b", merged / "w0.7"), ("eval-rft-mixthinking-7b", reasoner)):
+        done = make(target, MODEL=model, NUM_GPUS=0, OUT=tmp_path / target, ARGS=chains)
+        assert "never_think" in done.stdout and "in the paper's table" in done.stdout
+
+
+@pytest.mark.slow
 def test_arm_from_the_cold_start_to_the_evaluation(base, tmp_path):
     model, data = base
     formats = [lambda a, t=t: f"<{t}>\nso\n</{t}>\n<ANSWER>\n{a}\n</ANSWER>" for t in ("COT", "CODE", "LONG_COT")]

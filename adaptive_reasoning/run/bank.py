@@ -41,6 +41,9 @@ class Bank:
         needed: indices of questions of run.task.
         make_requests: question index -> its requests, tagged (question, index).
         folder: where responses are kept.
+
+    Raises:
+        UserError: a file is damaged, or a continued run, whose weights are others, lacks responses.
     """
 
     def __init__(
@@ -66,6 +69,11 @@ class Bank:
         self.rows: dict[int, list[dict]] = {}  # question -> rows, in order of the samples
         self._read()
         todo = [i for i in needed if i not in self.rows]
+        if todo and run.step:
+            raise UserError(
+                f"{self.folder} lacks {len(todo)} of the questions that {run.journal.folder} was begun with, and step "
+                f"{run.step} is no longer the starting model. Restore it, or start the run anew."
+            )
         if todo:
             run.journal.say(f"sampling answers of {run.args.model} to {len(todo)} questions, kept in {self.folder}")
         per_round = QUESTIONS_PER_ROUND * run.ranks

@@ -176,8 +176,9 @@ def print_plan(args, place: Place) -> None:
     Raises:
         UserError: an unknown machine or model, or too little memory; the message has the fix.
     """
+    holds = args.holds()  # first: what is no training run says so
     where, config = place.where(args.max_prompt_tokens), find_config(args.model)
-    shapes, holds = shapes_of(config), args.holds()
+    shapes = shapes_of(config)
     plan = plan_memory(args, holds, shapes, where)
     many = f"{place.num_nodes} machines x " * (place.num_nodes > 1) + f"{place.num_gpus} x {place.gpu}"
     many = many + ", ZeRO-3" * where.zero3 + ", optimiser in CPU memory" * where.offload
