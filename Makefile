@@ -175,6 +175,14 @@ toy-thinker-qa: $(call cold,thinker)  ## its baseline, PPO on question and answe
 toy-dpo: $(call cold,adaptthink)  ## DPO on chains: the shortest right one of its own answers against the longest; SEED=0
 	@$(call toy,dpo,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
 
+.PHONY: toy-overthink
+toy-overthink: $(call cold,adaptthink)  ## OverThink on chains: its own right answers cut behind the second right attempt; SEED=0
+	@$(call toy,dpo,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+
+.PHONY: toy-dast
+toy-dast: $(call cold,adaptthink)  ## DAST on chains: shorter right answers, longer wrong ones, up to a budget; SEED=0
+	@$(call toy,dpo,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+
 .PHONY: toy-ablation
 toy-ablation: $(call cold,adaptthink)  ## toy-adaptthink for all DELTAS="0 0.05 0.1 0.2" and SEEDS="0 1 2 3 4"
 	@for delta in $(DELTAS); do for seed in $(SEEDS); do \
@@ -213,6 +221,35 @@ train-adaptthink-7b: $(INSTALLED)  ## AdaptThink, R1-Distill-Qwen-7B on DeepScal
 
 .PHONY: eval-adaptthink-1.5b
 eval-adaptthink-1.5b: $(INSTALLED)  ## GSM8K, MATH-500, AIME24 in all three settings, beside the paper's row
+	$(call paper,benchmark)
+
+# Preference pairs: baselines of AdaptThink's Table 1, which never published theirs.
+.PHONY: train-dpo-shortest-1.5b train-dpo-shortest-7b train-overthink-1.5b train-overthink-7b train-dast-1.5b train-dast-7b
+train-dpo-shortest-1.5b: $(INSTALLED)  ## DPO_Shortest, R1-Distill-Qwen-1.5B on its own answers to DeepScaleR (8 GPUs)
+	$(call paper,dpo)
+train-dpo-shortest-7b: $(INSTALLED)  ## the same, 7B
+	$(call paper,dpo)
+train-overthink-1.5b: $(INSTALLED)  ## OverThink: answers cut behind the second right attempt, SimPO; from the same bank
+	$(call paper,dpo)
+train-overthink-7b: $(INSTALLED)  ## the same, 7B
+	$(call paper,dpo)
+train-dast-1.5b: $(INSTALLED)  ## DAST: a budget of tokens that follows the difficulty, SimPO; from the same bank
+	$(call paper,dpo)
+train-dast-7b: $(INSTALLED)  ## the same, 7B
+	$(call paper,dpo)
+
+.PHONY: eval-dpo-shortest-1.5b eval-dpo-shortest-7b eval-overthink-1.5b eval-overthink-7b eval-dast-1.5b eval-dast-7b
+eval-dpo-shortest-1.5b: $(INSTALLED)  ## as eval-adaptthink-1.5b, beside AdaptThink's Table 1
+	$(call paper,benchmark)
+eval-dpo-shortest-7b: $(INSTALLED)  ## the same, 7B
+	$(call paper,benchmark)
+eval-overthink-1.5b: $(INSTALLED)  ## as eval-adaptthink-1.5b, beside AdaptThink's Table 1
+	$(call paper,benchmark)
+eval-overthink-7b: $(INSTALLED)  ## the same, 7B
+	$(call paper,benchmark)
+eval-dast-1.5b: $(INSTALLED)  ## as eval-adaptthink-1.5b, beside AdaptThink's Table 1
+	$(call paper,benchmark)
+eval-dast-7b: $(INSTALLED)  ## the same, 7B
 	$(call paper,benchmark)
 
 # ARM and Thinkless start from a supervised model of their own. It is made first if it is not there: from SFT_DATA, rows
@@ -303,6 +340,8 @@ plan-degrpo-%: $(INSTALLED)
 	$(call plan,degrpo)
 plan-thinker-%: $(INSTALLED)
 	$(call plan,thinker)
+plan-dpo-% plan-overthink-% plan-dast-%: $(INSTALLED)
+	$(call plan,dpo)
 plan-sft-% plan-warmup-%: $(INSTALLED)
 	$(call plan,sft)
 

@@ -265,8 +265,9 @@ def test_run_files_hold_options_only(path):
     starts = {"cold_start": "sft", "sft": "sft", "warmup": "sft", "eval": "benchmark.__main__"}
     module = next((m for start, m in starts.items() if path.stem.startswith(start)), "")
     if not module:  # <algorithm>_<size>, toy_<algorithm>, ...
-        names = ("ada_grpo", "degrpo", "grpo", "dpo", "thinker", "adaptthink", "quickstart")
-        module = next(name for name in names if name in path.stem).replace("quickstart", "adaptthink")
+        names = ("ada_grpo", "degrpo", "grpo", "dpo", "overthink", "dast", "thinker", "adaptthink", "quickstart")
+        module = next(name for name in names if name in path.stem)
+        module = {"quickstart": "adaptthink", "overthink": "dpo", "dast": "dpo"}.get(module, module)
     loaded = importlib.import_module(f"adaptive_reasoning.{module}")
     read_yaml(path, loaded.Args)
 
