@@ -189,6 +189,14 @@ toy-o1-pruner: $(call cold,adaptthink)  ## O1-Pruner on chains: its own answers,
 toy-rft-mixthinking: $(call cold,adaptthink)  ## RFT_MixThinking on chains: its own right answers, each question in one mode; SEED=0
 	@$(call toy,rft,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
 
+.PHONY: toy-overthink
+toy-overthink: $(call cold,adaptthink)  ## OverThink on chains: its own right answers cut behind the second right attempt; SEED=0
+	@$(call toy,dpo,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+
+.PHONY: toy-dast
+toy-dast: $(call cold,adaptthink)  ## DAST on chains: shorter right answers, longer wrong ones, up to a budget; SEED=0
+	@$(call toy,dpo,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+
 .PHONY: toy-ablation
 toy-ablation: $(call cold,adaptthink)  ## toy-adaptthink for all DELTAS="0 0.05 0.1 0.2" and SEEDS="0 1 2 3 4"
 	@for delta in $(DELTAS); do for seed in $(SEEDS); do \
@@ -270,6 +278,35 @@ train-rft-mixthinking-7b: $(INSTALLED)  ## the same, R1-Distill-Qwen-7B
 eval-rft-mixthinking-1.5b: $(INSTALLED)  ## AdaptThink's protocol on a model of train-rft-mixthinking-1.5b, beside Table 1
 	$(call paper,benchmark)
 eval-rft-mixthinking-7b: $(INSTALLED)  ## the same, 7B
+	$(call paper,benchmark)
+
+# Preference pairs: baselines of AdaptThink's Table 1, which never published theirs.
+.PHONY: train-dpo-shortest-1.5b train-dpo-shortest-7b train-overthink-1.5b train-overthink-7b train-dast-1.5b train-dast-7b
+train-dpo-shortest-1.5b: $(INSTALLED)  ## DPO_Shortest, R1-Distill-Qwen-1.5B on its own answers to DeepScaleR (8 GPUs)
+	$(call paper,dpo)
+train-dpo-shortest-7b: $(INSTALLED)  ## the same, 7B
+	$(call paper,dpo)
+train-overthink-1.5b: $(INSTALLED)  ## OverThink: answers cut behind the second right attempt, SimPO; from the same bank
+	$(call paper,dpo)
+train-overthink-7b: $(INSTALLED)  ## the same, 7B
+	$(call paper,dpo)
+train-dast-1.5b: $(INSTALLED)  ## DAST: a budget of tokens that follows the difficulty, SimPO; from the same bank
+	$(call paper,dpo)
+train-dast-7b: $(INSTALLED)  ## the same, 7B
+	$(call paper,dpo)
+
+.PHONY: eval-dpo-shortest-1.5b eval-dpo-shortest-7b eval-overthink-1.5b eval-overthink-7b eval-dast-1.5b eval-dast-7b
+eval-dpo-shortest-1.5b: $(INSTALLED)  ## as eval-adaptthink-1.5b, beside AdaptThink's Table 1
+	$(call paper,benchmark)
+eval-dpo-shortest-7b: $(INSTALLED)  ## the same, 7B
+	$(call paper,benchmark)
+eval-overthink-1.5b: $(INSTALLED)  ## as eval-adaptthink-1.5b, beside AdaptThink's Table 1
+	$(call paper,benchmark)
+eval-overthink-7b: $(INSTALLED)  ## the same, 7B
+	$(call paper,benchmark)
+eval-dast-1.5b: $(INSTALLED)  ## as eval-adaptthink-1.5b, beside AdaptThink's Table 1
+	$(call paper,benchmark)
+eval-dast-7b: $(INSTALLED)  ## the same, 7B
 	$(call paper,benchmark)
 
 # ARM and Thinkless start from a supervised model of their own. It is made first if it is not there: from SFT_DATA, rows
@@ -366,6 +403,8 @@ plan-thinker-%: $(INSTALLED)
 	$(call plan,thinker)
 plan-rft-%: $(INSTALLED)
 	$(call plan,rft)
+plan-dpo-% plan-overthink-% plan-dast-%: $(INSTALLED)
+	$(call plan,dpo)
 plan-sft-% plan-warmup-%: $(INSTALLED)
 	$(call plan,sft)
 

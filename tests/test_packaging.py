@@ -266,19 +266,10 @@ def test_run_files_hold_options_only(path):
     module = next((m for start, m in starts.items() if path.stem.startswith(start)), "")
     if not module:  # <algorithm>_<size>, toy_<algorithm>, ...
         names = (
-            "ada_grpo",
-            "degrpo",
-            "grpo",
-            "dpo",
-            "tlmre",
-            "o1_pruner",
-            "thinker",
-            "adaptthink",
-            "rft",
-            "merge",
-            "quickstart",
+            "ada_grpo degrpo grpo dpo overthink dast tlmre o1_pruner rft merge thinker adaptthink quickstart".split()
         )
-        module = next(name for name in names if name in path.stem).replace("quickstart", "adaptthink")
+        module = next(name for name in names if name in path.stem)
+        module = {"quickstart": "adaptthink", "overthink": "dpo", "dast": "dpo"}.get(module, module)
     loaded = importlib.import_module(f"adaptive_reasoning.{module}")
     read_yaml(path, loaded.Args)
 

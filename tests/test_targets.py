@@ -2,13 +2,21 @@
 
 import json
 import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from small_model import make_folder
-from test_end_to_end import make
+from test_end_to_end import ROOT, make
 
+from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.files import read_jsonl
+from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.learner.model import load_tokenizer
+from adaptive_reasoning.run.bank import write
 
 SMALL = (
     "--max_steps 2 --prompts_per_step 4 --num_generations 4 --max_new_tokens 24 --eval_limit 4 --eval_every 0 "
@@ -133,3 +141,63 @@ def test_thinker_with_its_two_templates(base, tmp_path):
     few = f"--eval_data {data} --eval_limit 3 --eval_samples 1 --max_new_tokens 64 {BUDGETS.partition('2 ')[2]}"
     out = make("eval-thinker-q1.5b", MODEL=model, NUM_GPUS=0, OUT=tmp_path / "eval", ARGS=few).stdout
     assert "adaptive" in out and "paper, Q1.5B Thinker-Fast" in out
+
+
+PAIRS = (
+    "--max_steps 3 --samples 2 --pairs_per_step 4 --max_new_tokens 128 --train_limit 40 --eval_limit 4 --eval_every 0 "
+    "--save_every 1 --keep_checkpoints 0 --grader_workers 1 --rollout_rows 32 --tokens_per_micro_batch 2048"
+)
+
+
+def fill_bank(folder: Path, model: Path, data: Path) -> None:
+    """Write handmade answers over those of an untrained model: two that are right, of three and of one attempt."""
+    (path,) = folder.glob("*/*.safetensors")
+    tokenizer, episodes = load_tokenizer(str(model)), []
+    for i, row in enumerate(read_jsonl(data)[:40]):
+        a = row["answer"]
+        for more in (f"Wait, let me check: = {a}.\n\nHmm, once more: the answer is {a}.\n", ""):
+            text = f"So x = {a}.\n\n{more}</think>\n\n\\boxed{{{a}}}"
+            ids = torch.tensor([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
+            zeros, ones = torch.zeros(len(ids)), torch.ones(len(ids)).bool()
+            e = Episode(
+                Question(f"q{i}", "", a), i, torch.arange(2), ids, zeros, ones, "stop", mode="thinking", answer=a
+            )
+            e.correct = True
+            episodes.append(e)
+    write(path, episodes)
+
+
+@pytest.mark.slow
+def test_preference_pairs_from_one_bank_and_a_kill(base, tmp_path):
+    """Three methods from the same answers; the first is killed with -9 in the middle and ends as if it had not been."""
+    model, data = base
+    given = {
+        "MODEL": model,
+        "DATA": data,
+        "NUM_GPUS": 0,
+        "ARGS": f"{PAIRS} --eval_data {data} --bank {tmp_path / 'bank'}",
+    }
+    done = make("train-dpo-shortest-1.5b", check=False, OUT=tmp_path / "run", **given)
+    assert done.returncode and "gives no pair" in done.stderr, "an untrained model is never right"
+    fill_bank(tmp_path / "bank", model, data)
+    for target, pairs in (("train-overthink-1.5b", 40), ("train-dast-1.5b", 34), ("train-dpo-shortest-1.5b", 40)):
+        make(target, OUT=tmp_path / target, **given)
+        rows = read_jsonl(tmp_path / target / "metrics.jsonl")
+        assert [row["step"] for row in rows] == [0, 1, 2, 3] and rows[0]["dpo/pairs"] == pairs
+        assert rows[0].get("dpo/outcome_efficiency", 0) == 0 and rows[0]["dpo/length_ratio"] > 1.2
+
+    command = [
+        "make",
+        "train-dpo-shortest-1.5b",
+        *(f"{k}={v}" for k, v in {**given, "OUT": tmp_path / "killed"}.items()),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 200
+    while not (tmp_path / "killed/checkpoints/step_000001/manifest.json").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "summary.json").exists(), "it was too late"
+    assert "continuing" in make("train-dpo-shortest-1.5b", OUT=tmp_path / "killed", **given).stdout
+    weights = [tmp_path / name / "checkpoints/step_000003/model/model.safetensors" for name in (target, "killed")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()

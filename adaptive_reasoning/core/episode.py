@@ -37,7 +37,6 @@ class Episode:
     old_logprobs: torch.Tensor | None = None  # [T] fp32, log-probs the ratio is taken against; None: the behaviour's
     ref_logprobs: torch.Tensor | None = None  # [T] fp32, log-probs under the reference policy, where a loss wants them
     columns: dict[str, torch.Tensor] = field(default_factory=dict)  # [T] each: values, returns; in MicroBatch as [N]
-    pair: int = -1  # number of the pair it belongs to, of methods that learn from pairs
     info: dict = field(default_factory=dict)  # for tables only: what a metric or sample table shows beside the above
 
     def __post_init__(self):

@@ -5,6 +5,7 @@
     thinkless.py    Thinkless       one control token in front
     boxed.py        Boxed           one mode, the answer in a box
     dialogue.py     DialogueFormat  turns of a dialogue
+    attempts.py                     the parts of a thinking that each state an answer
 
 A format of your own is a subclass anywhere on the Python path, named module.Class where a command asks for a format.
 One more mode is one more tag:

@@ -136,7 +136,7 @@ class Learner:
     # --- data
 
     def minibatches(
-        self, episodes: list[Episode], number: int, seed: int, skip_zero_advantage: bool = False, together: str = ""
+        self, episodes: list[Episode], number: int, seed: int, skip_zero_advantage: bool = False
     ) -> list[Minibatch]:
         """Return `number` minibatches, one optimiser step each, with equally many micro-batches on every rank.
 
@@ -149,7 +149,6 @@ class Learner:
             seed: of the order of groups; has no effect with one minibatch.
             skip_zero_advantage: leave out episodes with advantage 0. Right only if the loss is proportional to the
                 advantage (no KL, no entropy bonus). They still count in the denominators.
-            together: "pair" or "group": episodes that have the same one share a micro-batch, one behind the other.
 
         Raises:
             UserError: more minibatches than groups.
@@ -177,7 +176,7 @@ class Learner:
             actions = torch.cat([e.action_mask for e in chunk]).sum() if chunk else 0
             teaching = [e for e in chunk if e.teaches]
             sums.append([int(actions), len(chunk), len(chunk) - len(teaching)])
-            splits.append(self._fill(teaching if skip_zero_advantage else chunk, together))
+            splits.append(self._fill(teaching if skip_zero_advantage else chunk))
         sums = reduce(sums, "sum").long().tolist()
         # At least one micro-batch, so that a step without any gradient is still a step on every runtime.
         most = reduce([max(1, len(split)) for split in splits], "max").long().tolist()
@@ -189,10 +188,10 @@ class Learner:
             batches.append(Minibatch(counts, padded, zero / sequences, device, self.one_row))
         return batches
 
-    def _fill(self, episodes: list[Episode], together: str = "") -> list[list[Episode]]:
+    def _fill(self, episodes: list[Episode]) -> list[list[Episode]]:
         """Return the episodes that have an action token, in micro-batches under the token budget."""
         acting = [e for e in episodes if e.action_mask.any()]
-        return fill(acting, self.args.tokens_per_micro_batch, self.one_row, together)
+        return fill(acting, self.args.tokens_per_micro_batch, self.one_row)
 
     def _reduce(self, values, op: str) -> torch.Tensor:
         return all_reduce(self.accelerator, values, op)

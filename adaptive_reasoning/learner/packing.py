@@ -55,10 +55,6 @@ class MicroBatch:
         """Return a quantity [N] that the method put into `Episode.columns`; empty in a filler, which has none."""
         return self.columns[name] if self.episodes else self.advantages.new_zeros(0)
 
-    def sums(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sums [S] of per-token values [N] over each sequence."""
-        return values.new_zeros(len(self.lengths)).index_add(0, self.sequence, values)
-
 
 @dataclass(eq=False)
 class Minibatch:
@@ -89,32 +85,25 @@ def group_chunks(groups: int, minibatches: int, seed: int) -> np.ndarray:
     return chunk
 
 
-def fill(episodes: list[Episode], budget: int, one_row: bool, together: str = "") -> list[list[Episode]]:
+def fill(episodes: list[Episode], budget: int, one_row: bool) -> list[list[Episode]]:
     """Return the episodes in micro-batches of at most `budget` tokens, padding included, longest first.
 
     What is longer than the budget is a micro-batch of its own: nothing is ever dropped. Ties keep their order.
-
-    Args:
-        together: "pair" or "group": episodes that have the same one share a micro-batch; empty: each goes by itself.
     """
-    units: dict[int, list[Episode]] = {}
-    for i, e in enumerate(episodes):
-        units.setdefault(getattr(e, together) if together else i, []).append(e)
 
     def length(e: Episode) -> int:
         return len(e.prompt_ids) + len(e.response_ids)
 
     batches, size, width = [], 0, 0  # tokens of the last batch, and of its longest row
-    for unit in sorted(units.values(), key=lambda unit: -max(map(length, unit))):
+    for e in sorted(episodes, key=lambda e: -length(e)):
         if one_row:  # no padding
-            grown = size + sum(map(length, unit))
-        else:  # the first unit has the longest row
-            grown = (len(batches[-1]) + len(unit)) * width if batches else 0
+            grown = size + length(e)
+        else:  # the first one has the longest row
+            grown = (len(batches[-1]) + 1) * width if batches else 0
         if not batches or grown > budget:
             batches.append([])
-            width = max(map(length, unit))
-            grown = sum(map(length, unit))
-        batches[-1] += unit
+            grown = width = length(e)
+        batches[-1].append(e)
         size = grown
     return batches
 
