@@ -123,6 +123,7 @@ GOOD = '{"problem": "p", "answer": "1"}\n'
         (GOOD + '{"problem": "p", "answer": ""}\n', "line 2: 'answer' is empty"),
         (GOOD + '{"problem": "p", "answer": "so ####  "}\n', "line 2: nothing follows '####'"),
         (GOOD + '{"problem": "p", "answer": ["1"]}\n', "line 2: 'answer' has to be text"),
+        (GOOD + '{"problem": "\\uD83D", "answer": "1"}\n', r"line 2: \\ud83d is half of a character"),
         (GOOD + '{"problem": "p", "answer": true}\n', "line 2: 'answer' has to be text"),
     ],
 )
@@ -267,7 +268,7 @@ def test_labels_numbers_and_missing_values(tmp_path, row, want):
 
 
 def test_columns_are_found_in_upper_and_lower_case(tmp_path):
-    assert asked(tmp_path / "a.csv", "ID,Problem,Solution,Answer,LEVEL\n1,p,s,025,2\n") == [["p", "025", "2"]]
+    assert asked(tmp_path / "a.csv", "ID,Problem,Solution, Answer,LEVEL\n1,p,s,025,2\n") == [["p", "025", "2"]]
     assert asked(tmp_path / "a.jsonl", '{"Question": "q", "answerkey": "2", "Difficulty": 3}\n') == [["q", "2", "3"]]
 
 
@@ -412,7 +413,7 @@ def write(path: Path, rows: list[dict]) -> None:
         return
     codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
     with pyarrow.output_stream(str(path), compression=codec) as packed:
-        if ".csv" in path.name:
+        if ".csv" in path.name.lower():
             with path.with_suffix(".text").open("w+", newline="", encoding="utf-8") as file:
                 out = csv.DictWriter(file, list(rows[0]))
                 out.writeheader()
@@ -433,7 +434,7 @@ words = words.filter(str.strip)
 def test_what_is_written_in_any_form_is_what_is_read(tmp_path_factory, rows):
     folder = tmp_path_factory.getbasetemp()
     want = [(row["Problem"], row["answer"].rpartition("####")[2].strip(), row["difficulty"]) for row in rows]
-    for name in ("a.jsonl", "a.jsonl.gz", "a.JSONL.zst", "a.csv", "a.csv.gz", "a.parquet"):
+    for name in ("a.jsonl", "a.jsonl.gz", "a.JSONL.zst", "a.csv", "a.CSV.gz", "a.parquet"):
         path = folder / name
         write(path, rows)
         assert [(q.problem, q.answer, q.difficulty) for q in load_questions(str(path))] == want, name

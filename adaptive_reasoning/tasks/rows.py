@@ -78,7 +78,7 @@ def _double(kind, value):
     if isinstance(value, dict):
         kinds = getattr(kind, "item_type", None)  # of a map; a struct has fields
         return {name: _double(kinds or kind.field(name).type, item) for name, item in value.items()}
-    single = {"halffloat": np.float16, "float": np.float32}.get(str(getattr(kind, "value_type", kind)))
+    single = {"halffloat": np.float16, "float": np.float32}.get(str(kind))
     return value if value is None or single is None else float(str(single(value)))
 
 
