@@ -106,8 +106,8 @@ def test_zero3_on_two_processes_trains_like_one(tmp_path):
 
 @pytest.mark.slow
 def test_the_other_algorithms_train_on_two_processes_as_on_one(tmp_path):
-    """Ada-GRPO, TLMRE, DeGRPO and Thinker with its critic; GRPO with all questions on one process and none on the other, which
-    takes part in every collective operation of the step all the same.
+    """Ada-GRPO, TLMRE, DeGRPO and Thinker with its critic; GRPO with all questions on one process, none on the other,
+    which takes part in every collective operation of the step all the same.
 
     With an entropy bonus a process whose micro-batch was empty left it out of the backward pass, and DeepSpeed stopped
     the run: the ranks disagreed on the modules that they had passed.
