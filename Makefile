@@ -91,7 +91,7 @@ merged = @$(ON_CPU) $(PY) -m adaptive_reasoning.merge --config $(call YAML,$@) $
   --output_dir "$(or $(OUT),runs/$@)" $(ARGS)
 # The folder of a cold start holds a model once it is complete.
 cold = $(INSTALLED) $(if $(MODEL),,runs/cold-start-$(1)/model/config.json)
-COLD_STARTS := $(foreach format,adaptthink arm thinkless thinker,runs/cold-start-$(format)/model/config.json)
+COLD_STARTS := $(foreach format,adaptthink arm thinkless thinker checks,runs/cold-start-$(format)/model/config.json)
 toy_folder = $(or $(OUT),runs/$@-seed$(SEED))
 
 .PHONY: help
@@ -174,28 +174,28 @@ toy-thinker-qa: $(call cold,thinker)  ## its baseline, PPO on question and answe
 	@$(call toy,thinker,thinker,toy-thinker,$(toy_folder)) --environment qa --seed $(SEED) $(ARGS)
 
 .PHONY: toy-dpo
-toy-dpo: $(call cold,adaptthink)  ## DPO on chains: the shortest right one of its own answers against the longest; SEED=0
-	@$(call toy,dpo,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+toy-dpo: $(call cold,checks)  ## DPO on chains: the shortest right one of its own answers against the longest; SEED=0
+	@$(call toy,dpo,checks,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
 
 .PHONY: toy-tlmre
-toy-tlmre: $(call cold,adaptthink)  ## TLMRE on chains: among right answers the shorter ones earn more; SEED=0
-	@$(call toy,tlmre,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+toy-tlmre: $(call cold,checks)  ## TLMRE on chains: among right answers the shorter ones earn more; SEED=0
+	@$(call toy,tlmre,checks,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
 
 .PHONY: toy-o1-pruner
-toy-o1-pruner: $(call cold,adaptthink)  ## O1-Pruner on chains: its own answers, weighted by length and accuracy; SEED=0
-	@$(call toy,o1_pruner,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+toy-o1-pruner: $(call cold,checks)  ## O1-Pruner on chains: its own answers, weighted by length and accuracy; SEED=0
+	@$(call toy,o1_pruner,checks,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
 
 .PHONY: toy-rft-mixthinking
-toy-rft-mixthinking: $(call cold,adaptthink)  ## RFT_MixThinking on chains: its own right answers, each question in one mode; SEED=0
-	@$(call toy,rft,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+toy-rft-mixthinking: $(call cold,checks)  ## RFT_MixThinking on chains: its own right answers, each question in one mode; SEED=0
+	@$(call toy,rft,checks,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
 
 .PHONY: toy-overthink
-toy-overthink: $(call cold,adaptthink)  ## OverThink on chains: its own right answers cut behind the second right attempt; SEED=0
-	@$(call toy,dpo,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+toy-overthink: $(call cold,checks)  ## OverThink on chains: its own right answers cut behind the second right attempt; SEED=0
+	@$(call toy,dpo,checks,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
 
 .PHONY: toy-dast
-toy-dast: $(call cold,adaptthink)  ## DAST on chains: shorter right answers, longer wrong ones, up to a budget; SEED=0
-	@$(call toy,dpo,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+toy-dast: $(call cold,checks)  ## DAST on chains: shorter right answers, longer wrong ones, up to a budget; SEED=0
+	@$(call toy,dpo,checks,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
 
 .PHONY: toy-ablation
 toy-ablation: $(call cold,adaptthink)  ## toy-adaptthink for all DELTAS="0 0.05 0.1 0.2" and SEEDS="0 1 2 3 4"
@@ -222,6 +222,29 @@ laboratory: $(COLD_STARTS)  ## all algorithms and their baselines on chains, thr
 	    --seed $$seed $(ARGS); \
 	done
 	@$(PY) experiments/laboratory.py "$(LABORATORY)"
+	@$(MAKE) --no-print-directory pareto OUT="$(LABORATORY)/pareto" SEEDS="$(SEEDS)" ARGS="$(ARGS)"
+
+# The second laboratory: methods that can start from one model do, the one whose thinking varies in length.
+PARETO = $(or $(OUT),runs/pareto)
+# $(call from_one,NAME,MODULE,YAML,MORE): a run of it.
+from_one = $(call toy,$(2),checks,$(3),$(PARETO)/$(1)-seed$$seed) --temperature 1.0 --max_new_tokens 192 --seed $$seed $(4)
+.PHONY: pareto
+pareto: SEEDS = 0 1 2
+pareto: $(call cold,checks)  ## AdaptThink and Table 1's baselines from one model: accuracy against tokens, three seeds (CPU)
+	@for seed in $(SEEDS); do \
+	  $(call from_one,adaptthink,adaptthink,toy-adaptthink) $(ARGS); \
+	  $(call from_one,grpo,grpo,toy-grpo,--answer_format think) $(ARGS); \
+	  $(call from_one,tlmre,tlmre,toy-tlmre) $(ARGS); \
+	  $(call from_one,tlmre-alpha0.4,tlmre,toy-tlmre,--alpha 0.4) $(ARGS); \
+	  $(call from_one,o1-pruner,o1_pruner,toy-o1-pruner) $(ARGS); \
+	  $(call from_one,o1-pruner-lam5,o1_pruner,toy-o1-pruner,--lam 5) $(ARGS); \
+	  $(call from_one,dpo-shortest,dpo,toy-dpo) $(ARGS); \
+	  $(call from_one,overthink,dpo,toy-overthink) $(ARGS); \
+	  $(call from_one,overthink-fcs,dpo,toy-overthink,--positive fcs) $(ARGS); \
+	  $(call from_one,dast,dpo,toy-dast) $(ARGS); \
+	  $(call from_one,rft-mixthinking,rft,toy-rft-mixthinking) $(ARGS); \
+	done
+	@$(PY) experiments/pareto.py "$(PARETO)"
 
 # --- the papers' runs
 
