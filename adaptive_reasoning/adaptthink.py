@@ -94,15 +94,15 @@ class Args(ThinkArgs, RunArgs):
     nothinking_share: ClosedUnitInterval = 0.5
     """Share of the responses forced into NoThinking, and the behaviour probability of that first token (Eq. 8)."""
     forcing: Literal["exact", "coin", "off"] = "exact"
-    """"exact" (code): the same number for every question. "coin" (Eq. 8): drawn per sample. "off": first token free."""
+    """"exact" (code; default, less noise): as many of every question. "coin" (Eq. 8): per sample. "off": none."""
     nothinking_max_new_tokens: PositiveInt = 4096
-    """Longest NoThinking response in training."""
+    """Longest NoThinking response in training (code; the paper has max_new_tokens for both)."""
     baseline: Literal["reference", "online"] = "reference"
-    """"reference" (Eq. 5): measured once before training. "online": mean Thinking reward of the question right now."""
+    """"reference" (Eq. 5, default): measured before training. "online": mean Thinking reward of the question now."""
     delta_on: Literal["all", "correct"] = "all"
-    """"all": delta for every NoThinking response. "correct": only for right ones."""
+    """"all" (paper and code, default): delta for every NoThinking response. "correct": only for right ones."""
     ratio: Literal["sequence_mean", "sequence_product", "token"] = "sequence_mean"
-    """"sequence_mean" (code), "sequence_product" (Eq. 9 to the letter), or "token" (plain PPO)."""
+    """"sequence_mean" (code, default: Eq. 9 pins p near 0.6), "sequence_product" (Eq. 9), "token" (plain PPO)."""
     token_average: Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean"] = "token_mean"
     """Normaliser with ratio "token": "token_mean", "seq_mean_token_sum" or "seq_mean_token_mean"."""
     clip_low: Positive = 0.2
@@ -112,11 +112,11 @@ class Args(ThinkArgs, RunArgs):
     minibatches_per_step: PositiveInt = 1
     """Optimiser steps per rollout batch."""
     old_logprobs: Literal["learner", "behaviour"] = "learner"
-    """pi_old: "learner" recomputes it before the update (code), "behaviour" takes the sampler's own log-probs."""
+    """pi_old: "learner" recomputes it before the update (code, default), "behaviour" takes the sampler's."""
     ref_samples: PositiveInt = 16
     """K of Eq. 5: responses per question for the reference accuracy."""
     ref_top_p: PositiveShare = 0.95
-    """Nucleus of those responses."""
+    """Nucleus of those responses (code; 1, that of the rollouts, halves the bias of the baseline)."""
     ref_results: str = ""
     """Read the reference accuracies from a table in the authors' JSON layout instead of measuring them."""
     ref_cache: str = "runs/reference"

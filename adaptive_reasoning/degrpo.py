@@ -87,15 +87,16 @@ class Args(ThinklessArgs, RunArgs):
     answer_format: str = "thinkless"
     """"thinkless": `<think>` and `<short>`. Or a subclass of it, "module.Class", with one more control token."""
     gamma: ClosedUnitInterval = 0.5
-    """gamma of the reward: what a right answer loses by having thought."""
+    """gamma of the reward: what a right answer loses by having thought (code; the paper has no number)."""
     gamma_schedule: str = ""
     """Another gamma after so many steps: "0:0.5,300:0.2" is 0.5 for 300 steps, then 0.2 (empty: --gamma)."""
     alpha: NonNegative = 0.001
     """alpha of Eq. 4: weight of the control token."""
     std: Literal["unbiased", "none"] = "none"
-    """Divide the advantage by the group's standard deviation: "unbiased", or "none" (Dr. GRPO)."""
+    """Divide the advantage by the group's standard deviation: "none" (paper and code, default), or "unbiased"."""
     aggregation: Literal["paper", "code", "vanilla", "vanilla_code"] = "paper"
-    """Weight of a token: "paper" (Eq. 4), "code" (per micro-batch), "vanilla" (Eq. 1), "vanilla_code" (token mean)."""
+    """Weight of a token: "paper" (Eq. 4; default, because no split changes it), "code" (per micro-batch),
+    "vanilla" (Eq. 1) or "vanilla_code" (token mean)."""
     kl_average: Literal["as_loss", "sequence", "token"] = "as_loss"
     """Mean of k3 and entropy: "sequence" (of each response's mean), "token" (code: of all tokens; with aggregation
     "code" those of a micro-batch), "as_loss": "token" with the two aggregations of the code, else "sequence", so that
@@ -105,9 +106,9 @@ class Args(ThinklessArgs, RunArgs):
     clip_high: Positive = 0.2
     """epsilon above 1 (DAPO: 0.28)."""
     kl_coef: NonNegative = 0.001
-    """Weight of the divergence from the starting model (k3); 0 loads no reference model."""
+    """Weight of the divergence from the starting model (k3; code, the paper has no number); 0 loads no reference."""
     entropy_coef: NonNegative = 0.001
-    """Weight of the entropy bonus (verl's default; in no paper)."""
+    """Weight of the entropy bonus (code, verl's default; in no paper)."""
     prompts_per_step: PositiveInt = 128
     """Questions per rollout batch, over all processes."""
     num_generations: PositiveInt = 8

@@ -56,9 +56,9 @@ class Args(RunArgs):
     answer_format: str = "arm"
     """"arm": ARM's four formats, with its gate. "boxed": one mode, the last box. Or "module.Class" of your own."""
     std: Literal["unbiased", "none"] = "unbiased"
-    """Divide the advantage by the group's standard deviation: "unbiased", or "none" (Dr. GRPO)."""
+    """Divide the advantage by the group's standard deviation: "unbiased" (code, default), or "none" (Dr. GRPO)."""
     aggregation: Literal["token_mean", "sequence_mean", "constant", "micro_batch"] = "token_mean"
-    """Weight of a token in the loss: "token_mean", "sequence_mean" (Eq. 3), "constant" (Dr. GRPO) or "micro_batch"."""
+    """Mean: "token_mean" (default: no split changes it), "sequence_mean" (Eq. 3), "constant", "micro_batch" (code)."""
     clip_low: Positive = 0.2
     """epsilon below 1."""
     clip_high: Positive = 0.2

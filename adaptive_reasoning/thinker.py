@@ -108,7 +108,8 @@ class Args(DialogueArgs, RunArgs):
     logprob_coef: NonNegative = 1e-3
     """c: weight of the log-prob term in the Summary's reward."""
     summary_logprob: Literal["gated_sum", "ungated_sum", "gated_mean", "off"] = "gated_sum"
-    """"gated_sum": g (1 + c L). "ungated_sum": g + c L. "gated_mean": g (1 + c L / T), c 0.1 to 0.3. "off": g."""
+    """"gated_sum": g (1 + c L), default, as remembered of the paper (U2). "ungated_sum": g + c L. "gated_mean":
+    g (1 + c L / T), c 0.1 to 0.3. "off": g."""
     accuracy_window: PositiveInt = 10
     """Iterations over which p, the accuracy of Fast, is taken."""
     unweighted_verify: bool = False
@@ -124,7 +125,7 @@ class Args(DialogueArgs, RunArgs):
     lam: ClosedUnitInterval = 1.0
     """lambda of GAE within a stage."""
     adv_norm: Literal["pooled", "per_stage", "none"] = "pooled"
-    """Advantages normalised over all action tokens ("pooled"), over those of each stage ("per_stage"), or "none"."""
+    """Advantages normalised over all actions ("pooled", ORZ, default), those of each stage ("per_stage"), or "none"."""
     clip_low: Positive = 0.2
     """epsilon below 1."""
     clip_high: Positive = 0.2

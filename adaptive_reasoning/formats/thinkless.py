@@ -27,7 +27,8 @@ class ThinklessArgs:
     """Options of the format."""
 
     mode_rule: Literal["first_token", "substring"] = "first_token"
-    """What the reward takes for the mode: "first_token" (paper), or "substring": `<short>` anywhere (code)."""
+    """Mode of the reward: "first_token" (paper; default, a printed tag is not paid), or "substring" (code): `<short>`
+    anywhere."""
 
 
 class Thinkless(ResponseFormat):
