@@ -248,10 +248,11 @@ def check_tokens(reasoner: Source, other: Source, rows: int) -> None:
 
 
 def merged(reasoner: Source, other: Source, entries: list[Entry], w: float) -> Iterator[torch.Tensor]:
-    """Yield the tensors of the result, each merged when it is asked for."""
+    """Yield the tensors of the result, each merged when it is asked for, into the memory of the one before."""
+    memory = torch.empty(max(entry.bytes for entry in entries), dtype=torch.uint8)
     for entry in entries:
         a, b = reasoner.slice(entry.name), other.slice(entry.name)
-        out = torch.empty(entry.shape, dtype=entry.dtype)
+        out = memory[: entry.bytes].view(entry.dtype).view(entry.shape)
         step = max(1, BLOCK // max(1, math.prod(entry.shape[1:])))
         for start in range(0, entry.shape[0], step):
             block = slice(start, min(start + step, entry.shape[0]))
