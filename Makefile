@@ -176,12 +176,12 @@ toy-dpo: $(call cold,adaptthink)  ## DPO on chains: the shortest right one of it
 	@$(call toy,dpo,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
 
 .PHONY: toy-overthink
-toy-overthink: $(call cold,adaptthink)  ## OverThink on chains: its own right answers cut behind the second right attempt; SEED=0
-	@$(call toy,dpo,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+toy-overthink: $(call cold,checks)  ## OverThink on chains: its own right answers cut behind the second right attempt; SEED=0
+	@$(call toy,dpo,checks,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
 
 .PHONY: toy-dast
-toy-dast: $(call cold,adaptthink)  ## DAST on chains: shorter right answers, longer wrong ones, up to a budget; SEED=0
-	@$(call toy,dpo,adaptthink,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
+toy-dast: $(call cold,checks)  ## DAST on chains: shorter right answers, longer wrong ones, up to a budget; SEED=0
+	@$(call toy,dpo,checks,$@,$(toy_folder)) --seed $(SEED) $(ARGS)
 
 .PHONY: toy-ablation
 toy-ablation: $(call cold,adaptthink)  ## toy-adaptthink for all DELTAS="0 0.05 0.1 0.2" and SEEDS="0 1 2 3 4"

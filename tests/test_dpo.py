@@ -281,7 +281,8 @@ def test_the_learning_rate():
 
 OPTIONS = (
     "--chain_mix 1 --chain_questions 12 --chain_eval_questions 8 --samples 4 --pairs_per_step 4 --max_steps 3 "
-    "--save_every 1 --keep_checkpoints 0 --eval_every 2 --max_new_tokens 64 --rollout_rows 64 --patience 100 --temperature 1"
+    "--save_every 1 --keep_checkpoints 0 --eval_every 2 --max_new_tokens 64 --rollout_rows 64 --patience 100 "
+    "--temperature 1"
 )
 
 
