@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from algorithms_worker import RUNS
 from small_model import make_folder
+from test_dpo import OPTIONS as PAIRS
+from test_dpo import fill_bank
 from transformers import AutoModelForCausalLM
 
 from adaptive_reasoning import formats
@@ -148,3 +150,22 @@ def test_evaluation_on_two_processes_is_that_on_one(tmp_path):
         assert "evaluation.json" in go(launcher, "-m", "adaptive_reasoning.benchmark", *options.split(), *more)
         found.append(load_json(tmp_path / launcher / "evaluation.json"))
     assert found[0] == found[1] and len(found[0]) == 2
+
+
+@pytest.mark.slow
+def test_pairs_on_two_processes_are_those_on_one(tmp_path):
+    """Each process cuts and scores its share of the answers; of a step of five pairs one has three, the other two."""
+    tokenizer, folders = formats.tokenizer("think"), [tmp_path / launcher for launcher in LAUNCHERS]
+    tokenizer.save_pretrained(tmp_path / "model")
+    chain.tiny_model(tokenizer, hidden=32, layers=2).save_pretrained(tmp_path / "model")
+    options = ["-m", "adaptive_reasoning.dpo", "--config", "experiments/toy_overthink.yaml", *PAIRS.split()]
+    options += ["--pairs_per_step", "5", "--tokens_per_micro_batch", "150", "--model", tmp_path / "model"]
+    options += ["--bank", tmp_path / "bank", "--loss", "dpo"]
+    with pytest.raises(AssertionError, match="gives no pair"):
+        go("one", *options, "--output_dir", tmp_path / "none")
+    fill_bank(tmp_path, tokenizer)
+    for launcher, folder in zip(LAUNCHERS, folders):
+        go(launcher, *options, "--output_dir", folder)
+    equal_rows(*(read_jsonl(folder / "metrics.jsonl") for folder in folders))
+    equal_weights(*(folder / "checkpoints" / "step_000003" for folder in folders))
+    assert (folders[0] / "pairs.json").read_bytes() == (folders[1] / "pairs.json").read_bytes()
