@@ -96,7 +96,6 @@ class Args(ThinkArgs, RunArgs):
         return Holds(top_p=min(self.eval_top_p, self.sample_top_p))
 
 
-ROWS, TOKENS = "Rows to learn from | By mode.", "Tokens to learn from | By mode."
 METRICS = {
     "rft/questions": Metric("Questions that teach: those with a right answer in the mode that was selected.", "count"),
     "rft/nothinking_question_share": Metric("Share of these that are learnt without thinking.", "share"),
@@ -246,6 +245,10 @@ def main() -> None:
     args = parse_args(Args)
     run = Run(args, "rft", offline=True)
     form = formats.load(args.answer_format)(run.tokenizer, args)
+    if not set(MODES) <= set(form.modes):
+        raise UserError(
+            f"--answer_format {args.answer_format}: its modes are {', '.join(form.modes)}, not {' and '.join(MODES)}."
+        )
     with run.start(form, METRICS):
         learner, needed = run.learner, list(range(len(run.task.questions)))
         sampling = Sampling(args.temperature, args.sample_top_p)

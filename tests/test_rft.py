@@ -166,6 +166,14 @@ def test_a_run_continues_to_the_same_weights(go, guesser, tmp_path):
     assert code == 2 and "24 of the questions" in error and not list((tmp_path / "bank").rglob("*.safetensors"))
 
 
+def test_a_format_without_the_two_modes(go, guesser, tmp_path):
+    options = f"--task chain --model {guesser} --answer_format boxed --dtype fp32 --output_dir {tmp_path / 'run'}"
+    code, error = go("rft", *options.split())
+    assert (
+        code == 2 and "--answer_format boxed: its modes are response, not" in error and not (tmp_path / "run").exists()
+    )
+
+
 def test_what_a_question_is_asked():
     """The forced token is `</think>`, its row is capped, and its response is supervised from it on."""
     tokenizer = chain.tokenizer(formats.load("think"))
