@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
@@ -14,7 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.kernels import token_logprobs
-from adaptive_reasoning.learner.weights import UNQUANTISE, check_weights, find, read_json
+from adaptive_reasoning.learner.weights import MALFORMED, UNQUANTISE, check_weights, find, read_json
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -45,14 +46,14 @@ def load_config(name_or_path: str):
         )
     try:
         config = AutoConfig.from_pretrained(str(path) if path.is_dir() else name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, StrictDataclassError, *MALFORMED) as error:
         check_no_adapter(name_or_path, download=True)
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"--model {name_or_path}: it brings code of its own, which is never run. Use Qwen2, Qwen3 or Llama."
             ) from error
         where = "its config.json cannot be read" if path.is_dir() else f"no folder {path.absolute()}, and as a hub name"
-        raise UserError(f"--model {name_or_path}: {where}: {error}") from error
+        raise UserError(f"--model {name_or_path}: {where}: {' '.join(str(error).split())}") from error
     if config.model_type not in FAMILIES:
         raise UserError(
             f"--model {name_or_path}: models of type {config.model_type} are not supported. Use Qwen2, Qwen3 or Llama."
@@ -64,8 +65,8 @@ def load_config(name_or_path: str):
         )
     for key in ("quantization_config", "compression_config", "quantization"):  # "quantization": MLX
         if found := getattr(config, key, None):
-            method = found.get("quant_method", key) if isinstance(found, dict) else key
-            raise UserError(f"--model {name_or_path}: its config.json has {key} ({method}): {UNQUANTISE}")
+            method = f" ({found['quant_method']})" if "quant_method" in found else ""
+            raise UserError(f"--model {name_or_path}: its config.json has {key}{method}: {UNQUANTISE}")
     return config
 
 

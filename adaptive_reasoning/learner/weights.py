@@ -7,6 +7,7 @@ a weight that the files lack at random, drop one that nothing takes, and go on.
 import json
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,8 @@ KEYS = {  # part of a name -> what in the config decides its shape
     "embed_tokens": "vocab_size and hidden_size",
     "lm_head": "vocab_size and hidden_size",
 }
+
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)  # what libraries raise for broken files
 
 
 class Stored(NamedTuple):
@@ -69,7 +72,10 @@ def weight_files(name: str, download: bool = False) -> list[Path]:
     path = next((path for file in WEIGHTS if (path := find(name, file, download))), None)
     if path is None or path.suffix != ".json":
         return [path] if path else []
-    shards = {file: find(name, file, download) for file in sorted(set(read_json(path)["weight_map"].values()))}
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict):
+        raise UserError(f"{path} has no weight_map, which says what is in which file. Copy it again.")
+    shards = {file: find(name, file, download) for file in sorted(set(places.values()))}
     if missing := [file for file, found in shards.items() if found is None]:
         if not Path(name).expanduser().is_dir() and not download:
             return []
@@ -91,20 +97,27 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def tensors_in(path: Path) -> dict[str, Stored]:
-    """Return {name: its header} of a file of weights."""
-    if path.suffix != ".safetensors":
-        found = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-        return {name: Stored(tuple(t.shape), str(t.dtype), path) for name, t in found.items()}
-    with safe_open(path, framework="pt") as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}
-        return {name: Stored(tuple(s.get_shape()), s.get_dtype(), path) for name, s in slices.items()}
+def tensors_in(path: Path, where: str) -> dict[str, Stored]:
+    """Return {name: its header} of a file of weights; `where` begins the message where it cannot be read."""
+    try:
+        if path.suffix != ".safetensors":
+            return {name: Stored(tuple(t.shape), str(t.dtype), path) for name, t in read_bin(path, "meta").items()}
+        with safe_open(path, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            return {name: Stored(tuple(s.get_shape()), s.get_dtype(), path) for name, s in slices.items()}
+    except (OSError, SafetensorError, pickle.UnpicklingError, *MALFORMED) as error:
+        raise UserError(f"{where}: cannot load the weights: {path}: {error}. Copy it again.") from error
+
+
+def read_bin(path: Path, device: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file that torch has saved; read when they are looked at, but for the oldest layout."""
+    return torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def read_tensor(name: str, path: Path) -> torch.Tensor:
     """Return one tensor of a file of weights."""
     if path.suffix != ".safetensors":
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[name]
+        return read_bin(path, "cpu")[name]
     with safe_open(path, framework="pt") as opened:
         return opened.get_tensor(name)
 
@@ -117,23 +130,15 @@ def check_weights(name: str, config, head: bool = True, download: bool = False) 
         config: from `load_config`.
         head: whether the output embedding counts; a critic has another head.
     """
-    try:
-        files = weight_files(name, download)
-        found = {key: stored for file in files for key, stored in tensors_in(file).items() if not BUFFER.search(key)}
-    except UserError:
-        raise
-    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"--model {name}: cannot load the weights: {error}") from error
+    where, files = f"--model {name}", weight_files(name, download)
+    found = {key: s for file in files for key, s in tensors_in(file, where).items() if not BUFFER.search(key)}
     if not files:
         if Path(name).expanduser().is_dir():
-            raise UserError(
-                f"--model {name}: cannot load the weights: the folder has none (looked for {', '.join(WEIGHTS)})."
-            )
+            raise UserError(f"{where}: cannot load the weights: the folder has none (looked for {', '.join(WEIGHTS)}).")
         return
     wanted = shapes_wanted(name, config)
     # Of a model saved without its head, whose names lack the prefix.
     found = {key if key in wanted or f"model.{key}" not in wanted else f"model.{key}": s for key, s in found.items()}
-    where = f"--model {name}"
     for key, stored in found.items():
         if ".lora_" in key or ".base_layer." in key:
             raise UserError(f"{where}: {stored.file} holds '{key}', of an adapter that was never merged. {MERGE}")
@@ -163,6 +168,7 @@ def check_weights(name: str, config, head: bool = True, download: bool = False) 
 
 
 MERGE = "Merge it first (peft: merge_and_unload), or name the adapter's own folder with --merge_adapter."
+LAYERS = "num_hidden_layers to {} in config.json (and layer_types, where it has them, to as many)"
 UNQUANTISE = "quantised weights cannot be trained here. Give the model in bf16, fp16 or fp32 that they were made from."
 
 
@@ -171,7 +177,7 @@ def shapes_wanted(name: str, config) -> dict[str, tuple[int, ...]]:
     try:
         with torch.device("meta"):  # not from_config: under ZeRO-3 that would split the meta tensors
             model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+    except (ArithmeticError, *MALFORMED) as error:
         raise UserError(f"--model {name}: its config.json describes no model that can be built: {error}") from error
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
@@ -195,15 +201,15 @@ def mend_missing(missing: list[str], found: dict, config) -> str:
         )
     layers = layers_in(found)
     if 0 < layers < config.num_hidden_layers and all(layers_in([key]) > layers for key in missing):
-        return f"Set num_hidden_layers to {layers} in config.json if that is all of them, or copy the weights again."
-    return "They would be drawn at random. Copy the weights again, or the config.json that belongs to them."
+        return f"Copy the weights again or, if these are all layers, set {LAYERS.format(layers)}."
+    return "What is missing would be drawn at random. Copy the weights again, or the config.json that belongs to them."
 
 
 def mend_extra(found: dict, config) -> str:
     """Return what the user can do about weights that nothing takes."""
     if (layers := layers_in(found)) > config.num_hidden_layers:
-        return f"Set num_hidden_layers to {layers} in config.json, or copy the config.json of these weights."
-    return "It would be dropped. Copy the config.json that belongs to the weights, or take it out of the file."
+        return f"Copy the config.json of these weights, or set {LAYERS.format(layers)}."
+    return "What nothing takes would be dropped. Copy the config.json of these weights, or take it out of the file."
 
 
 def check_tied(where: str, found: dict[str, Stored]) -> None:
