@@ -169,12 +169,12 @@ def thinkless_template(tokenizer) -> str:
 
 
 def template_mend(tokenizer) -> str:
-    """Return the command that gives a tokenizer a chat template which ends at the assistant's mark."""
+    """Return what gives a tokenizer a chat template that ends at the assistant's mark."""
     try:
         thinkless_template(tokenizer)
     except UserError:
-        return " The supervised start replaces it by a plain one: python -m adaptive_reasoning.sft --chat_template arm."
-    return " The supervised start does it: python -m adaptive_reasoning.sft --chat_template thinkless (or arm)."
+        return " A supervised start with --chat_template arm replaces it by a plain one that fits."
+    return " A supervised start with --chat_template thinkless, or arm, does it."
 
 
 def check_rows(model, token: int, text: str) -> None:
