@@ -306,16 +306,10 @@ def test_the_command_ends_with_the_sentence(tmp_path):
     data = make_folder(tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
     save_file({k: t for k, t in load_file(path).items() if k != HEAD}, path, {"format": "pt"})
-    command = [
-        sys.executable,
-        "-m",
-        "adaptive_reasoning.adaptthink",
-        "--model",
-        str(tmp_path / "model"),
-        "--data",
-        str(data),
-    ]
-    done = subprocess.run([*command, "--output_dir", str(tmp_path / "run"), *SMALL], capture_output=True, text=True)
+    model = ["-m", "adaptive_reasoning.adaptthink", "--model", path.parent, "--data", data]
+    done = subprocess.run(
+        [sys.executable, *model, "--output_dir", tmp_path / "run", *SMALL], capture_output=True, text=True
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr and "preflight" not in done.stdout
     assert f"error: --model {tmp_path}/model: {path} lacks '{HEAD}', which the model of config.json has." in done.stderr
     assert not (tmp_path / "run").exists()
@@ -376,7 +370,7 @@ def test_the_advice_for_a_refused_template_works():
     tokenizer = formats.tokenizer("thinkless")
     Thinkless(tokenizer, None)
     kept, tokenizer.chat_template = tokenizer.chat_template, HYBRID
-    with pytest.raises(UserError, match="sft --chat_template arm") as refused:
+    with pytest.raises(UserError, match="start with --chat_template arm") as refused:
         Thinkless(tokenizer, None)
     assert "--chat_template thinkless" not in str(refused.value), "which refuses this template"
     with pytest.raises(UserError, match="thinkless cannot edit .* Take --chat_template arm, which replaces it"):
@@ -384,7 +378,7 @@ def test_the_advice_for_a_refused_template_works():
     tokenizer.chat_template = TEMPLATES["arm"]
     Thinkless(tokenizer, None)
     tokenizer.chat_template = kept.replace("<|Assistant|>{% endif %}", "<|Assistant|><think>\n{% endif %}")
-    with pytest.raises(UserError, match="sft --chat_template thinkless"):
+    with pytest.raises(UserError, match="start with --chat_template thinkless"):
         Thinkless(tokenizer, None)
     tokenizer.chat_template = control_slot.thinkless_template(tokenizer)
     Thinkless(tokenizer, None)
