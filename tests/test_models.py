@@ -4,6 +4,7 @@ A case breaks a copy of a tiny random folder. What a command makes of it is at t
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from distributed_worker import write_model
 from safetensors.torch import load_file, save_file
 from small_model import make_folder
+from test_learner_distributed import ENVIRONMENTS
 
 from adaptive_reasoning import formats
 from adaptive_reasoning.errors import UserError
@@ -27,6 +29,7 @@ from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling
 from adaptive_reasoning.run.adapter import start_of
 from adaptive_reasoning.sft import TEMPLATES
 
+ROOT = Path(__file__).parent.parent
 FP32 = SimpleNamespace(dtype="fp32")
 EMBED, HEAD, UP = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"
 
@@ -298,6 +301,31 @@ SMALL = (
     "--task math --prompts_per_step 4 --num_generations 4 --ref_samples 1 --max_new_tokens 8 --grader_workers 1 "
     "--nothinking_max_new_tokens 8 --tokens_per_micro_batch 2048 --eval_data= --dtype fp32 --max_steps 1"
 ).split()
+
+
+@pytest.mark.slow
+def test_two_processes_under_zero3(whole, tmp_path):
+    """Both say the same, a weight split over them is looked at whole, and one merges what both load split."""
+    pytest.importorskip("deepspeed", reason="ZeRO-3 is tested where DeepSpeed is installed")
+    for name, edit in (("lacking", drop("model.norm")), ("infinite", not_finite)):
+        weights = load_file(shutil.copytree(whole[True], tmp_path / name) / "model.safetensors")
+        edit(None, weights, None)
+        save_file(weights, tmp_path / name / "model.safetensors", {"format": "pt"})
+    wanted = float(write_adapter(whole[True], tmp_path / "adapter").sum())
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | ENVIRONMENTS["zero3"]
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, ROOT / "tests" / "models_worker.py", tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert one == two and one["split"] and one["tied"] and abs(one["sum"] - wanted) < 1e-3
+    assert "lacks 'model.norm.weight'" in one["lacking"] and f"'{UP}' holds values that are not" in one["infinite"]
 
 
 @pytest.mark.slow

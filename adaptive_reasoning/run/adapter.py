@@ -3,11 +3,11 @@
 import json
 import os
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from adaptive_reasoning.errors import UserError, say
 from adaptive_reasoning.learner.model import (
@@ -37,10 +37,11 @@ def start_of(args, accelerator) -> str:
     """
     if not args.merge_adapter:
         return args.model
-    folder, plugin = Path(args.output_dir) / "merged", accelerator.state.deepspeed_plugin
-    # ZeRO-3 would split over the processes what one of them loads.
-    with plugin.zero3_init_context_manager(enable=False) if is_zero3(accelerator) else nullcontext():
-        on_main(accelerator, lambda: merge(args.model, folder))
+    folder = Path(args.output_dir) / "merged"
+    unset_hf_deepspeed_config()  # under ZeRO-3 transformers would split what one process loads over all of them
+    on_main(accelerator, lambda: merge(args.model, folder))
+    if is_zero3(accelerator):
+        set_hf_deepspeed_config(accelerator.state.deepspeed_plugin.dschf)
     return str(folder)
 
 
@@ -74,7 +75,7 @@ def merge(model: str, folder: Path) -> None:
             f"--merge_adapter: the base of {model} is {base} ({path}), and it is not at hand: {error} Correct "
             f"base_model_name_or_path in {path.name} if it lies elsewhere."
         ) from error
-    tokenizer = load_tokenizer(model if any(find(model, file) for file in TOKENIZER_FILES) else base)
+    tokenizer = load_tokenizer(model if any(find(model, file, download=True) for file in TOKENIZER_FILES) else base)
     check_vocabulary(config, tokenizer)
     say(f"merging {model} into {base}")
     partial = folder.with_name(folder.name + ".partial")

@@ -176,6 +176,8 @@ def print_plan(args, place: Place) -> None:
     Raises:
         UserError: an unknown machine or model, or too little memory; the message has the fix.
     """
+    if args.merge_adapter:
+        raise UserError("--preflight plans with a whole model: name the adapter's base, without --merge_adapter.")
     where, config = place.where(args.max_prompt_tokens), find_config(args.model)
     shapes, holds = shapes_of(config), args.holds()
     plan = plan_memory(args, holds, shapes, where)

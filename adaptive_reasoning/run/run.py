@@ -327,11 +327,11 @@ class Run:
             )
 
     def _check_gap(self, gap: float | None) -> None:
-        """Raise UserError where sampler and learner disagree in the first step since the weights were loaded."""
+        """Raise UserError where sampler and learner disagree in the first step."""
         limit = GAP_LIMIT[self.args.dtype]
-        if self.step == self.journal.continued + 1 and gap is not None and not gap <= limit:
+        if self.step == 1 and gap is not None and not gap <= limit:
             raise UserError(
-                f"step {self.step}: sampler and learner disagree about the log-probs of the same tokens by {gap:.3g} "
+                f"step 1: sampler and learner disagree about the log-probs of the same tokens by {gap:.3g} "
                 f"on average, more than the {limit:g} that {self.args.dtype} may round (check/logprob_gap_mean): the "
                 "sampled responses are not of the model that is trained. Likely they hold different weights "
                 "(tie_word_embeddings in config.json against the file; a model family that the rollout gets wrong), "
