@@ -33,6 +33,7 @@ from adaptive_reasoning.learner.model import load_model
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.learner.runtime import all_reduce, end, make_accelerator, on_main
 from adaptive_reasoning.learner.watch import Watch
+from adaptive_reasoning.run.adapter import start_of
 from adaptive_reasoning.run.folder import MAY_CHANGE, check_same, inputs_of, read_config
 from adaptive_reasoning.run.journal import Journal
 from adaptive_reasoning.run.memory import Holds
@@ -190,7 +191,7 @@ def rate(args, step: int) -> float:
 def start_model(args, accelerator):
     """Return (model to train, tokenizer)."""
     if args.model:
-        model, tokenizer = load_model(args.model, args)
+        model, tokenizer = load_model(start_of(args, accelerator), args)
         if args.short_slot:
             if args.lora_rank:
                 raise UserError("--short_slot: LoRA leaves the embedding of `<short>` untrained. Set --lora_rank 0.")

@@ -30,6 +30,7 @@ from adaptive_reasoning.learner.runtime import all_gather, end, make_accelerator
 from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.report.console import evaluation_table
 from adaptive_reasoning.rollout import Decoder, Engine
+from adaptive_reasoning.run.adapter import start_of
 from adaptive_reasoning.run.evaluation import EvalSpec, Evaluator, evaluate, summarise
 from adaptive_reasoning.run.folder import MAY_CHANGE, check_inputs, data_of, inputs_of, open_folder
 from adaptive_reasoning.run.options import NonNegative, PositiveShare, RunArgs, parse_args
@@ -231,7 +232,7 @@ def measure_benchmark(
 def measure(args, accelerator, watch: Watch) -> None:
     """Measure every benchmark in every setting; keep each as it is finished, and write evaluation.json."""
     watch.phase("load")
-    model, tokenizer = load_model(args.model, args)
+    model, tokenizer = load_model(start_of(args, accelerator), args)
     spec = spec_of(tokenizer, args)
     wanted = wanted_settings(args.settings, spec)
     task, folder = load_task(args, tokenizer, train=False), Path(args.output_dir)

@@ -55,6 +55,9 @@ def eval_metrics(modes: dict[str, str]) -> dict[str, Metric]:
 
 SECONDS = "Seconds per step | Where the time goes; evaluation not included."
 
+# Mean distance of the sampler's and the learner's log-probs (nats) above which their weights are not the same.
+GAP_LIMIT = {"bf16": 0.02, "fp32": 1e-3}
+
 # What every method logs.
 SHARED = {
     "step": Metric("Training step: one rollout batch and the updates on it.", "count"),
@@ -114,7 +117,7 @@ SHARED = {
         panel="Sampler against learner | Mean distance of their log-probs.",
         alarms=(Alarm("sampler and learner disagree about the same tokens by more than bf16 rounds (0.02): the "
                       "training data is off-policy; look at the temperature, the precision and the weight refresh",
-                      above=0.02),)),
+                      above=GAP_LIMIT["bf16"]),)),
     "check/logprob_gap_max": Metric(
         "Largest such distance in this step.", "nats", "small; single outliers in bf16",
         alarms=(Alarm("in every step some token is e times more probable to the sampler than to the learner, or "

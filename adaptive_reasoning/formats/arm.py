@@ -14,7 +14,7 @@ import re
 import numpy as np
 
 from adaptive_reasoning.core.question import Question
-from adaptive_reasoning.formats import ResponseFormat, Row
+from adaptive_reasoning.formats import ResponseFormat, Row, control_slot
 from adaptive_reasoning.tasks import chain, prompts
 from adaptive_reasoning.tasks.answers import verified_answer
 
@@ -48,7 +48,7 @@ class Arm(ResponseFormat):
 
     def __init__(self, tokenizer, args):
         super().__init__(tokenizer, args)
-        self.prompt_end = prompts.check_ends_at_assistant(tokenizer)
+        self.prompt_end = prompts.check_ends_at_assistant(tokenizer, control_slot.template_mend)
 
     @classmethod
     def format_of(cls, response: str) -> str:

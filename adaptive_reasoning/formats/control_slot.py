@@ -134,6 +134,7 @@ def rename_in_config(content: dict, old: str, new: str) -> dict:
     return {new if key == old else key: value for key, value in content.items()}
 
 
+BLOCK = re.compile(r"<think>(?:(?:\\n|\n)*</think>(?:\\n|\n)*|(?:\\n|\n)?)")  # an empty block, or one opened
 CUT = re.compile(  # R1's template drops the thinking of finished answers
     r"\{%-?\s*if '</think>' in content\s*-?%\}\s*\{%-?\s*set content = content\.split\('</think>'\)\[-1\]\s*-?%\}\s*"
     r"\{%-?\s*endif\s*-?%\}"
@@ -146,22 +147,34 @@ def thinkless_template(tokenizer) -> str:
     Raises:
         UserError: the edits do not lead to a prompt that ends at the assistant's mark, or answers are still cut.
     """
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template. Add one to its folder.")
-    edited = CUT.sub("", re.sub(r"<think>(\\n|\n)?", "", str(tokenizer.chat_template)))
+    edited = CUT.sub("", BLOCK.sub("", str(tokenizer.chat_template or "")))
     old, tokenizer.chat_template = tokenizer.chat_template, edited
     try:
         prompts.check_ends_at_assistant(tokenizer)
         answer = "<think>\na\n</think>\nb"
         messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": answer}]
-        if answer not in tokenizer.apply_chat_template(messages, tokenize=False):
-            raise UserError(
-                f"the chat template of {tokenizer.name_or_path!r} changes finished answers (thinking is cut away) in a "
-                "way that --chat_template thinkless does not know. Edit chat_template in the model's folder."
-            )
+        if answer not in prompts.chat_text(tokenizer, messages):
+            raise UserError("Finished answers are changed (thinking is cut away).")
+    except UserError as error:
+        if not old:
+            raise
+        raise UserError(
+            f"--chat_template thinkless cannot edit the chat template of {tokenizer.name_or_path!r}: without its "
+            "<think> it still does not fit. Take --chat_template arm, which replaces it by a plain one, or write your "
+            f"own. What is wrong with the edited one: {error}"
+        ) from error
     finally:
         tokenizer.chat_template = old
     return edited
+
+
+def template_mend(tokenizer) -> str:
+    """Return what gives a tokenizer a chat template that ends at the assistant's mark."""
+    try:
+        thinkless_template(tokenizer)
+    except UserError:
+        return " A supervised start with --chat_template arm replaces it by a plain one that fits."
+    return " A supervised start with --chat_template thinkless, or arm, does it."
 
 
 def check_rows(model, token: int, text: str) -> None:

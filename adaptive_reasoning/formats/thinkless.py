@@ -54,7 +54,7 @@ class Thinkless(ResponseFormat):
                 "--mode_rule substring: the official code's rule tells <think> and <short> apart and no other mode. "
                 "Take first_token."
             )
-        prompts.check_ends_at_assistant(tokenizer)
+        prompts.check_ends_at_assistant(tokenizer, control_slot.template_mend)
         self.tokens = {mode: prompts.control_token(tokenizer, f"<{tag}>") for mode, tag in self.tags.items()}
         prompts.control_token(tokenizer, "</think>")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
@@ -14,21 +15,25 @@ from transformers.utils import is_flash_attn_2_available
 
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.kernels import token_logprobs
+from adaptive_reasoning.learner.weights import MALFORMED, UNQUANTISE, check_weights, find, read_json
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+ADAPTER = "adapter_config.json"
 
 
 def load_config(name_or_path: str):
     """Return the config of a Hugging Face folder or hub name, checked: the part of loading that costs nothing.
 
     Raises:
-        UserError: nothing there, a model that is not Qwen2, Qwen3 or Llama, or one with sliding-window attention.
+        UserError: nothing there, an adapter, a model that is not Qwen2, Qwen3 or Llama, one with sliding-window
+            attention, or quantised weights.
     """
     if not name_or_path:
         raise UserError("--model is empty: name a folder with a Hugging Face model, or a model of the hub.")
     path = Path(name_or_path).expanduser()
     looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    check_no_adapter(name_or_path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(
             f"--model {name_or_path}: the folder has no config.json (looked for {path / 'config.json'}). "
@@ -41,13 +46,14 @@ def load_config(name_or_path: str):
         )
     try:
         config = AutoConfig.from_pretrained(str(path) if path.is_dir() else name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, StrictDataclassError, *MALFORMED) as error:
+        check_no_adapter(name_or_path, download=True)
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"--model {name_or_path}: it brings code of its own, which is never run. Use Qwen2, Qwen3 or Llama."
             ) from error
         where = "its config.json cannot be read" if path.is_dir() else f"no folder {path.absolute()}, and as a hub name"
-        raise UserError(f"--model {name_or_path}: {where}: {error}") from error
+        raise UserError(f"--model {name_or_path}: {where}: {' '.join(str(error).split())}") from error
     if config.model_type not in FAMILIES:
         raise UserError(
             f"--model {name_or_path}: models of type {config.model_type} are not supported. Use Qwen2, Qwen3 or Llama."
@@ -57,7 +63,37 @@ def load_config(name_or_path: str):
             f"--model {name_or_path}: sliding-window attention is not supported. "
             "Set use_sliding_window to false in its config.json."
         )
+    for key in ("quantization_config", "compression_config", "quantization"):  # "quantization": MLX
+        if found := getattr(config, key, None):
+            method = f" ({found['quant_method']})" if "quant_method" in found else ""
+            raise UserError(f"--model {name_or_path}: its config.json has {key}{method}: {UNQUANTISE}")
     return config
+
+
+def check_no_adapter(name_or_path: str, download: bool = False) -> None:
+    """Raise UserError where a folder or hub name holds an adapter, alone or beside weights, which would be put on top
+    of them. `download`: look on the hub too."""
+    if (path := adapter_config(name_or_path, download)) is None:
+        return
+    base = read_json(path).get("base_model_name_or_path")
+    if find(name_or_path, "config.json"):
+        raise UserError(
+            f"--model {name_or_path}: an adapter ({path.name}) lies beside the weights. Take {path.name} and "
+            "adapter_model.* out of the folder to use the weights as they are, or put them into a folder of their own "
+            "and name that with --merge_adapter."
+        )
+    raise UserError(
+        f"--model {name_or_path}: it is an adapter of {base} ({path.name}), not a whole model. --merge_adapter merges "
+        "it into that model before the run."
+    )
+
+
+def adapter_config(name_or_path: str, download: bool = False) -> Path | None:
+    """Return the configuration of an adapter that a folder or hub name holds, None where it holds none."""
+    try:
+        return find(name_or_path, ADAPTER, download)
+    except UserError:  # no name that the hub knows, or no way to it: what is wrong is said by the caller
+        return None
 
 
 def load_model(name_or_path: str, args, kind=AutoModelForCausalLM, **options):
@@ -71,9 +107,12 @@ def load_model(name_or_path: str, args, kind=AutoModelForCausalLM, **options):
         kind: the Auto class of the model, with its `options`: a critic has another head.
 
     Raises:
-        UserError: as `load_config`, or weights or tokenizer that cannot be read.
+        UserError: as `load_config`, `check_weights` and `generation_config`, weights that are not finite, or weights or
+            a tokenizer that cannot be read.
     """
-    load_config(name_or_path)
+    config, causal = load_config(name_or_path), kind is AutoModelForCausalLM
+    check_weights(name_or_path, config, head=causal, download=True)
+    generation_config(name_or_path)
     path = Path(name_or_path).expanduser()
     name = str(path) if path.is_dir() else name_or_path
     flash = torch.cuda.is_available() and args.dtype == "bf16" and is_flash_attn_2_available()
@@ -88,9 +127,22 @@ def load_model(name_or_path: str, args, kind=AutoModelForCausalLM, **options):
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--model {name_or_path}: cannot load the weights: {error}") from error
+    # What the rollout goes by; a file whose two embeddings differ has been refused.
+    assert not causal or is_tied(model) == bool(config.tie_word_embeddings), "tied as the config says"
+    for key, tensor in whole_weights(model):
+        if key != "score.weight" and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise UserError(
+                f"--model {name_or_path}: '{key}' holds values that are not finite (NaN or infinite): the weights are "
+                "damaged. Copy them again, or take an earlier checkpoint."
+            )
     tokenizer = load_tokenizer(name)
     check_vocabulary(model.config, tokenizer)
     return model, tokenizer
+
+
+def is_tied(model) -> bool:
+    """Return whether a model has one matrix for both embeddings: what it really does, whatever its config says."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def whole_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
@@ -138,11 +190,21 @@ def load_tokenizer(name_or_path: str):
 
 
 def generation_config(model: str):
-    """Return the generation config of a folder or hub name, which may name more stop tokens; None where it has none."""
-    try:
-        return GenerationConfig.from_pretrained(model)
-    except OSError:
+    """Return the generation config of a folder or hub name, which may name more stop tokens; None where it has none.
+
+    Raises:
+        UserError: it is no JSON, or its EOS ids are no ids. transformers would go on without it.
+    """
+    if (path := find(model, "generation_config.json", download=True)) is None:
         return None
+    content = read_json(path)
+    ids = content.get("eos_token_id")
+    if not all(type(i) is int and i >= 0 for i in (ids if isinstance(ids, list) else [] if ids is None else [ids])):
+        raise UserError(f"{path}: eos_token_id is {ids!r}. Give the id of a token, a whole number, or a list of them.")
+    try:
+        return GenerationConfig.from_pretrained(str(path.parent))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Mend it, or delete it.") from error
 
 
 class LogprobHead(nn.Linear):

@@ -58,19 +58,22 @@ class Decoder:
     Args:
         config: a `transformers` config of a Qwen2, Qwen3 or Llama model.
         device, dtype: where and in what type the replica lives.
+        tied: whether one matrix is both embeddings; None: as the config says.
 
     Raises:
         UserError: the family is not supported, or the config asks for something the decoder does not do.
     """
 
-    def __init__(self, config, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, config, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, tied: bool | None = None
+    ):
         check_supported(config)
         self.device, self.dtype = torch.device(device), dtype
         self.num_layers, self.hidden, self.vocab = config.num_hidden_layers, config.hidden_size, config.vocab_size
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or self.hidden // self.heads
         self.intermediate, self.eps = config.intermediate_size, config.rms_norm_eps
-        self.tied = bool(config.tie_word_embeddings)
+        self.tied = bool(config.tie_word_embeddings if tied is None else tied)
         inv_freq, self.rope_scale = rope_frequencies(config)
         self.inv_freq = inv_freq.to(self.device, torch.float32)  # [D/2]
         self.angles = self._angles(256)  # [positions, D/2] complex, grown when needed
@@ -116,7 +119,8 @@ class Decoder:
     def from_model(cls, model, device=None, dtype=None) -> "Decoder":
         """Replica of a live `transformers` model."""
         first = next(model.parameters())
-        decoder = cls(model.config, device or first.device, dtype or first.dtype)
+        tied = model.lm_head.weight is model.model.embed_tokens.weight  # transformers does not always go by the config
+        decoder = cls(model.config, device or first.device, dtype or first.dtype, tied)
         decoder.load(model.named_parameters())
         return decoder
 
@@ -184,23 +188,29 @@ class Decoder:
         Raises:
             UserError: a weight is missing, unknown or of another shape: these are not the weights of this config.
         """
-        missing = set(self.destinations)
+        missing, head = set(self.destinations), None
         for name, tensor in tensors:
             if name == "lm_head.weight" and self.tied:
+                head = tensor.detach().to(self.embed, copy=True)
+                continue
+            if name.endswith("rotary_emb.inv_freq"):  # in files of old Llamas; computed from the config
                 continue
             view = self.destinations.get(name)
             if view is None:
                 raise UserError(
                     f"weight '{name}' is not part of a {self.num_layers}-layer model of the config's family."
                 )
-            if tensor.numel() != view.numel():
-                raise UserError(
-                    f"weight '{name}' has shape {list(tensor.shape)}, the config asks for {view.numel()} values."
-                )
+            if tensor.numel() != view.numel() or (tensor.dim() > 1 and tensor.shape[-1] != view.shape[-1]):
+                raise UserError(f"weight '{name}' has shape {list(tensor.shape)}, which the config does not ask for.")
             view.copy_(tensor.detach().view(view.shape))
             missing.discard(name)
         if missing:
             raise UserError(f"{len(missing)} weights are missing, among them '{min(missing)}'.")
+        if head is not None and not torch.equal(head, self.embed):
+            raise UserError(
+                "the config ties both embeddings, and weight 'lm_head.weight' is not 'model.embed_tokens.weight': set "
+                "tie_word_embeddings to false in config.json."
+            )
         if self.copied:
             self.head.copy_(self.embed.T)
 

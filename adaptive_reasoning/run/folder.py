@@ -182,7 +182,7 @@ def weights_of(model: str) -> list[str]:
     Of every file its size and 64 blocks spread over it, which training changes even where single layers are frozen.
     """
     texts = [] if Path(model).is_dir() else [model]
-    for path in sorted(Path(model).glob("*.safetensors")):
+    for path in sorted(p for p in Path(model).glob("*") if p.suffix in (".safetensors", ".bin")):
         size, state = path.stat().st_size, hashlib.sha256()
         with open(path, "rb") as file:
             for i in range(BLOCKS):

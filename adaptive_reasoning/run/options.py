@@ -44,6 +44,8 @@ class RunArgs:
     # --- where
     model: str = ""
     """Model to start from: a Hugging Face folder or a hub name (Qwen2, Qwen3 or Llama)."""
+    merge_adapter: bool = False
+    """--model is an adapter (peft): merge it into its base once, at <output_dir>/merged, and start from that."""
     output_dir: str = "runs/unnamed"
     """Folder of the run. The same command again continues the run found there."""
     task: str = "math"

@@ -177,6 +177,8 @@ def print_plan(args, place: Place) -> None:
         UserError: an unknown machine or model, or too little memory; the message has the fix.
     """
     holds = args.holds()  # first: what is no training run says so
+    if args.merge_adapter:
+        raise UserError("--preflight plans with a whole model: name the adapter's base, without --merge_adapter.")
     where, config = place.where(args.max_prompt_tokens), find_config(args.model)
     shapes = shapes_of(config)
     plan = plan_memory(args, holds, shapes, where)

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import torch
 
 from adaptive_reasoning.core.episode import Episode, sample_row
-from adaptive_reasoning.core.metric import Metric
+from adaptive_reasoning.core.metric import GAP_LIMIT, Metric
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.critic import Critic, load_critic
@@ -44,9 +44,11 @@ from adaptive_reasoning.learner.runtime import (
     offloads_optimizer,
 )
 from adaptive_reasoning.learner.watch import Watch
+from adaptive_reasoning.learner.weights import check_weights
 from adaptive_reasoning.rollout import Request, Sampling
 from adaptive_reasoning.rollout.dialogue import Dialogue
 from adaptive_reasoning.rollout.engine import CPU_CACHE_BYTES
+from adaptive_reasoning.run.adapter import start_of
 from adaptive_reasoning.run.balance import deal, expected_tokens
 from adaptive_reasoning.run.evaluation import Evaluator, evaluate
 from adaptive_reasoning.run.folder import data_of, inputs_of
@@ -82,10 +84,12 @@ class Run:
         self.watch = Watch(self.accelerator, args.patience)
         self.journal = Journal(args, algorithm, self.accelerator)
         with self.watch.telling():
-            self.config = load_config(args.model)
-            self.tokenizer = load_tokenizer(args.model)
+            self.model = start_of(args, self.accelerator)
+            self.config = load_config(self.model)
+            check_weights(self.model, self.config)
+            self.tokenizer = load_tokenizer(self.model)
             check_vocabulary(self.config, self.tokenizer)
-            self.stop_ids = prompts.stop_tokens(self.tokenizer, generation_config(args.model))
+            self.stop_ids = prompts.stop_tokens(self.tokenizer, generation_config(self.model))
             self.task = load_task(args, self.tokenizer)
             if not offline:  # says at once if there are too few questions
                 self.task.batch(1, args.prompts_per_step, args.seed)
@@ -148,13 +152,13 @@ class Run:
             self.watch.phase("load")
             read_again = args.model if self.has_reference else None  # by a continued run
             journal.open(inputs_of(data_of(self.task), self.tokenizer, read_again))
-            self.learner = Learner(args, load_model(args.model, args)[0], self.accelerator)
+            self.learner = Learner(args, load_model(self.model, args)[0], self.accelerator)
             self.reference = self.critic = None
             if self.has_reference:
-                model = load_model(args.model, args)[0]
+                model = load_model(self.model, args)[0]
                 self.reference = Learner(args, model, self.accelerator, trainable="none")
             if self.has_critic:
-                self.critic = Critic(args, load_critic(args.model, args), self.accelerator)
+                self.critic = Critic(args, load_critic(self.model, args), self.accelerator)
             journal.restore(self.learner, self.critic)
             if self.step and (seen := journal.evaluations()):
                 self.latest = seen[0]["result"]
@@ -279,7 +283,8 @@ class Run:
             minibatches: what learner.minibatches() returned.
 
         Raises:
-            UserError: on all processes, if more answers than --max_ungraded could not be graded.
+            UserError: on all processes, if sampler and learner disagree in the first step, or if more answers than
+                --max_ungraded could not be graded.
         """
         self.watch.phase("log", self.step)
         args, clock, seconds, now = self.args, self.clock, self.sampler.seconds, time.perf_counter()
@@ -313,6 +318,7 @@ class Run:
         kept = {j: sample_row(episodes[j], self.step, "train") for rank, j in chosen if rank == self.rank}
         kept = all_gather(self.accelerator, kept)
         self.journal.write(row, [kept[rank][j] for rank, j in chosen])
+        self._check_gap(row.get("check/logprob_gap_mean"))
         slow, broken = (row.get(f"grader/{kind}_rate") or 0.0 for kind in ("timeout", "error"))
         if slow + broken > args.max_ungraded:
             raise UserError(
@@ -320,6 +326,19 @@ class Run:
                 f"errors {broken:.0%}), more than --max_ungraded {args.max_ungraded}. Look at 'grader' in "
                 f"{self.journal.folder / 'samples.jsonl'}; raise --grader_timeout or --grader_workers if the machine "
                 "is too slow. The same command continues the run from its newest checkpoint."
+            )
+
+    def _check_gap(self, gap: float | None) -> None:
+        """Raise UserError where sampler and learner disagree in the first step."""
+        limit = GAP_LIMIT[self.args.dtype]
+        if self.step == 1 and gap is not None and not gap <= limit:
+            raise UserError(
+                f"step 1: sampler and learner disagree about the log-probs of the same tokens by {gap:.3g} "
+                f"on average, more than the {limit:g} that {self.args.dtype} may round (check/logprob_gap_mean): the "
+                "sampled responses are not of the model that is trained. Likely they hold different weights "
+                "(tie_word_embeddings in config.json against the file; a model family that the rollout gets wrong), "
+                "or compute in another precision (with --dtype fp32 the gap is near 0 if that is all), or at another "
+                "temperature. Nothing was saved of this step."
             )
 
     def log_offline(self, own: dict, losses: list[dict], update: dict, minibatch) -> None:

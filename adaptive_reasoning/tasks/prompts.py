@@ -1,5 +1,7 @@
 """Prompts and control tokens: rendered and looked up once, checked before anything heavy starts."""
 
+from collections.abc import Callable
+
 from jinja2 import TemplateError
 
 from adaptive_reasoning.core.question import Question
@@ -19,12 +21,16 @@ def prompt_text(tokenizer, problem: str) -> str:
     Raises:
         UserError: the tokenizer has no chat template, or one that is no Jinja.
     """
+    return chat_text(tokenizer, [{"role": "user", "content": problem}], add_generation_prompt=True)
+
+
+def chat_text(tokenizer, messages: list[dict], **options) -> str:
+    """Return messages as the chat template writes them; raises as `prompt_text`."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template. Add one to its folder.")
-    messages = [{"role": "user", "content": problem}]
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except (TemplateError, ValueError, TypeError) as error:  # the latter from Python's methods, which templates call
         what = f"the chat template of {tokenizer.name_or_path!r} cannot be rendered"
         raise UserError(f"{what}: {str(error).rstrip('.')}. Mend it in its folder.") from error
 
@@ -40,13 +46,17 @@ def check_opens_thinking(tokenizer) -> str:
     if not text.endswith(THINK_OPEN + "\n"):
         raise UserError(
             f"the chat template of {tokenizer.name_or_path!r} must end in {THINK_OPEN + chr(10)!r} with "
-            f"add_generation_prompt; found {text[-40:]!r}. Change chat_template in the tokenizer's folder."
+            f"add_generation_prompt; found {text[-40:]!r}. Change the end of chat_template in the tokenizer's "
+            "folder; no command does it yet."
         )
     return text.rpartition("1+1")[2]
 
 
-def check_ends_at_assistant(tokenizer) -> str:
+def check_ends_at_assistant(tokenizer, mend: Callable[..., str] = lambda tokenizer: "") -> str:
     """Return how the prompt ends, e.g. '<|Assistant|>'.
+
+    Args:
+        mend: tokenizer -> what else the message says.
 
     Raises:
         UserError: the prompt goes on after the assistant's mark, with `<think>` (then the mode is chosen already) or
@@ -55,13 +65,13 @@ def check_ends_at_assistant(tokenizer) -> str:
     """
     messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "7"}]
     text = prompt_text(tokenizer, "1+1")
-    finished = tokenizer.apply_chat_template(messages, tokenize=False)
+    finished = chat_text(tokenizer, messages)
     if THINK_OPEN in text or not finished.startswith(text + "7"):
         raise UserError(
             f"the chat template of {tokenizer.name_or_path!r} must end right at the assistant's mark with "
             f"add_generation_prompt, without {THINK_OPEN!r} or a newline, as it stands before an answer "
-            f"({finished[-40:]!r}); found {text[-40:]!r}. Change chat_template in the tokenizer's folder; the "
-            "supervised start does it (--chat_template arm, or thinkless)."
+            f"({finished[-40:]!r}); found {text[-40:]!r}. Change chat_template in the tokenizer's folder."
+            f"{mend(tokenizer)}"
         )
     return text.rpartition("1+1")[2]
 
