@@ -8,7 +8,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaptive_reasoning.core.errors import UserError, run_cli
+from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.report.console import aligned
 from adaptive_reasoning.report.panels import MODE_COLOURS, PALETTE, ramp, smooth
 from adaptive_reasoning.report.run_folder import Run, difficulty_order, load_run, shown_modes

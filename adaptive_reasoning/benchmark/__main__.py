@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +19,12 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from adaptive_reasoning import formats
 from adaptive_reasoning.benchmark import routers as router
 from adaptive_reasoning.benchmark.lenient import lenient_answer, lenient_same
+from adaptive_reasoning.benchmark.official import official
 from adaptive_reasoning.benchmark.papers import load_paper, paper_table
 from adaptive_reasoning.benchmark.votes import consensus, majority
 from adaptive_reasoning.core.files import append_jsonl, read_jsonl, write_bytes_atomic, write_json_atomic
 from adaptive_reasoning.errors import UserError, run_cli, say
+from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.formats.dialogue import DialogueArgs, DialogueFormat
 from adaptive_reasoning.formats.think import ThinkArgs
 from adaptive_reasoning.formats.thinkless import ThinklessArgs
@@ -36,6 +39,7 @@ from adaptive_reasoning.run.options import NonNegative, PositiveShare, RunArgs, 
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.task import Benchmark, load_task
 
+DECODE = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
 CONTINUES = MAY_CHANGE | {"settings", "eval_data", "paper"}  # what an evaluation may be continued with other values of
 
 
@@ -64,8 +68,9 @@ class Args(DialogueArgs, ThinkArgs, ThinklessArgs, RunArgs):
     """Run the programs of the CODE format, each in a sandboxed process, and take their answers (ARM's appendix H)."""
     paper: str = ""
     """Print a paper's rows beside ours: a name in benchmark/published such as arm-3b, or the path of a YAML file."""
-    scoring: Literal["strict", "lenient"] = "strict"
-    """"strict": as in training. "lenient": a box anywhere, other places, the first number (Thinkless' scripts)."""
+    scoring: Literal["strict", "lenient", "official"] = "strict"
+    """"strict": as in training. "lenient": a box anywhere, other places, the first number (Thinkless' scripts).
+    "official": no format gate, and a rule for every benchmark (ARM's script)."""
     instruction: str = ""
     """Text put before every problem, e.g. to ask for a box."""
     judge_model: str = ""
@@ -82,19 +87,21 @@ def check_args(args) -> None:
     form = formats.load(args.answer_format)
     if args.paper and (mode := load_paper(args.paper)["mode"]) not in ("", *form.modes):
         raise UserError(f"--paper {args.paper}: its rows have the mode {mode}, {args.answer_format} has no such mode.")
+    if args.scoring == "official" and not issubclass(form, Arm):
+        raise UserError(f"--scoring official: reads ARM's answer blocks, {args.answer_format} has none. Take strict.")
     if args.maj_k and issubclass(form, DialogueFormat):
         raise UserError("--maj_k: a dialogue already decides between two answers; there is no vote over dialogues.")
     if args.maj_k > args.eval_samples:
         raise UserError(f"--maj_k {args.maj_k}: needs as many responses a question, --eval_samples {args.maj_k}.")
 
 
-def spec_of(tokenizer, args) -> EvalSpec:
-    """Return how the format is evaluated, with the scoring that was asked for."""
+def spec_of(tokenizer, args, benchmark: str = "") -> EvalSpec:
+    """Return how the format is evaluated on a benchmark, with the scoring that was asked for."""
     form = formats.load(args.answer_format)(tokenizer, args)
     spec = dataclasses.replace(form.eval_spec(), extra_tokens=form.template_tokens())
     if args.scoring == "lenient":
         spec = dataclasses.replace(spec, extract_answer=lenient_answer, check=lenient_same)
-    return spec
+    return official(spec, benchmark, partial(tokenizer.decode, **DECODE)) if args.scoring == "official" else spec
 
 
 def wanted_settings(names: str, spec: EvalSpec) -> list[str]:
@@ -234,12 +241,17 @@ def measure(args, accelerator, watch: Watch) -> None:
     due = [b for b in task.benchmarks if "router_judge" in wanted and (b.name, "router_judge") not in kept]
     engine, judged = engines(args, model, tokenizer, spec, due, accelerator.device)
     stop_ids = prompts.stop_tokens(tokenizer, model.generation_config)
-    with task.grader(args.grader_workers, args.grader_timeout, spec.check) as grader:
-        on = Evaluator(
-            engine, grader, tokenizer, stop_ids, spec, args, accelerator, args.instruction, args.execute_code
-        )
-        parts = [measure_benchmark(on, b, wanted, kept, judged, keep, watch) for b in task.benchmarks]
-    on_main(accelerator, partial(report, folder, args, spec, [row for part in parts for row in part]))
+    rows = []
+    # A grader for each rule, which the benchmarks in between do not need: it starts while the first answers are sampled.
+    for check, group in groupby(task.benchmarks, lambda b: spec_of(tokenizer, args, b.name).check):
+        with task.grader(args.grader_workers, args.grader_timeout, check) as grader:
+            for b in group:
+                scored = spec_of(tokenizer, args, b.name)
+                on = Evaluator(
+                    engine, grader, tokenizer, stop_ids, scored, args, accelerator, args.instruction, args.execute_code
+                )
+                rows += measure_benchmark(on, b, wanted, kept, judged, keep, watch)
+    on_main(accelerator, partial(report, folder, args, spec, rows))
 
 
 def report(folder: Path, args, spec: EvalSpec, rows: list[dict]) -> None:

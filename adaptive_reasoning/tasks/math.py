@@ -19,6 +19,9 @@ from adaptive_reasoning.tasks.answers import boxed_answer
 DATA_FOLDER = "ADAPTIVE_REASONING_DATA"
 """Environment variable: a folder whose <name>_test.jsonl files stand in for the benchmarks of the hub."""
 
+PART = re.compile(r"(?:sorted\((?P<sorted>.+)\)|(?P<plain>.+))\[(?P<first>-?\d*):(?P<last>-?\d*)\]")
+"""A part of a source, as Python would slice its rows: "gsm8k.jsonl[:100]", "sorted(tau/commonsense_qa)[-4929:]"."""
+
 FILE_TYPES = (".jsonl", ".json", ".parquet")
 
 
@@ -38,6 +41,7 @@ BENCHMARKS = {
     "csqa": Known("tau/commonsense_qa", "validation"),
     "obqa": Known("allenai/openbookqa:main", "test"),
     "svamp": Known("ChilleD/SVAMP", "test"),
+    "bbh": Known("", "test"),  # with ARM's hints for the answer: on no hub, 27 files of its repository made into one
     "aime25": Known("math-ai/aime25", "test", samples=16),
     "aime24": Known("HuggingFaceH4/aime_2024", "train", samples=16),  # 30 questions: one sample each says little
 }
@@ -48,7 +52,8 @@ def load_questions(source: str, limit: int = 0, split: str = "train", beside: st
 
     Args:
         source: path of a JSONL or Parquet file; else a name in `BENCHMARKS`; else a hub data set, "name:config" for one
-            of its configurations. A path that exists wins.
+            of its configurations. A path that exists wins. "source[a:b]" is a part of one, in alphabetical order of the
+            problems with "sorted(source)[a:b]".
         limit: only the first so many (0: all of them).
         split: split of a hub data set. Files have none, benchmarks their own.
         beside: a local data file; a benchmark's <name>_test.jsonl in its folder is taken rather than the hub's.
@@ -59,16 +64,34 @@ def load_questions(source: str, limit: int = 0, split: str = "train", beside: st
         UserError: file or data set missing, empty or malformed; the message names file and line (or row).
     """
     path, benchmark = Path(source), BENCHMARKS.get(source)
+    if (part := PART.fullmatch(source)) and not path.exists():
+        return _part(part, load_questions(part["sorted"] or part["plain"], 0, split, beside))[: limit or None]
     if benchmark and not path.exists():
         folders = [Path(f) for f in (os.environ.get(DATA_FOLDER), beside and Path(beside).parent) if f]
         stored = [f / f"{source}_test.jsonl" for f in folders if (f / f"{source}_test.jsonl").is_file()]
         if stored:
             path = stored[0]
+        elif not benchmark.hub:
+            raise UserError(
+                f"benchmark {source}: it is on no hub. Put {source}_test.jsonl into the folder that {DATA_FOLDER} names, "
+                "one question a line: for bbh the files of TEAM-ARM/ARM, verl/data/jsonl/BBH, one behind the other."
+            )
         else:
             return _questions(_hub_rows(benchmark.hub, benchmark.split), source, source, limit)
     elif not path.exists() and path.suffix not in FILE_TYPES and not source.startswith((".", "/", "~")):
         return _questions(_hub_rows(source, split), source.split(":")[0].split("/")[-1], source, limit)
     return _questions(read_rows(path), path.stem, source, limit)
+
+
+def _part(part: re.Match, questions: list[Question]) -> list[Question]:
+    """Return the questions that a match of PART asks for; UserError where there are fewer than it counts on."""
+    if part["sorted"]:
+        questions = sorted(questions, key=lambda q: q.problem)
+    bounds = [int(text) if text else None for text in part.group("first", "last")]
+    found = questions[slice(*bounds)]
+    if not found or max(abs(b or 0) for b in bounds) > len(questions):
+        raise UserError(f"{part[0]}: there are {len(questions)} questions. Ask for a part of these.")
+    return found
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -205,7 +228,8 @@ def source(args, train: bool) -> Source:
     if train and not sources:
         raise UserError("--data is empty: name JSONL or Parquet files, or data sets of the hub.")
     loaded = [load_questions(source, args.train_limit) for source in sources] if train else []
-    beside = next((source for source in sources if Path(source).is_file()), "")
+    whole = [PART.sub(lambda part: part["sorted"] or part["plain"], source) for source in sources]
+    beside = next((source for source in whole if Path(source).is_file()), "")
     benchmarks = []
     for name in filter(None, (part.strip() for part in args.eval_data.split(","))):
         known = BENCHMARKS.get(name)
