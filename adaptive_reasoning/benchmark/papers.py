@@ -44,7 +44,7 @@ def paper_table(rows: list[dict], paper: dict) -> str:
     """
     names = [b for b in paper["benchmarks"] if b in {row["benchmark"] for row in rows}]
     columns = [*names, *(["mean"] if paper["mean"] else [])]
-    if not columns:
+    if not names:
         return "no benchmark here is in the paper's table"
     lines: dict[str, dict[str, tuple]] = {}
     for row in rows:
