@@ -44,8 +44,7 @@ from adaptive_reasoning.run.options import NonNegative, Positive, RunArgs, Share
 from adaptive_reasoning.tasks import chain, prompts
 
 SHOW_EVERY = 50  # steps
-# The schedule of the learning rate and the rows depend on how long it is, the best checkpoint on when it is looked for.
-CONTINUES = MAY_CHANGE - {"max_steps", "eval_every"}
+CONTINUES = MAY_CHANGE - {"max_steps"}  # the schedule of the learning rate and the rows depend on how long it is
 METRICS = {
     "validation/loss": Metric(
         "Mean negative log-prob of the rows that are held out, averaged as in training.", "nats",
@@ -287,6 +286,11 @@ def resolved(args, rows: list[Row] | None):
     return args
 
 
+def may_change(args) -> set[str]:
+    """Return the options that a run may be continued with other values of."""
+    return CONTINUES - ({"eval_every"} if args.keep == "best" else set())  # which step is best depends on it
+
+
 def main() -> None:
     args = parse_args(Args)
     rows = load_rows(args.data) if args.task == "math" else []
@@ -298,7 +302,7 @@ def main() -> None:
         args = replace(args, warmup_steps=round(args.warmup_share * args.max_steps))
     folder = Path(args.output_dir)
     if (folder / "summary.json").is_file() and (folder / "model" / "config.json").is_file():
-        check_same(folder, read_config(folder / "config.yaml"), "sft", asdict(args), CONTINUES)
+        check_same(folder, read_config(folder / "config.yaml"), "sft", asdict(args), may_change(args))
         say(f"{folder / 'model'} is complete")
         return
     accelerator = make_accelerator(args)
@@ -326,7 +330,7 @@ def train(args, file_rows: list[Row], validation_rows: list[Row], accelerator, w
     model = start_model(args, tokenizer)
     data = {f"the training data {args.data}": [f"{r.question.problem}\0{r.response}" for r in everything]}
     frozen = args.model if args.lora_rank else None  # whose weights are read again
-    journal = Journal(args, "sft", accelerator, may_change=CONTINUES)
+    journal = Journal(args, "sft", accelerator, may_change=may_change(args))
     journal.declare(METRICS, {})
     journal.open(inputs_of(data, tokenizer, frozen))
     trainable = "marked" if args.lora_rank else "all"

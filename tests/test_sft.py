@@ -142,23 +142,23 @@ def test_the_best_checkpoint_is_kept_and_survives_a_kill(go, tmp_path):
     options = (
         f"--task math --model {tmp_path / 'base'} --data {tmp_path / 'rows.jsonl'} --chat_template arm --dtype fp32 "
         "--batch_size 8 --rows_per_mean 4 --validation_share 0.2 --keep best --eval_every 2 --save_every 2 "
-        "--max_steps 6 --keep_checkpoints 1 --learning_rate 0.05 --lr_schedule constant --lora_rank 4"
+        "--max_steps 8 --keep_checkpoints 1 --learning_rate 0.003 --lr_schedule constant --lora_rank 4"
     ).split()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert go("sft", *options, "--output_dir", whole) == (0, "")
     scored = {r["step"]: r["validation/loss"] for r in read_jsonl(whole / "metrics.jsonl") if "validation/loss" in r}
     best = min(scored, key=scored.get)
-    assert list(scored) == [2, 4, 6] and best < 6
-    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == [f"step_{best:06d}", "step_000006"]
-    state = json.loads((whole / "checkpoints/step_000006/state.json").read_text())["state"]["state"]
+    assert list(scored) == [2, 4, 6, 8] and best < 8
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == [f"step_{best:06d}", "step_000008"]
+    state = json.loads((whole / "checkpoints/step_000008/state.json").read_text())["state"]["state"]
     assert state == {"best": {"step": best, "loss": scored[best]}}
     assert "Validation loss" in (whole / "report.html").read_text()
 
     shutil.copytree(whole, killed)  # as if killed before the last checkpoint: it goes on from the best one
-    for path in (killed / "summary.json", killed / "model", killed / "checkpoints/step_000006"):
+    for path in (killed / "summary.json", killed / "model", killed / "checkpoints/step_000008"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert go("sft", *options, "--output_dir", killed) == (0, "")
-    for name in ("metrics.jsonl", "model/model.safetensors", "checkpoints/step_000006/model/model.safetensors"):
+    for name in ("metrics.jsonl", "model/model.safetensors", "checkpoints/step_000008/model/model.safetensors"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
     code, error = go("sft", *options, "--output_dir", killed, "--eval_every", "4")
     assert code == 2 and "eval_every = 2, now it is 4" in error

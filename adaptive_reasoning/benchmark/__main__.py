@@ -242,7 +242,7 @@ def measure(args, accelerator, watch: Watch) -> None:
     engine, judged = engines(args, model, tokenizer, spec, due, accelerator.device)
     stop_ids = prompts.stop_tokens(tokenizer, model.generation_config)
     rows = []
-    # A grader for each rule, which the benchmarks in between do not need: it starts while the first answers are sampled.
+    # A grader for each rule of comparison in a row; it starts while the first answers are sampled.
     for check, group in groupby(task.benchmarks, lambda b: spec_of(tokenizer, args, b.name).check):
         with task.grader(args.grader_workers, args.grader_timeout, check) as grader:
             for b in group:

@@ -9,7 +9,7 @@ commas and dollar signs of an answer stay. Which rule compares follows from the 
                  or a word of yes and no, whose case does not count then; 0 and 1 are False and True
     any other    math-verify
 
-The script draws one of a question's samples; here all of them count. A BBH task is known by its references, not by name.
+The script draws one of a question's samples; here all of them count. BBH tasks are told apart by their references.
 """
 
 import re

@@ -73,7 +73,7 @@ def load_questions(source: str, limit: int = 0, split: str = "train", beside: st
             path = stored[0]
         elif not benchmark.hub:
             raise UserError(
-                f"benchmark {source}: it is on no hub. Put {source}_test.jsonl into the folder that {DATA_FOLDER} names, "
+                f"benchmark {source}: it is on no hub. Put {source}_test.jsonl into the folder {DATA_FOLDER} names, "
                 "one question a line: for bbh the files of TEAM-ARM/ARM, verl/data/jsonl/BBH, one behind the other."
             )
         else:
