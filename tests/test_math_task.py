@@ -125,6 +125,22 @@ def test_bytes_that_are_no_utf8_and_no_parquet(tmp_path):
         load_questions(str(tmp_path / "bad.parquet"))
 
 
+def test_a_part_of_a_source(tmp_path):
+    lines = [{"problem": text, "answer": str(i)} for i, text in enumerate(["b", "d", "A", "c"])]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = f"{tmp_path / 'q.jsonl'}"
+
+    def problems(source, **more):
+        return "".join(q.problem for q in load_questions(source, **more))
+
+    assert problems(f"{path}[:2]") == "bd" and problems(f"{path}[-1:]") == "c" and problems(f"{path}[1:3]") == "dA"
+    assert problems(f"sorted({path})[-3:]") == "bcd" and problems(f"sorted({path})[:]", limit=2) == "Ab"
+    assert load_questions(f"sorted({path})[-1:]")[0].id == "q/1"  # the ids are those of the rows
+    for source in (f"{path}[:5]", f"{path}[-5:]", f"{path}[2:2]"):
+        with pytest.raises(UserError, match="there are 4 questions"):
+            load_questions(source)
+
+
 @pytest.mark.parametrize("source", ["nowhere.jsonl", "nowhere.parquet", "./nowhere", "/nowhere/data", "."])
 def test_a_missing_file_is_not_looked_for_on_the_hub(hub, source):
     with pytest.raises(UserError, match="no such file"):
@@ -199,31 +215,3 @@ def test_worked_solutions_and_the_fields_of_svamp(hub):
         load_questions("math")
     hub["ChilleD/SVAMP", None, "test"] = [{"Body": "b.", "Question": "q?", "question_concat": "b. q?", "Answer": "5.0"}]
     assert load_questions("svamp") == [Question("svamp/0", "b. q?", "5.0", None, "svamp")]
-
-
-# --- parts of a source
-
-
-def test_a_part_of_a_source(tmp_path):
-    lines = [{"problem": text, "answer": str(i)} for i, text in enumerate(["b", "d", "A", "c"])]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    path = f"{tmp_path / 'q.jsonl'}"
-
-    def problems(source, **more):
-        return "".join(q.problem for q in load_questions(source, **more))
-
-    assert problems(f"{path}[:2]") == "bd" and problems(f"{path}[-1:]") == "c" and problems(f"{path}[1:3]") == "dA"
-    assert problems(f"sorted({path})[-3:]") == "bcd" and problems(f"sorted({path})[:]", limit=2) == "Ab"
-    assert load_questions(f"sorted({path})[-1:]")[0].id == "q/1"  # the ids are those of the rows
-    for source in (f"{path}[:5]", f"{path}[-5:]", f"{path}[2:2]"):
-        with pytest.raises(UserError, match="there are 4 questions"):
-            load_questions(source)
-
-
-def test_bbh_has_to_be_a_file(tmp_path, monkeypatch):
-    monkeypatch.delenv("ADAPTIVE_REASONING_DATA", raising=False)
-    with pytest.raises(UserError, match="benchmark bbh: it is on no hub. Put bbh_test.jsonl into"):
-        load_questions("bbh")
-    (tmp_path / "bbh_test.jsonl").write_text('{"problem": "not True is", "answer": "False"}\n')
-    monkeypatch.setenv("ADAPTIVE_REASONING_DATA", str(tmp_path))
-    assert [q.answer for q in load_questions("bbh")] == ["False"]

@@ -19,9 +19,6 @@ from adaptive_reasoning.tasks.answers import boxed_answer
 DATA_FOLDER = "ADAPTIVE_REASONING_DATA"
 """Environment variable: a folder whose <name>_test.jsonl files stand in for the benchmarks of the hub."""
 
-PART = re.compile(r"(?:sorted\((?P<sorted>.+)\)|(?P<plain>.+))\[(?P<first>-?\d*):(?P<last>-?\d*)\]")
-"""A part of a source, as Python would slice its rows: "gsm8k.jsonl[:100]", "sorted(tau/commonsense_qa)[-4929:]"."""
-
 FILE_TYPES = (".jsonl", ".json", ".parquet")
 
 
@@ -41,10 +38,14 @@ BENCHMARKS = {
     "csqa": Known("tau/commonsense_qa", "validation"),
     "obqa": Known("allenai/openbookqa:main", "test"),
     "svamp": Known("ChilleD/SVAMP", "test"),
-    "bbh": Known("", "test"),  # with ARM's hints for the answer: on no hub, 27 files of its repository made into one
+    "bbh": Known("", "test"),
     "aime25": Known("math-ai/aime25", "test", samples=16),
     "aime24": Known("HuggingFaceH4/aime_2024", "train", samples=16),  # 30 questions: one sample each says little
 }
+
+
+PART = re.compile(r"(?:sorted\((?P<sorted>.+)\)|(?P<plain>.+))\[(?P<first>-?\d*):(?P<last>-?\d*)\]")
+"""A part of a source, as Python would slice its rows: "gsm8k.jsonl[:100]", "sorted(tau/commonsense_qa)[-4929:]"."""
 
 
 def load_questions(source: str, limit: int = 0, split: str = "train", beside: str = "") -> list[Question]:
@@ -52,13 +53,13 @@ def load_questions(source: str, limit: int = 0, split: str = "train", beside: st
 
     Args:
         source: path of a JSONL or Parquet file; else a name in `BENCHMARKS`; else a hub data set, "name:config" for one
-            of its configurations. A path that exists wins. "source[a:b]" is a part of one, in alphabetical order of the
-            problems with "sorted(source)[a:b]".
+            of its configurations. A path that exists wins.
         limit: only the first so many (0: all of them).
         split: split of a hub data set. Files have none, benchmarks their own.
         beside: a local data file; a benchmark's <name>_test.jsonl in its folder is taken rather than the hub's.
 
-    The id of a question is "<file stem or data set>/<row, from 0>".
+    The id of a question is "<file stem or data set>/<row, from 0>". "source[a:b]" is a part of a source, and
+    "sorted(source)[a:b]" one in alphabetical order of the problems.
 
     Raises:
         UserError: file or data set missing, empty or malformed; the message names file and line (or row).
@@ -73,25 +74,13 @@ def load_questions(source: str, limit: int = 0, split: str = "train", beside: st
             path = stored[0]
         elif not benchmark.hub:
             raise UserError(
-                f"benchmark {source}: it is on no hub. Put {source}_test.jsonl into the folder {DATA_FOLDER} names, "
-                "one question a line: for bbh the files of TEAM-ARM/ARM, verl/data/jsonl/BBH, one behind the other."
+                f"{source}: no data set of the hub has it. Put {source}_test.jsonl in the folder {DATA_FOLDER}."
             )
         else:
             return _questions(_hub_rows(benchmark.hub, benchmark.split), source, source, limit)
     elif not path.exists() and path.suffix not in FILE_TYPES and not source.startswith((".", "/", "~")):
         return _questions(_hub_rows(source, split), source.split(":")[0].split("/")[-1], source, limit)
     return _questions(read_rows(path), path.stem, source, limit)
-
-
-def _part(part: re.Match, questions: list[Question]) -> list[Question]:
-    """Return the questions that a match of PART asks for; UserError where there are fewer than it counts on."""
-    if part["sorted"]:
-        questions = sorted(questions, key=lambda q: q.problem)
-    bounds = [int(text) if text else None for text in part.group("first", "last")]
-    found = questions[slice(*bounds)]
-    if not found or max(abs(b or 0) for b in bounds) > len(questions):
-        raise UserError(f"{part[0]}: there are {len(questions)} questions. Ask for a part of these.")
-    return found
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -216,6 +205,17 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
             f"{DATA_FOLDER} names a folder with <benchmark>_test.jsonl files."
         ) from error
     yield from ((f"data set {name}, split {split}, row {i}", row) for i, row in enumerate(rows))
+
+
+def _part(part: re.Match, questions: list[Question]) -> list[Question]:
+    """Return the questions that a match of PART asks for; UserError where there are fewer than it counts on."""
+    if part["sorted"]:
+        questions = sorted(questions, key=lambda q: q.problem)
+    bounds = [int(text) if text else None for text in part.group("first", "last")]
+    found = questions[slice(*bounds)]
+    if not found or max(abs(b or 0) for b in bounds) > len(questions):
+        raise UserError(f"{part[0]}: there are {len(questions)} questions. Ask for a part of these.")
+    return found
 
 
 def source(args, train: bool) -> Source:
