@@ -24,7 +24,7 @@ Where paper [P] and code [C] disagree, and what we do (specification, section 9)
   whole minibatch; --aggregation sequence_mean is [P], micro_batch is [C].
 - Entropy bonus: [P] none. [C] 0.001. We: [C], --entropy_coef. KL: [C] k3 clamped to 10, in the loss. We: [C].
 - Minibatches: [C] five of 180 questions and one of 124 with the weight 124/180. We: six equal ones.
-- CommonsenseQA: [C] the alphabetical tail of the training set. We: all of it.
+- CommonsenseQA: [C] the alphabetical tail of the training set. We: [C] in ada_grpo_*.yaml, --data.
 - Not in [P], from [C]: learning rate 1e-6, clip 0.2, weight decay 0.01, prompts up to 2,048 tokens.
 """
 

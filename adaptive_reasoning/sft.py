@@ -2,9 +2,11 @@
 
     python -m adaptive_reasoning.sft --config experiments/cold_start_adaptthink.yaml
 
-The loss is the mean negative log-prob over the response tokens of the batch, EOS included; prompts carry no loss. It
-runs on the same learner as reinforcement: same packing, same log-probs, same checkpoints, and the same command
-continues a run that was killed, to the same weights. LoRA through peft on request, merged into full weights at the end.
+The loss is the mean negative log-prob over the response tokens of the batch, EOS included; prompts carry no loss. With
+`rows_per_mean` it is the mean of means over so many rows each, as a trainer has it that averages every micro-batch by
+itself: a short row then weighs more, and with it its mode. Rows may be held out, and the checkpoint of lowest loss on
+them kept. It runs on the same learner as reinforcement: same packing, same log-probs, same checkpoints, and the same
+command continues a run that was killed, to the same weights. LoRA through peft on request, merged into full weights.
 
 Training rows come from a file (JSONL or Parquet with `problem` and `response`), or, for the laboratory, from arithmetic
 chains made by code. A row's mode token is supervised like any other, except where the recipe of its method says
@@ -22,26 +24,34 @@ from typing import Literal
 import numpy as np
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
+from safetensors.torch import load_file
 
 from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.core.metric import Metric
 from adaptive_reasoning.errors import UserError, run_cli, say
 from adaptive_reasoning.formats import Row, control_slot, load
+from adaptive_reasoning.formats.rows import batch_of, check_pairs, episodes_of, held_out, load_rows, share_of
 from adaptive_reasoning.learner.learner import Learner
-from adaptive_reasoning.learner.model import load_model
-from adaptive_reasoning.learner.packing import Counts
+from adaptive_reasoning.learner.model import load_model, load_tokenizer
+from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.learner.runtime import all_reduce, end, make_accelerator, on_main
 from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.run.adapter import start_of
 from adaptive_reasoning.run.folder import MAY_CHANGE, check_same, inputs_of, read_config
 from adaptive_reasoning.run.journal import Journal
 from adaptive_reasoning.run.memory import Holds
-from adaptive_reasoning.run.options import Positive, RunArgs, parse_args
+from adaptive_reasoning.run.options import NonNegative, Positive, RunArgs, ShareBelowOne, parse_args
 from adaptive_reasoning.tasks import chain, prompts
 
 SHOW_EVERY = 50  # steps
 CONTINUES = MAY_CHANGE - {"max_steps"}  # the schedule of the learning rate and the rows depend on how long it is
+METRICS = {
+    "validation/loss": Metric(
+        "Mean negative log-prob of the rows that are held out, averaged as in training.", "nats",
+        "falls; where it rises again the rows are learnt by heart",
+        panel="Validation loss | Rows that are held out."),
+}  # fmt: skip
 TEMPLATES = {"arm": load("arm").TEMPLATE}
 
 
@@ -68,8 +78,22 @@ class Args(RunArgs):
     """Response format of chain rows: "think", "arm", "thinkless", "boxed", "dialogue", or your own as module.Class."""
     batch_size: PositiveInt = 128
     """Rows per optimiser step, over all processes."""
+    rows_per_mean: NonNegativeInt = 0
+    """Rows whose tokens make one mean; the loss is the mean of the means. 0: one mean over all tokens of the batch."""
     lr_schedule: Literal["cosine", "constant"] = "cosine"
-    """"cosine" to zero, or "constant"."""
+    """"cosine" down to --min_learning_rate, or "constant"."""
+    cosine_from: Literal["warmup", "start"] = "warmup"
+    """The cosine begins behind the "warmup" (transformers, Megatron), or at the "start", and is cut by the warm-up."""
+    min_learning_rate: NonNegative = 0.0
+    """Where the cosine ends."""
+    decay_vectors: bool = True
+    """Weight decay on norms and biases too; false: on matrices alone, as transformers and Megatron have it."""
+    validation_share: ShareBelowOne = 0.0
+    """Share of the rows of --data that are held out (0: none)."""
+    eval_every: NonNegativeInt = 100
+    """Score the rows held out every so many steps, and after the last one (0: only then)."""
+    keep: Literal["last", "best"] = "last"
+    """The model that is written: of the "last" step, or of the scored one with the lowest loss on the rows held out."""
     nothinking_rows: ClosedUnitInterval = 0.5
     """Share of the chain rows that are answered at once."""
     nothinking_supervised: ClosedUnitInterval = 0.05
@@ -105,106 +129,127 @@ class Args(RunArgs):
             raise UserError("--data is empty: name JSONL or Parquet files with `problem` and `response`.")
         if self.slip and not self.checks:
             raise UserError("--slip goes with --checks: name the shares of the rows with 0, 1, ... checks.")
+        if self.task == "chain" and self.validation_share:
+            raise UserError("--validation_share: rows of --data are held out; chains are new in every step.")
+        if self.keep == "best":
+            if not self.validation_share:
+                raise UserError("--keep best: needs rows to compare by, --validation_share 0.1 for example.")
+            if self.save_every and self.eval_every % self.save_every:
+                raise UserError(
+                    f"--keep best: every step that is scored has to be saved, --eval_every {self.eval_every} is no "
+                    f"multiple of --save_every {self.save_every}."
+                )
+            if self.eval_every and not self.save_every:
+                raise UserError("--keep best: --save_every 0 saves the last step alone. Give that of --eval_every.")
+        if self.rows_per_mean and self.batch_size % self.rows_per_mean:
+            raise UserError(
+                f"--rows_per_mean {self.rows_per_mean}: --batch_size {self.batch_size} is no multiple of it."
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise UserError(f"--min_learning_rate {self.min_learning_rate}: is above --learning_rate.")
 
     def holds(self) -> Holds:
         return Holds(rollout=False, lora_rank=self.lora_rank)
 
 
-def load_rows(path: str) -> list[Row]:
-    """Return the rows of a JSONL or Parquet file with `problem` and `response`.
+def weigh(episodes: list[Episode], rows: int, args) -> list[Episode]:
+    """Give every token its weight in the mean of means, a column "weight", and return the episodes.
 
-    Raises:
-        UserError: the file is missing or empty, or a row lacks a field; the message names file and row.
+    A token weighs 1 / (supervised tokens of the rows of its mean) / (number of means), whatever micro-batch or process
+    it ends up in; a mean of fewer rows, the last of those held out, counts by its rows.
+
+    Args:
+        episodes: of whole means, in order.
+        rows: of the whole batch, over all processes.
     """
-    from adaptive_reasoning.tasks.math import read_rows
-
-    rows = []
-    for where, row in read_rows(path):
-        for key in ("problem", "response"):
-            if not isinstance(row.get(key), str) or not row[key]:
-                raise UserError(f"{where}: a supervised row needs '{key}' as a non-empty text, found {row.get(key)!r}.")
-        rows.append(Row(Question(where, row["problem"], ""), row["response"]))
-    return rows
-
-
-def check_pairs(rows: list[Row], batch_size: int) -> None:
-    """Raise UserError unless rows 1 and 2, 3 and 4, ... hold one problem each, with the two control tokens in front."""
-    if batch_size % 2 or len(rows) % 2:
-        raise UserError(f"--pairs: --batch_size ({batch_size}) and the number of rows ({len(rows)}) have to be even.")
-    for one, other in zip(rows[::2], rows[1::2]):
-        openings = {row.response.partition(">")[0] + ">" for row in (one, other)}
-        if one.question.problem != other.question.problem or openings != {"<think>", "<short>"}:
-            raise UserError(
-                f"{other.question.id}: this row and the one before it have to be a pair: the same 'problem', and one "
-                f"'response' that starts with <think> and one that starts with <short>; found {sorted(openings)}."
-            )
-
-
-def batch_of(rows: list[Row], step: int, args) -> list[Row]:
-    """Return the rows of step 1, 2, ...: an epoch is a permutation of the rows, or of the pairs."""
-    unit = 2 if args.pairs else 1
-    size, number = args.batch_size // unit, len(rows) // unit
-    order = np.random.default_rng([args.seed, (step - 1) * size // number])
-    first = (step - 1) * size % number
-    picked = np.roll(order.permutation(number), -first)[:size]
-    return [rows[unit * i + j] for i in picked for j in range(unit)]
-
-
-def episodes_of(rows: list[Row], tokenizer, limit: int) -> list[Episode]:
-    """Return rows as episodes with advantage 1, which the learner packs and scores; cut at `limit` tokens."""
-
-    def encode(texts):
-        return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
-    asked = encode([prompts.prompt_text(tokenizer, r.prompt or r.question.problem) for r in rows])
-    answered = encode([r.response for r in rows])
-    turns = iter(encode([text for r in rows for turn in r.turns for text in turn]))
-    end = tokenizer.eos_token_id
-    episodes = []
-    for i, (row, prompt_ids, first) in enumerate(zip(rows, asked, answered)):
-        ids, mask = [*first, end], [t >= row.start for t in range(len(first) + 1)]
-        for _ in row.turns:
-            between, response = next(turns), next(turns)
-            ids += [*between, *response, end]
-            mask += [False] * len(between) + [True] * (len(response) + 1)
-        ids, mask = torch.tensor(ids[:limit]), torch.tensor(mask[:limit])
-        zeros = torch.zeros(len(ids))
-        episodes.append(Episode(row.question, i, torch.tensor(prompt_ids), ids, zeros, mask, "stop", advantage=1.0))
+    for i in range(0, len(episodes), args.rows_per_mean):
+        part = episodes[i : i + args.rows_per_mean]
+        tokens = sum(int(e.action_mask.sum()) for e in part)
+        for e in part:
+            e.columns["weight"] = torch.full((e.num_tokens,), len(part) / (max(1, tokens) * rows))
     return episodes
 
 
-def loss(logprobs: torch.Tensor, counts: Counts) -> torch.Tensor:
-    """Return this micro-batch's share of the mean negative log-prob over the supervised tokens of the step."""
+def loss(logprobs: torch.Tensor, mb: MicroBatch, counts: Counts, args) -> torch.Tensor:
+    """Return this micro-batch's share of the step's loss: negative log-probs [N] of the supervised tokens, averaged.
+
+    `rows_per_mean` 0: one mean over all tokens of the step. Else ARM's code, LLaMA-Factory on transformers 4.45: a mean
+    over each 4 rows, and the mean of these means.
+    """
+    if args.rows_per_mean:
+        return -(logprobs * mb.column("weight")).sum()
     return -logprobs.sum() / counts.tokens
+
+
+def validation_loss(learner: Learner, episodes: list[Episode]) -> float:
+    """Return the loss on rows held out; `episodes` are this process's, and every process has to call this.
+
+    Raises:
+        UserError: it is not a finite number.
+    """
+    sums = [0.0, 0.0]
+    for e, logprobs in zip(episodes, learner.logprobs(episodes)):
+        weight = e.columns.get("weight", torch.ones(e.num_tokens)).double() * e.action_mask
+        sums = [sums[0] - float((logprobs.double() * weight).sum()), sums[1] + float(weight.sum())]
+    total, weights = all_reduce(learner.accelerator, sums, "sum").tolist()
+    if not math.isfinite(total):
+        raise UserError("the loss on the rows held out is not finite: lower --learning_rate, and start anew.")
+    return total / weights
 
 
 def rate(args, step: int) -> float:
     """Return the learning rate of step 1, 2, ... before the warm-up: a plain float, as checkpoints need it."""
     if args.lr_schedule == "constant":
         return args.learning_rate
-    # With a share of warm-up the cosine begins behind it, as in transformers.
-    start = args.warmup_steps if args.warmup_share else 0
-    angle = math.pi * max(0, step - 1 - start) / (args.max_steps - start)
-    return args.learning_rate * 0.5 * (1 + math.cos(angle))
+    start, low = args.warmup_steps if args.cosine_from == "warmup" else 0, args.min_learning_rate
+    angle = math.pi * max(0, step - 1 - start) / max(1, args.max_steps - start)
+    return low + (args.learning_rate - low) * 0.5 * (1 + math.cos(angle))
 
 
-def start_model(args, accelerator):
-    """Return (model to train, tokenizer)."""
-    if args.model:
-        model, tokenizer = load_model(start_of(args, accelerator), args)
+def start_tokenizer(args, model: str, rows: list[Row]):
+    """Return the tokenizer to train with and to save, of a model or of the laboratory.
+
+    Raises:
+        UserError: it does not hold a control token of `rows` as one token, so that no method or evaluation would take
+            the trained model.
+    """
+    if not model:
+        tokenizer = formats.tokenizer(args.formats)
+    else:
+        tokenizer = load_tokenizer(model)
         if args.short_slot:
             if args.lora_rank:
                 raise UserError("--short_slot: LoRA leaves the embedding of `<short>` untrained. Set --lora_rank 0.")
-            tokenizer = control_slot.take_slot(tokenizer, "<short>", args.short_slot, model)
-    else:
-        tokenizer = formats.tokenizer(args.formats)
-        model = chain.tiny_model(tokenizer, args.hidden_size, args.layers, args.seed)
+            tokenizer = control_slot.take_slot(tokenizer, "<short>", args.short_slot)
     if args.chat_template == "thinkless":
         tokenizer.chat_template = control_slot.thinkless_template(tokenizer)
     elif args.chat_template:
         tokenizer.chat_template = TEMPLATES[args.chat_template]
+    think = args.chat_template == "thinkless" or any(r.response.startswith("<think>") for r in rows)
+    needed = {
+        "<think>": think,
+        "</think>": think or any("</think>" in r.response for r in rows),
+        "<short>": args.chat_template == "thinkless" or any(r.response.startswith("<short>") for r in rows),
+    }
+    for text in (text for text in needed if needed[text]):
+        try:
+            prompts.control_token(tokenizer, text)
+        except UserError as error:
+            mend = "Give --short_slot auto: a reserved token becomes `<short>`." if text == "<short>" else ""
+            raise UserError(f"the rows have the control token {text}, and {error} {mend}".rstrip()) from error
+    return tokenizer
+
+
+def start_model(args, name: str, tokenizer):
+    """Return the model to train."""
+    if name:
+        model, _ = load_model(name, args)
+        if args.short_slot:
+            control_slot.check_rows(model, prompts.control_token(tokenizer, "<short>"), "<short>")
+    else:
+        model = chain.tiny_model(tokenizer, args.hidden_size, args.layers, args.seed)
     if not args.lora_rank:
-        return model, tokenizer
+        return model
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -214,13 +259,13 @@ def start_model(args, accelerator):
     )
     torch.manual_seed(args.seed)  # A is drawn at random
     get_peft_model(model, config)  # puts the adapters into the model itself
-    return model, tokenizer
+    return model
 
 
 def merged(weights: Iterable[tuple[str, torch.Tensor]], scale: float) -> dict[str, torch.Tensor]:
     """Return {name: tensor} of a model with LoRA in it, W + scale B A in place of each layer with adapters.
 
-    From the gathered tensors rather than with peft's `merge_and_unload`, which would see the shards of ZeRO-3.
+    From the tensors of a checkpoint rather than with peft's `merge_and_unload`, which would see the shards of ZeRO-3.
     """
     found = {name: tensor.cpu().clone() for name, tensor in weights}
     out = {}
@@ -240,90 +285,113 @@ def resolved(args, rows: list[Row] | None):
     if not rows:
         return args
     if args.batch_size > len(rows):
-        raise UserError(f"a step needs {args.batch_size} rows, {args.data} has {len(rows)}: lower --batch_size.")
-    if args.pairs:
-        check_pairs(rows, args.batch_size)
+        raise UserError(
+            f"a step needs {args.batch_size} rows, {args.data} has {len(rows)} to train on: lower --batch_size."
+        )
     if args.epochs:
         args = replace(args, max_steps=-(-args.epochs * len(rows) // args.batch_size))
     return args
 
 
+def may_change(args) -> set[str]:
+    """Return the options that a run may be continued with other values of."""
+    return CONTINUES - ({"eval_every"} if args.keep == "best" else set())  # which step is best depends on it
+
+
 def main() -> None:
     args = parse_args(Args)
-    rows = load_rows(args.data) if args.task == "math" else None
-    args = resolved(args, rows)
+    rows = load_rows(args.data) if args.task == "math" else []
+    if args.pairs and rows:
+        check_pairs(rows, args.batch_size)
+    parts = held_out(rows, args)
+    args = resolved(args, parts[0])
     if args.warmup_share:
         args = replace(args, warmup_steps=round(args.warmup_share * args.max_steps))
     folder = Path(args.output_dir)
     if (folder / "summary.json").is_file() and (folder / "model" / "config.json").is_file():
-        check_same(folder, read_config(folder / "config.yaml"), "sft", asdict(args), CONTINUES)
+        check_same(folder, read_config(folder / "config.yaml"), "sft", asdict(args), may_change(args))
         say(f"{folder / 'model'} is complete")
         return
     accelerator = make_accelerator(args)
     with Watch(accelerator, args.patience) as watch:
         watch.phase("train")
-        learner = train(args, rows, accelerator)
+        learner = train(args, *parts, accelerator, watch)
     end(accelerator, [learner.engine] if learner.zero3 else [])
 
 
-def train(args, file_rows: list[Row] | None, accelerator) -> Learner:
-    """Train from the newest checkpoint, or from the start, and write the model."""
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    model, tokenizer = start_model(args, accelerator)
-    data = {f"the training data {args.data}": [f"{r.question.problem}\0{r.response}" for r in file_rows or []]}
+def train(args, file_rows: list[Row], validation_rows: list[Row], accelerator, watch: Watch) -> Learner:
+    """Train from the newest checkpoint, or from the start, and write the model; `file_rows` is empty for chains."""
+
+    def chain_rows(step: int) -> list[Row]:
+        rng = np.random.default_rng([args.seed, step])
+        rows = load(args.formats).rows(args, rng, args.batch_size, step)
+        # The modes of a chain follow on each other; rows of a file are in random order.
+        return [rows[i] for i in rng.permutation(len(rows))] if args.rows_per_mean else rows
+
+    def episodes(rows: list[Row]) -> list[Episode]:
+        mine = episodes_of(share_of(rows, args, accelerator), tokenizer, args.max_new_tokens)
+        return weigh(mine, len(rows), args) if args.rows_per_mean else mine
+
+    everything = [*file_rows, *validation_rows]
+    name = start_of(args, accelerator)
+    tokenizer = start_tokenizer(args, name, everything or chain_rows(args.max_steps))
+    model = start_model(args, name, tokenizer)
+    data = {f"the training data {args.data}": [f"{r.question.problem}\0{r.response}" for r in everything]}
     frozen = args.model if args.lora_rank else None  # whose weights are read again
-    journal = Journal(args, "sft", accelerator, may_change=CONTINUES)
+    journal = Journal(args, "sft", accelerator, may_change=may_change(args))
+    journal.declare(METRICS, {})
     journal.open(inputs_of(data, tokenizer, frozen))
-    learner = Learner(args, model, accelerator, trainable="marked" if args.lora_rank else "all")
+    trainable = "marked" if args.lora_rank else "all"
+    learner = Learner(args, model, accelerator, trainable=trainable, decay_vectors=args.decay_vectors)
     journal.restore(learner)
+    validation = episodes(validation_rows)
 
     for step in journal.steps():
-        if file_rows is None:
-            rows = load(args.formats).rows(args, np.random.default_rng([args.seed, step]), args.batch_size, step)
-        else:
-            rows = batch_of(file_rows, step, args)
-        episodes = episodes_of(rows[rank::ranks], tokenizer, args.max_new_tokens)
-        (minibatch,) = learner.minibatches(episodes, 1, step)
+        watch.phase("train", step)
+        rows = batch_of(file_rows, step, args) if file_rows else chain_rows(step)
+        (minibatch,) = learner.minibatches(episodes(rows), 1, step)
         total = 0.0
         for mb in minibatch:
             logprobs, _ = learner.score(mb)
-            value = loss(logprobs, minibatch.counts)
+            value = loss(logprobs, mb, minibatch.counts, args)
             learner.backward(value)
             total += float(value.detach()) * mb.weight
         update = learner.step(rate(args, step))
         row = {"step": step, "loss/policy": float(all_reduce(accelerator, [total], "sum"))}
         row |= {f"loss/{key}": value for key, value in update.items()}
-        journal.write(row, show=step % SHOW_EVERY == 0 or journal.last)
+        scored = bool(validation_rows) and (journal.last or (args.eval_every and step % args.eval_every == 0))
+        if scored:
+            watch.phase("validate", step)
+            row["validation/loss"] = value = validation_loss(learner, validation)
+            if args.keep == "best" and value < journal.state.get("best", {}).get("loss", math.inf):
+                journal.state["best"] = {"step": step, "loss": value}
+        journal.write(row, show=step % SHOW_EVERY == 0 or scored or journal.last)
         journal.save_if_due(learner, tokenizer)
-    place_model(journal, learner, tokenizer)
+    place_model(journal, learner)
     journal.finish()
     return learner
 
 
-def place_model(journal: Journal, learner: Learner, tokenizer) -> None:
-    """Write <folder>/model whole or not at all: that of the last checkpoint, or LoRA merged into full weights."""
+def place_model(journal: Journal, learner: Learner) -> None:
+    """Write <folder>/model whole or not at all: that of the checkpoint to keep, LoRA merged into full weights."""
     args, model = journal.args, journal.folder / "model"
     partial, old = model.with_name("model.partial"), model.with_name("model.old")
-    weights = None
-    if args.lora_rank:
-        named = learner.named_weights()
-        weights = merged(named if journal.main else (), args.lora_alpha / args.lora_rank)
-        for _ in named:  # the others gather along
-            pass
+    step = journal.state["best"]["step"] if args.keep == "best" else journal.step
 
     def place():
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(journal.root / f"step_{journal.step:06d}" / "model", partial)
-        if weights is not None:
-            for file in partial.glob("*.safetensors*"):
-                file.unlink()
+        shutil.copytree(journal.root / f"step_{step:06d}" / "model", partial)
+        if args.lora_rank:
+            (file,) = partial.glob("*.safetensors")
+            weights = merged(load_file(file).items(), args.lora_alpha / args.lora_rank)
+            file.unlink()
             learner.model.save_pretrained(partial, state_dict=weights)
         shutil.rmtree(old, ignore_errors=True)
         if model.exists():  # of a process that was killed before it could write summary.json
             os.rename(model, old)
         os.rename(partial, model)
         shutil.rmtree(old, ignore_errors=True)
-        say(f"wrote {model}")
+        say(f"wrote {model}, of step {step}")
 
     on_main(learner.accelerator, place)
 

@@ -18,19 +18,19 @@ from transformers import AutoTokenizer
 from adaptive_reasoning import formats
 from adaptive_reasoning.benchmark import routers as router
 from adaptive_reasoning.benchmark.__main__ import Args as EvaluateArgs
-from adaptive_reasoning.benchmark.__main__ import of_benchmark, spec_of
+from adaptive_reasoning.benchmark.__main__ import spec_of
 from adaptive_reasoning.benchmark.lenient import aime_answer, lenient_answer, lenient_same
 from adaptive_reasoning.benchmark.papers import load_paper, paper_table
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.files import read_jsonl
-from adaptive_reasoning.core.question import Benchmark, Question
+from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.degrpo import Args, advantages, loss, metrics, plan_rollouts, reward
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats import control_slot
 from adaptive_reasoning.formats.thinkless import Thinkless
 from adaptive_reasoning.learner.model import load_tokenizer
 from adaptive_reasoning.learner.packing import Counts, pack
-from adaptive_reasoning.run.evaluation import Evaluator, summarise
+from adaptive_reasoning.run.evaluation import summarise
 from adaptive_reasoning.run.options import parse_args, parse_schedule
 from adaptive_reasoning.sft import Args as SftArgs
 from adaptive_reasoning.sft import batch_of, check_pairs, load_rows
@@ -810,10 +810,7 @@ def test_aime_is_a_float_in_the_last_box(text, gold, right):
 def test_lenient_scoring_reads_aime_by_its_own_script_and_counts_a_later_think(lab):
     args = EvaluateArgs(answer_format="thinkless", scoring="lenient")
     spec = spec_of(lab, args)
-    on = Evaluator(None, None, lab, (), spec, args)
-    read = {
-        name: of_benchmark(on, Benchmark(name, [])).spec.extract_answer for name in ("aime24", "aime25_test", "math500")
-    }
+    read = {name: spec_of(lab, args, name).extract_answer for name in ("aime24", "aime25_test", "math500")}
     assert read == {"aime24": aime_answer, "aime25_test": aime_answer, "math500": lenient_answer}
     think, short = (lab.convert_tokens_to_ids(f"<{tag}>") for tag in ("think", "short"))
     modes = [(think, 5), (short, 5), (short, 5, think), (5, think), (5, 5)]

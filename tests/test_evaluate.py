@@ -3,10 +3,19 @@
 import pytest
 
 from adaptive_reasoning.benchmark.__main__ import Args, check_args
+from adaptive_reasoning.benchmark.official import (
+    answer_or_last_lines,
+    official,
+    official_answer,
+    official_mode,
+    same_choice,
+    same_number,
+    same_text,
+)
 from adaptive_reasoning.benchmark.papers import FOLDER, load_paper, paper_table
 from adaptive_reasoning.benchmark.votes import consensus, majority
 from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.run.evaluation import summarise
+from adaptive_reasoning.run.evaluation import EvalSpec, summarise
 from adaptive_reasoning.run.options import parse_args
 from adaptive_reasoning.tasks.answers import verified_answer
 from adaptive_reasoning.tasks.grader import GraderPool
@@ -125,8 +134,8 @@ def test_tables_of_the_papers():
     result = {"accuracy": 0.5, "mean_tokens": 100.0, "maj_accuracy": 0.75, "modes": {"long_cot": {"share": 0.25}}}
     text = paper_table([{"setting": "adaptive", "benchmark": "csqa", "result": result}], load_paper("arm-7b"))
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert "here, adaptive 50.0 / 100 / 25.0" in lines and "here, adaptive, vote 75.0 / 100 / 25.0" in lines
-    assert "paper, ARM, k=8 85.7 / 134" in lines and "paper, ARM, consensus 85.8 / 228" in lines
+    assert "here, adaptive 50.0 / 100 / 25.0 -" in lines and "here, adaptive, vote 75.0 / 100 / 25.0 -" in lines
+    assert "paper, ARM, k=8 85.7 / 134 75.9 / 786" in lines and "paper, ARM, consensus 85.8 / 228 75.2 / 1856" in lines
     quick = {"accuracy": 0.5, "mean_tokens": 100.0, "modes": {"nothinking": {"share": 0.25}}}
     rows = [{"setting": "adaptive", "benchmark": "gsm8k", "result": quick}]
     text = paper_table(rows, load_paper("adaptthink-7b"))
@@ -152,3 +161,82 @@ def test_tables_of_the_papers():
 def test_options_that_do_not_go_together(options, message):
     with pytest.raises(UserError, match=message):
         check_args(parse_args(Args, options))
+
+
+# --- ARM's own scoring
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("<COT>\na\n</COT>\n<ANSWER>\nB\n</ANSWER>", "B"),
+        ("<COT>a</CODE> <ANSWER> (B) </ANSWER> or <ANSWER>C</ANSWER>", "(B) </ANSWER> or <ANSWER>C"),  # no gate; greedy
+        ("no tag <ANSWER>7</ANSWER>", "7"),
+        ("</ANSWER> 7 <ANSWER>", None),
+        ("<LONG_COT>\none\ntwo\nthree\nfour\nfive\nsix \n", None),
+    ],
+)
+def test_answers_that_the_official_script_reads(text, answer):
+    assert official_answer(text) == answer
+    assert answer_or_last_lines(text) == (answer or "\n".join(text.strip().split("\n")[-5:]))
+
+
+@pytest.mark.parametrize(
+    "text, mode",
+    [("so <LONG_COT> and <COT>", "cot"), ("<CODE>", "code"), ("<LONG_COT>\n", "long_cot"), ("what?", "direct")],
+)
+def test_modes_that_the_official_script_reads(text, mode):
+    assert official_mode(text) == mode
+
+
+@pytest.mark.parametrize(
+    "check, answer, gold, same",
+    [
+        (same_choice, "(B)", "B", True),
+        (same_choice, "B.", "B", False),
+        (same_text, "\\boxed{\\text{(A)}}", "A", True),
+        (same_text, "a", "A", False),
+        (same_text, "TRUE", "True", True),
+        (same_text, "1", "True", True),
+        (same_text, "0", "False", True),
+        (same_text, "yes", "Yes", True),
+        (same_text, "Invalid", "invalid", True),
+        (same_text, "valid", "invalid", False),
+        (same_text, "\\boxed{24}", "24", True),
+        (same_text, "24.0", "24", False),
+        (same_text, "} ]", "} ]", True),
+        (same_text, "]", "} ]", False),
+        (same_text, "( )", "", False),
+        (same_text, "Bus abandon", "bus abandon", False),
+        (same_number, "10,80", "1080", False),  # commas stay: training deletes them all
+        (same_number, "10/2", "5", True),
+        (same_number, "11/2", "\\frac{11}{2}", True),
+        (same_number, "The answer is $204$.", "204", True),
+    ],
+)
+def test_comparisons_of_the_official_script(check, answer, gold, same):
+    assert check(answer, gold) == same
+
+
+def test_every_benchmark_has_its_rule():
+    spec = EvalSpec({"adaptive": ()}, None, None, {})
+    rules = {name: official(spec, name, None) for name in ("csqa", "obqa", "bbh", "gsm8k", "math", "svamp", "aime25")}
+    assert {n: s.check for n, s in rules.items()} == {
+        "csqa": same_choice, "obqa": same_choice, "bbh": same_text, "gsm8k": same_number, "math": same_number,
+        "svamp": same_number, "aime25": same_number}  # fmt: skip
+    assert [n for n, s in rules.items() if s.extract_answer is answer_or_last_lines] == ["math", "aime25"]
+    assert official(spec, "math", lambda ids: f"<CODE>{ids}").mode_of([1]) == "code"
+    with pytest.raises(UserError, match="--scoring official: reads ARM's answer blocks, think has none"):
+        check_args(parse_args(Args, ["--scoring", "official"]))
+
+
+def test_macro_average_of_the_seven_sets():
+    """The paper's own average comes out of its rows: 72.0 at 766 tokens (Table 1, 7B)."""
+    paper = load_paper("arm-7b")
+    result = {"accuracy": 0.5, "mean_tokens": 100.0, "modes": {"long_cot": {"share": 0.25}}}
+    ours = [{"setting": "adaptive", "benchmark": b, "result": result} for b in paper["benchmarks"]]
+    lines = paper_table(ours, paper).splitlines()
+    assert len(paper["benchmarks"]) == 7 and lines[1].endswith("mean of 7")
+    assert next(x for x in lines if "here, adaptive " in x).endswith("50.0 / 100 / 25.0")
+    assert next(x for x in lines if "paper, ARM, k=1" in x).endswith("72.0 / 766")
+    assert next(x for x in paper_table(ours[:6], paper).splitlines() if "here" in x).endswith("-")

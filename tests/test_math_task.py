@@ -144,6 +144,22 @@ def test_bytes_that_are_no_utf8_and_no_parquet(tmp_path):
         load_questions(str(tmp_path / "bad.parquet"))
 
 
+def test_a_part_of_a_source(tmp_path):
+    lines = [{"problem": text, "answer": str(i)} for i, text in enumerate(["b", "d", "A", "c"])]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = f"{tmp_path / 'q.jsonl'}"
+
+    def problems(source, **more):
+        return "".join(q.problem for q in load_questions(source, **more))
+
+    assert problems(f"{path}[:2]") == "bd" and problems(f"{path}[-1:]") == "c" and problems(f"{path}[1:3]") == "dA"
+    assert problems(f"sorted({path})[-3:]") == "bcd" and problems(f"sorted({path})[:]", limit=2) == "Ab"
+    assert load_questions(f"sorted({path})[-1:]")[0].id == "q/1"  # the ids are those of the rows
+    for source in (f"{path}[:5]", f"{path}[-5:]", f"{path}[2:2]"):
+        with pytest.raises(UserError, match="there are 4 questions"):
+            load_questions(source)
+
+
 @pytest.mark.parametrize(
     "source", ["nowhere.jsonl", "nowhere.parquet", "nowhere.JSONL.gz", "./nowhere", "/nowhere/data"]
 )

@@ -93,13 +93,21 @@ def test_arm_from_the_cold_start_to_the_evaluation(base, tmp_path):
     formats = [lambda a, t=t: f"<{t}>\nso\n</{t}>\n<ANSWER>\n{a}\n</ANSWER>" for t in ("COT", "CODE", "LONG_COT")]
     rows = supervised(tmp_path / "rows.jsonl", data, [lambda a: f"<ANSWER>\n{a}\n</ANSWER>", *formats])
     make("sft-arm-3b", MODEL=model, DATA=rows, NUM_GPUS=0, OUT=tmp_path / "sft",
-         ARGS="--epochs 0 --max_steps 2 --batch_size 8 --max_new_tokens 64")  # fmt: skip
+         ARGS="--epochs 0 --max_steps 4 --batch_size 8 --max_new_tokens 64 --eval_every 2 --save_every 2")  # fmt: skip
+    scored = [r["validation/loss"] for r in read_jsonl(tmp_path / "sft" / "metrics.jsonl") if "validation/loss" in r]
+    state = json.loads((tmp_path / "sft/checkpoints/step_000004/state.json").read_text())["state"]["state"]
+    assert state["best"] == {"step": 2 + 2 * scored.index(min(scored)), "loss": min(scored)} and len(scored) == 2
     start = tmp_path / "sft" / "model"
     for target in ("train-grpo-3b", "train-ada-grpo-3b", "train-ada-grpo-14b"):
         trained(target, start, data, tmp_path / target, again=target == "train-ada-grpo-3b")
-    few = f"--eval_data {data} --eval_limit 3 --eval_samples 1 --max_new_tokens 16 --maj_k 0"
-    out = make("eval-ada-grpo-3b", MODEL=start, NUM_GPUS=0, OUT=tmp_path / "eval", ARGS=few).stdout
-    assert "consensus" in out and "paper" in out
+    sets = "csqa obqa gsm8k math svamp bbh aime25".split()
+    for name in sets:  # found beside DATA
+        row = {"problem": "1+1?\n(A)2  (B)3", "answer": "A" if name in ("csqa", "obqa", "bbh") else "2"}
+        (tmp_path / f"{name}_test.jsonl").write_text(json.dumps(row) + "\n")
+    few = "--eval_limit 3 --eval_samples 1 --max_new_tokens 16 --maj_k 0 --settings adaptive,direct"
+    out = make("eval-ada-grpo-3b", MODEL=start, NUM_GPUS=0, OUT=tmp_path / "eval", DATA=rows, ARGS=few).stdout
+    header = next(line for line in out.splitlines() if "mean of 7" in line)
+    assert header.split()[:7] == sets and "paper, ARM, k=1" in out
 
 
 @pytest.mark.slow

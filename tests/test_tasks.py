@@ -188,7 +188,8 @@ def test_most_direct_rows_do_not_teach_the_choice_to_skip_thinking(tokenizer):
 
 
 def test_cosine_schedule():
-    args = SimpleNamespace(lr_schedule="cosine", max_steps=100, learning_rate=2.0, warmup_share=0.0, warmup_steps=0)
+    args = SimpleNamespace(lr_schedule="cosine", max_steps=100, learning_rate=2.0, warmup_steps=0,
+                           cosine_from="warmup", min_learning_rate=0.0)  # fmt: skip
     assert rate(args, 1) == 2.0
     assert rate(args, 51) == pytest.approx(1.0)
     assert 0 < rate(args, 100) < 0.002

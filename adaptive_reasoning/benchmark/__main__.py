@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +19,12 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from adaptive_reasoning import formats
 from adaptive_reasoning.benchmark import routers as router
 from adaptive_reasoning.benchmark.lenient import aime_answer, lenient_answer, lenient_same
+from adaptive_reasoning.benchmark.official import official
 from adaptive_reasoning.benchmark.papers import load_paper, paper_table
 from adaptive_reasoning.benchmark.votes import consensus, majority
 from adaptive_reasoning.core.files import append_jsonl, read_jsonl, write_bytes_atomic, write_json_atomic
 from adaptive_reasoning.errors import UserError, run_cli, say
+from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.formats.dialogue import DialogueArgs, DialogueFormat, check_budgets
 from adaptive_reasoning.formats.think import ThinkArgs
 from adaptive_reasoning.formats.thinkless import ThinklessArgs
@@ -37,6 +40,7 @@ from adaptive_reasoning.run.options import NonNegative, PositiveShare, RunArgs, 
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.task import Benchmark, load_task
 
+DECODE = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
 CONTINUES = MAY_CHANGE | {"settings", "eval_data", "paper"}  # what an evaluation may be continued with other values of
 
 
@@ -65,9 +69,10 @@ class Args(DialogueArgs, ThinkArgs, ThinklessArgs, RunArgs):
     """Run the programs of the CODE format, each in a sandboxed process, and take their answers (ARM's appendix H)."""
     paper: str = ""
     """Print a paper's rows beside ours: a name in benchmark/published such as arm-3b, or the path of a YAML file."""
-    scoring: Literal["strict", "lenient"] = "strict"
+    scoring: Literal["strict", "lenient", "official"] = "strict"
     """"strict": as in training; default, because it is what a model was taught. "lenient": as Thinkless' scripts: a box
-    anywhere, other places, the first number; AIME as a float; thinking is `<think>` anywhere in the response."""
+    anywhere, other places, the first number; AIME as a float; thinking is `<think>` anywhere in the response.
+    "official": as ARM's script: no format gate, and a rule for every benchmark."""
     instruction: str = ""
     """Text put before every problem, e.g. to ask for a box."""
     judge_model: str = ""
@@ -86,31 +91,29 @@ def check_args(args) -> None:
         raise UserError(f"--paper {args.paper}: its rows have the mode {mode}, {args.answer_format} has no such mode.")
     if issubclass(form, DialogueFormat):
         check_budgets(args)
+    if args.scoring == "official" and not issubclass(form, Arm):
+        raise UserError(f"--scoring official: reads ARM's answer blocks, {args.answer_format} has none. Take strict.")
     if args.maj_k and issubclass(form, DialogueFormat):
         raise UserError("--maj_k: a dialogue already decides between two answers; there is no vote over dialogues.")
     if args.maj_k > args.eval_samples:
         raise UserError(f"--maj_k {args.maj_k}: needs as many responses a question, --eval_samples {args.maj_k}.")
 
 
-def spec_of(tokenizer, args) -> EvalSpec:
-    """Return how the format is evaluated, with the scoring that was asked for."""
+def spec_of(tokenizer, args, benchmark: str = "") -> EvalSpec:
+    """Return how the format is evaluated on a benchmark, with the scoring that was asked for."""
     form = formats.load(args.answer_format)(tokenizer, args)
     spec = dataclasses.replace(form.eval_spec(), extra_tokens=form.template_tokens())
+    if args.scoring == "official":
+        return official(spec, benchmark, partial(tokenizer.decode, **DECODE))
     if args.scoring == "strict":
         return spec
 
     def mode_of(response_ids) -> str:  # the scripts' think %: a response with <think> anywhere in it
         return "think" if "<think>" in tokenizer.decode(response_ids) else spec.mode_of(response_ids)
 
+    extract = aime_answer if benchmark.startswith("aime") else lenient_answer
     mode_of = mode_of if "think" in spec.modes else spec.mode_of
-    return dataclasses.replace(spec, extract_answer=lenient_answer, check=lenient_same, mode_of=mode_of)
-
-
-def of_benchmark(on: Evaluator, benchmark: Benchmark) -> Evaluator:
-    """Return the evaluator of one benchmark: lenient scoring reads answers to AIME by another script."""
-    if on.args.scoring == "strict" or not benchmark.name.startswith("aime"):
-        return on
-    return dataclasses.replace(on, spec=dataclasses.replace(on.spec, extract_answer=aime_answer))
+    return dataclasses.replace(spec, extract_answer=extract, check=lenient_same, mode_of=mode_of)
 
 
 def wanted_settings(names: str, spec: EvalSpec) -> list[str]:
@@ -250,12 +253,17 @@ def measure(args, accelerator, watch: Watch) -> None:
     due = [b for b in task.benchmarks if "router_judge" in wanted and (b.name, "router_judge") not in kept]
     engine, judged = engines(args, model, tokenizer, spec, due, accelerator.device)
     stop_ids = prompts.stop_tokens(tokenizer, model.generation_config)
-    with task.grader(args.grader_workers, args.grader_timeout, spec.check) as grader:
-        on = Evaluator(
-            engine, grader, tokenizer, stop_ids, spec, args, accelerator, args.instruction, args.execute_code
-        )
-        parts = [measure_benchmark(of_benchmark(on, b), b, wanted, kept, judged, keep, watch) for b in task.benchmarks]
-    on_main(accelerator, partial(report, folder, args, spec, [row for part in parts for row in part]))
+    rows = []
+    # A grader for each rule of comparison in a row; it starts while the first answers are sampled.
+    for check, group in groupby(task.benchmarks, lambda b: spec_of(tokenizer, args, b.name).check):
+        with task.grader(args.grader_workers, args.grader_timeout, check) as grader:
+            for b in group:
+                scored = spec_of(tokenizer, args, b.name)
+                on = Evaluator(
+                    engine, grader, tokenizer, stop_ids, scored, args, accelerator, args.instruction, args.execute_code
+                )
+                rows += measure_benchmark(on, b, wanted, kept, judged, keep, watch)
+    on_main(accelerator, partial(report, folder, args, spec, rows))
 
 
 def report(folder: Path, args, spec: EvalSpec, rows: list[dict]) -> None:

@@ -3,7 +3,7 @@
 title: accuracy % / tokens / Long CoT %             what a cell holds
 mode: long_cot                                      whose share stands in our cells (none: accuracy alone)
 decimals: 1                                         of an accuracy
-mean: mean of 8                                     title of a column for the mean over all benchmarks (none: left out)
+mean: mean of 8                                     title of a column for the means over all benchmarks (none: left out)
 benchmarks: [gsm8k, math500]
 rows:
   "GRPO": {gsm8k: [92.8, 739], math500: [79.4, 1410], mean: [86.1]}         a cell's numbers, the accuracy first
@@ -44,20 +44,27 @@ def paper_table(rows: list[dict], paper: dict) -> str:
     """
     names = [b for b in paper["benchmarks"] if b in {row["benchmark"] for row in rows}]
     columns = [*names, *(["mean"] if paper["mean"] else [])]
-    if not columns:
+    if not names:
         return "no benchmark here is in the paper's table"
     lines: dict[str, dict[str, tuple]] = {}
     for row in rows:
         for title, key in ((row["setting"], "accuracy"), (f"{row['setting']}, vote", "maj_accuracy")):
             if key in row["result"]:
                 lines.setdefault(f"here, {title}", {})[row["benchmark"]] = our_cell(row["result"], key, paper["mode"])
-    for cells in lines.values():
-        if set(paper["benchmarks"]) <= cells.keys():
-            cells["mean"] = (sum(cells[b][0] for b in paper["benchmarks"]) / len(paper["benchmarks"]),)
     lines |= {f"paper, {name}": cells for name, cells in paper["rows"].items()}
+    lines = {name: with_mean(cells, paper["benchmarks"]) for name, cells in lines.items()}
     table = [["", *names, *filter(None, [paper["mean"]])]]
     table += [[name, *(cell_text(cells.get(b), paper["decimals"]) for b in columns)] for name, cells in lines.items()]
     return f"{paper['title']}, paper {paper['name']}\n" + aligned(table)
+
+
+def with_mean(cells: dict[str, tuple], benchmarks: list[str]) -> dict[str, tuple]:
+    """Return the cells with their macro average beside them, where all benchmarks are there and it is not yet."""
+    if "mean" in cells or not set(benchmarks) <= cells.keys():
+        return cells
+    columns = zip(*(cells[b] for b in benchmarks))
+    accuracy, *others = (sum(map(float, column)) / len(benchmarks) for column in columns)
+    return cells | {"mean": (accuracy, *(text.format(x) for text, x in zip(("{:.0f}", "{:.1f}"), others)))}
 
 
 def our_cell(result: dict, key: str, mode: str) -> tuple:

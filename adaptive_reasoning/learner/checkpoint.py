@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import traceback
+from collections.abc import Callable
 from functools import partial as partial_of
 from pathlib import Path
 
@@ -231,8 +232,10 @@ def newest_checkpoint(root) -> Path | None:
     return found[-1] if found else None
 
 
-def prune(root, keep: int) -> None:
+def prune(root, keep: int, best_of: Callable[[Path], int | None] = lambda checkpoint: None) -> None:
     """Delete all but the newest `keep` checkpoints (0: delete none) and what killed writers left behind.
+
+    What `best_of` names, the step that one of the newest calls the best, stays as well.
 
     To be called by the main process alone, after `save_checkpoint`. Where a file of the newest one does not have its
     size any more nothing is deleted: one of the older ones will be needed.
@@ -242,8 +245,10 @@ def prune(root, keep: int) -> None:
     there = checkpoints(root)
     if not keep or len(there) <= keep or not has_its_sizes(there[-1]):
         return
+    best = {best_of(folder) for folder in there[-keep:]}
     for folder in there[:-keep]:
-        shutil.rmtree(set_aside(folder))
+        if step_of(folder) not in best:
+            shutil.rmtree(set_aside(folder))
 
 
 def has_its_sizes(folder: Path) -> bool:
@@ -255,7 +260,11 @@ def has_its_sizes(folder: Path) -> bool:
 
 def checkpoints(root) -> list[Path]:
     folders = [f for f in Path(root).glob("step_*") if f.is_dir() and NAME.fullmatch(f.name)]
-    return sorted(folders, key=lambda f: int(NAME.fullmatch(f.name)[1]))
+    return sorted(folders, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(NAME.fullmatch(checkpoint.name)[1])
 
 
 def set_aside(folder: Path) -> Path:

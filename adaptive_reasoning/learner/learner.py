@@ -56,18 +56,19 @@ class Learner:
         accelerator: from `make_accelerator`.
         trainable: "all"; "marked" for the parameters whose requires_grad is set (LoRA); or "none" for a frozen
             reference policy, which only scores and has no optimiser.
+        decay_vectors: whether weight decay falls on norms and biases too.
     """
 
     module = Policy  # what is made of the model: its forward pass is what `score` returns
 
-    def __init__(self, args, model, accelerator: Accelerator, trainable: str = "all"):
+    def __init__(self, args, model, accelerator: Accelerator, trainable: str = "all", decay_vectors: bool = True):
         assert trainable in ("all", "marked", "none")
         if not args.temperature > 0:
             raise UserError(f"--temperature {args.temperature}: training needs a temperature greater than 0.")
         self.args = args
         self.accelerator = accelerator
         self.zero3 = is_zero3(accelerator)
-        self.model = model
+        self.model, self.decay_vectors = model, decay_vectors
         self.steps = 0  # optimiser steps taken
         self.optimizer = None
         self._scored = None  # (micro-batch, its log-probs, entropy or None) between score and backward
@@ -113,9 +114,12 @@ class Learner:
             "lr": args.learning_rate,
             "betas": (args.adam_beta1, args.adam_beta2),
             "eps": ADAM_EPS,
-            "weight_decay": args.weight_decay,
         }
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        groups = ([], [])
+        for p in self.policy.parameters():
+            if p.requires_grad:
+                groups[self.undecayed(p)].append(p)
+        parameters = [{"params": g, "weight_decay": d} for g, d in zip(groups, (args.weight_decay, 0.0)) if g]
         if self.zero3:
             offload = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
             if offload not in ("none", "cpu"):
@@ -129,6 +133,10 @@ class Learner:
         engine = accelerator.prepare_model(self.policy)
         self.optimizer = torch.optim.AdamW(parameters, fused=accelerator.device.type == "cuda", **options)
         return engine
+
+    def undecayed(self, parameter) -> bool:
+        """Return whether weight decay leaves a weight alone; such ones are the optimiser's last."""
+        return not self.decay_vectors and len(getattr(parameter, "ds_shape", parameter.shape)) < 2
 
     def _zero3_engine(self, optimizer):
         return self.accelerator.prepare(self.policy, optimizer)[0]

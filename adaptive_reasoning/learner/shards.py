@@ -100,7 +100,8 @@ def restore_zero3(learner, pieces: Pieces, weight, step: int) -> None:
 
 def trainable(learner) -> list[tuple]:
     """Return (name, parameter) of what the optimiser has, in its order."""
-    return [(name, p) for name, p in learner.model.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in learner.model.named_parameters() if p.requires_grad]
+    return sorted(named, key=lambda item: learner.undecayed(item[1]))
 
 
 def held(learner, parameter) -> tuple[int, int]:

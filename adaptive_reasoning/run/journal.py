@@ -44,6 +44,11 @@ from adaptive_reasoning.run.folder import MAY_CHANGE, check_inputs, check_reache
 ROWS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
 
 
+def best_of(checkpoint: Path) -> int | None:
+    """Return the step of the best checkpoint that a run knew when it wrote this one, `state["best"]["step"]`."""
+    return load_json(checkpoint / "state.json")["state"]["state"].get("best", {}).get("step")
+
+
 class Journal:
     """What a run writes down, and where it continues.
 
@@ -215,7 +220,7 @@ class Journal:
         wall = self.spent + time.perf_counter() - self.started
         saved = {"step": self.step, "wall_s": wall, "state": self.state, "inputs": self.inputs}
         save_checkpoint(self.root / f"step_{self.step:06d}", learner, tokenizer, saved, critic)
-        on_main(self.accelerator, lambda: prune(self.root, self.args.keep_checkpoints))
+        on_main(self.accelerator, lambda: prune(self.root, self.args.keep_checkpoints, best_of))
 
     def finish(self) -> None:
         """Write summary.json, the curves and the page."""

@@ -53,6 +53,10 @@ BENCHMARKS = {
 }
 
 
+PART = re.compile(r"(?:sorted\((?P<sorted>.+)\)|(?P<plain>.+))\[(?P<first>-?\d*):(?P<last>-?\d*)\]")
+"""A part of a source, as Python would slice its rows: "gsm8k.jsonl[:100]", "sorted(tau/commonsense_qa)[-4929:]"."""
+
+
 def load_questions(source: str, limit: int = 0, split: str = "train", beside: str = "") -> list[Question]:
     """Return the questions of a file, a hub data set or a benchmark, in their order.
 
@@ -63,12 +67,15 @@ def load_questions(source: str, limit: int = 0, split: str = "train", beside: st
         split: split of a hub data set. Files have none, benchmarks their own.
         beside: a local data file; a benchmark's <name>_test.jsonl in its folder is taken rather than the hub's.
 
-    The id of a question is "<file stem or data set>/<row, from 0>".
+    The id of a question is "<file stem or data set>/<row, from 0>". "source[a:b]" is a part of a source, and
+    "sorted(source)[a:b]" one in alphabetical order of the problems.
 
     Raises:
         UserError: file or data set missing, empty or malformed; the message names file and line (or row).
     """
     path, benchmark = Path(source), BENCHMARKS.get(source)
+    if (part := PART.fullmatch(source)) and not path.exists():
+        return _part(part, load_questions(part["sorted"] or part["plain"], 0, split, beside))[: limit or None]
     if benchmark and not path.exists():
         folders = [Path(f) for f in (os.environ.get(DATA_FOLDER), beside and Path(beside).parent) if f]
         stored = [f / f"{source}_test.jsonl" for f in folders if (f / f"{source}_test.jsonl").is_file()]
@@ -231,6 +238,17 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
     yield from known_columns(table_rows(f"data set {name}, split {split}", data.iter(1000)))
 
 
+def _part(part: re.Match, questions: list[Question]) -> list[Question]:
+    """Return the questions that a match of PART asks for; UserError where there are fewer than it counts on."""
+    if part["sorted"]:
+        questions = sorted(questions, key=lambda q: q.problem)
+    bounds = [int(text) if text else None for text in part.group("first", "last")]
+    found = questions[slice(*bounds)]
+    if not found or max(abs(b or 0) for b in bounds) > len(questions):
+        raise UserError(f"{part[0]}: there are {len(questions)} questions. Ask for a part of these.")
+    return found
+
+
 def source(args, train: bool) -> Source:
     """Return the questions of --data, if they are wanted, and those of --eval_data.
 
@@ -241,7 +259,8 @@ def source(args, train: bool) -> Source:
     if train and not sources:
         raise UserError("--data is empty: name files (JSONL, CSV, Parquet), or data sets of the hub.")
     loaded = [load_questions(source, args.train_limit) for source in sources] if train else []
-    beside = next((source for source in sources if Path(source).exists()), "")
+    whole = [PART.sub(lambda part: part["sorted"] or part["plain"], source) for source in sources]
+    beside = next((source for source in whole if Path(source).exists()), "")
     benchmarks = []
     for name in filter(None, (part.strip() for part in args.eval_data.split(","))):
         known = BENCHMARKS.get(name)
