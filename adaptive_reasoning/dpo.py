@@ -397,6 +397,8 @@ def main() -> None:
     args = parse_args(Args)
     run = Run(args, "dpo", offline=True)
     form = formats.load(args.answer_format)(run.tokenizer, args)
+    if args.pairs == "overthink":
+        prompts.control_token(run.tokenizer, "</think>")  # says at once where there is none
     with run.start(form, METRICS):
         learner, needed = run.learner, list(range(len(run.task.questions)))
         sampling = Sampling(args.temperature, args.sample_top_p)

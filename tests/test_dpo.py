@@ -64,13 +64,13 @@ def test_the_losses_equal_trl(method, inputs, want, dtype):
         for k, gradient in enumerate(pair):
             assert [-A[n, k].item()] * len(gradient) == pytest.approx(gradient, **close)
     if method == "dpo":
-        assert float(stats["dpo/margin"]) == pytest.approx(want["mean_margin"], **close)
-        assert float(stats["dpo/reward_accuracy"]) == pytest.approx(want["reward_accuracy"])
-        assert float(stats["dpo/chosen_reward"]) == pytest.approx(want["mean_reward_chosen"], **close)
-        assert float(stats["dpo/rejected_reward"]) == pytest.approx(want["mean_reward_rejected"], **close)
+        assert stats["dpo/margin"].item() == pytest.approx(want["mean_margin"], **close)
+        assert stats["dpo/reward_accuracy"].item() == pytest.approx(want["reward_accuracy"])
+        assert stats["dpo/chosen_reward"].item() == pytest.approx(want["mean_reward_chosen"], **close)
+        assert stats["dpo/rejected_reward"].item() == pytest.approx(want["mean_reward_rejected"], **close)
     else:
         rewards = [np.mean(want[f"reward_{side}"]) for side in ("chosen", "rejected")]
-        assert [float(stats[f"dpo/{side}_reward"]) for side in ("chosen", "rejected")] == pytest.approx(
+        assert [stats[f"dpo/{side}_reward"].item() for side in ("chosen", "rejected")] == pytest.approx(
             rewards, **close
         )
 
