@@ -30,6 +30,7 @@ __all__ = ["plain", "warm_up"]  # what a worker looks for in this module
 
 CASES = Path(__file__).parent.parent / "tests" / "golden" / "answer_cases.jsonl"
 SETS = ("gsm8k_test", "math500_test", "aime24_test", "aime25_test", "amc_test", "minerva_test", "math_train")
+WHOSE = ("ours right", "theirs right", "taste")
 NUMBER = r"-?\d+(\.\d+)?"
 
 
@@ -161,6 +162,22 @@ def report(jobs: list, grades: list, show: bool = True) -> bool:
     return bool(wrong)
 
 
+def official(args) -> bool:
+    """Print how often the grader AdaptThink was trained with agrees, and who is right where it does not."""
+    named = json.loads((CASES.parent / "answer_differences.json").read_text())
+    cases = json.loads((CASES.parent / "adaptthink_reward.json").read_text())["cases"]
+    found = [case for case in cases if case["expected"]["extracted"] is not None]
+    jobs = [("", case["expected"]["extracted"], case["inputs"]["gold"], True) for case in found]
+    grades = dict(zip((case["name"] for case in found), graded(jobs, same_answer, args)))
+    verdicts = {c["name"]: c["name"] in grades and grades[c["name"]].correct for c in cases}
+    different = {case["name"] for case in cases if verdicts[case["name"]] != bool(case["expected"]["reward"])}
+    counts = {whose: sum(named[name][0] == whose for name in different & set(named)) for whose in WHOSE}
+    print(
+        f"official grader of AdaptThink: {len(cases) - len(different)} agree, {counts}, new: {different - set(named)}"
+    )
+    return different != set(named) or counts["theirs right"] > 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -181,6 +198,7 @@ def main() -> int:
     failed = report(own, graded(own, same_answer, args))
     failed |= report([("ARM's rule", *job[1:]) for job in arm], graded(arm, verified_answer, args))
     report([("plain math-verify", *job[1:]) for job in own], graded(own, importable, args), show=False)
+    failed |= official(args)
     if args.data:
         jobs = trials(references(Path(args.data), args.golds))
         grades = graded(jobs, same_answer, args)

@@ -242,10 +242,10 @@ def _value(text: str):
 
 
 def _exact(value):
-    if value.has(sympy.Sum, sympy.Product, sympy.Integral, sympy.Derivative, sympy.Limit):
+    if value.has(sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit):
         value = value.doit()
     new = {f: sympy.Rational(str(f)) for f in value.atoms(sympy.Float)}
-    new |= {f: sympy.Symbol(str(f), real=True) for f in value.atoms(AppliedUndef)}
+    new |= {f: sympy.Symbol(str(f), real=True) for f in value.atoms(AppliedUndef, sympy.Derivative)}
     return value.xreplace(new | {sympy.Symbol("i", real=True): sympy.I})
 
 

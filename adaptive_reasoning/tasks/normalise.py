@@ -85,14 +85,15 @@ DEGREES = re.compile(r" ?\^ ?(?:\\circ|\{ ?\\circ ?\}) ?((?<!\w)[CF](?![A-Za-z])
 TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 POWER = r"(?: ?\^ ?(?:\{ ?-?\d ?\}|-?\d))?"
 UNITS = (
-    r"[mcdk]m|k?g|[mk]g|m[lL]|lbs?|oz|ft|in|yd|mi|hrs?|sq|cu|k?Pa|[kM]?Hz|k?W|k?J|eV|mol|[LJNVK]|m ?/ ?s|m(?= ?\^ ?\{?[23])"
-    r"|US|[\u4e00-\u9fff]+"
+    r"[mcdk]m|k?g|[mk]g|m[lL]|lbs?|oz|ft|in|yd|mi|hrs?|sq|cu|k?Pa|[kM]?Hz|k?W|k?J|eV|mol|[LJNVK]|m ?/ ?s"
+    r"|m(?= ?\^ ?\{?[23])|US|[\u4e00-\u9fff]+"
 )
 WORD = r"\\text\{(?:[^{}]|\{[^{}]*\})*\}"
+TIMES = r" ?(?:/|\\cdot|\\times|\*) ?"
 UNIT = re.compile(
     rf"(?<![\s_^\\(,])(?: ?{WORD}| ?\\frac\{{{WORD}\}}\{{{WORD}{POWER}\}}| (?:{UNITS}|[A-Za-z]{{3,}})"
     r"|(?<=[\d}])(?:[mcdk]m|kg|[\u4e00-\u9fff]+|[A-Za-z]{4,}))"
-    rf"(?![A-Za-z]){POWER}(?:(?: ?(?:/|\\cdot|\\times|\*) ?| )(?:{WORD}|[A-Za-z]+(?![A-Za-z])){POWER})*[ .]*\Z"
+    rf"(?![A-Za-z]){POWER}(?:(?:(?:{TIMES}| )[A-Za-z]+(?![A-Za-z])|(?:{TIMES}| ?){WORD}){POWER})*[ .]*\Z"
 )
 NO_UNIT = set("hundred thousand million billion trillion dozen am pm and or not e i is if base mod".split())
 
