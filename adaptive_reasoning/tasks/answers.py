@@ -111,8 +111,8 @@ def verified_answer(answer: str, gold: str) -> bool:
         answer = re.sub(r"(?<![\d/.])(\d+) +(\d+)/(\d+)(?![\d/])", r"(\1+\2/\3)", answer)
     else:
         target = parse(gold if "\\boxed" in gold else f"$\\boxed{{{gold}}}$", [LatexExtractionConfig()], **options)
-        answer = answer if ARM_WORDS.search(answer) else f"${answer}$"
-    return verify(target, parse(answer, **options), timeout_seconds=None, raise_on_error=True)
+    tried = [answer] if ARM_NUMBER.fullmatch(gold) or ARM_WORDS.search(answer) else [answer, f"${answer}$"]
+    return any(verify(target, parse(text, **options), timeout_seconds=None, raise_on_error=True) for text in tried)
 
 
 def _options(gold: str) -> list[str]:
@@ -212,10 +212,11 @@ def _is_calculation(sides: list[str]) -> bool:
 
 
 def _is_label(text: str, gold: str) -> bool:
-    r"""True for what a value may be of: a name, f(3), |AB|, m+n. "2x = 7" and "x^2 = 7" are not solved yet."""
+    r"""True for what a value may be of: a name, f(3), |AB|, m+n. "2x = 7" is not solved yet, "2x+y = 7" is a line."""
     letters = set(re.findall(r"\\[A-Za-z]+|[A-Za-z](?:_\w|_\{\w+\})?", text))
     letters -= {"\\frac", "\\sqrt", "\\cdot", "\\times", "\\ln", "\\log", "\\exp", "e"}
-    return bool(NAME.fullmatch(text)) or len(letters) > 1 and gold != "0"
+    is_curve = letters <= set("xyz") and re.search(r"\d", text) or gold == "0"
+    return bool(NAME.fullmatch(text)) or len(letters) > 1 and not is_curve
 
 
 # --- values
@@ -261,7 +262,8 @@ def _equal(a, b) -> bool:
         return True
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     real, agreed = not a.has(sympy.I) and not b.has(sympy.I), False
-    for low, high, digits in ((0, 1, 60), (1, 3, 60), (-2, 0, 60)) if symbols else ((0, 1, 60), (0, 1, 2000)):
+    points = [(0, 1, 60), (1, 3, 60), (-2, 0, 60), (-1, 1, 60), (-5, 5, 60)]
+    for low, high, digits in points if symbols else [(0, 1, 60), (0, 1, 2000)]:
         x, y = (value.subs(_point(symbols, low, high)).evalf(digits) for value in (a, b))
         if not (x.is_number and y.is_number and x.is_finite and y.is_finite):
             return False

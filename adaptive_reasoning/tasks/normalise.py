@@ -54,7 +54,7 @@ FONTS = (
 )
 DRESS = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=\d)(?:\{,\}|,\s*\\!\s*|,\s*\\[,;:]\s*(?=\d{3}(?!\d)))(?=\d)", ""),
-    (r"(?<![\d.,])(\d{1,3})((?:(?:\\[,;: ]|~| |')\d{3})+)(?!\d)", lambda m: m[1] + re.sub(r"\D", "", m[2])),
+    (r"(?<![\d.,])(\d{1,3})((?:(?:\\[,;: ]|~| |')\d{3})+)(?![\d/])", lambda m: m[1] + re.sub(r"\D", "", m[2])),
     (r"\\!|\\?\$|\\[,;:>]|(?<!\\)\\ |~|\s+", lambda m: "" if m[0] in ("\\!", "\\$", "$") else " "),
     (r"^ ?\\[(\[](.*)\\[)\]] ?$|^ ?\*\*(.*)\*\* ?$", lambda m: m[1] or m[2] or ""),
     (rf"\\(?:{SIZES})(?![A-Za-z]) ?\.?|\\(?:text)?color ?\{{[^{{}}]*\}}", ""),
@@ -142,7 +142,9 @@ def without_unit(text: str) -> str:
     return text if plain or changes or not re.search(r"\d", before) else text[: unit.start()]
 
 
-COMMAND = re.compile(r"\\(frac|binom)(?![A-Za-z])|\\sqrt(?:\[[^\]]*\])?(?![A-Za-z])|\^ ?(?=\\(?:frac|sqrt|pi|theta))")
+COMMAND = re.compile(
+    r"\\(frac|binom)(?![A-Za-z])|\\(?:sqrt(?:\[[^\]]*\])?|pmod)(?![A-Za-z])|\^ ?(?=\\(?:frac|sqrt|pi|theta))"
+)
 ARGUMENT = re.compile(
     rf" ?(?:{BRACED}|(?:\\(?:frac|binom){BRACED}{BRACED}|\\sqrt(?:\[[^\]]*\])?{BRACED}|\\[A-Za-z]+|[^\s{{}}\\]))"
 )
