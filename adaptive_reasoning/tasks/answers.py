@@ -11,8 +11,8 @@ agree in 2,000 digits, expressions with variables in 50 wherever they are tried.
 An unfinished calculation is not an answer, as in the grader AdaptThink was trained with: where the reference is an
 integer the answer has to be that number in digits ("2^9" is not 512), and a fraction has to be in lowest terms.
 
-Nothing here has a time limit: math-verify's own uses signal.alarm, which works in the main thread only. Some answers
-take sympy forever, so grade through `grader.GraderPool`, which owns the deadline.
+Nothing here has a time limit (math-verify's own works in the main thread only), and some answers take sympy forever:
+grade through `grader.GraderPool`, which owns the deadline.
 """
 
 import ast
@@ -41,8 +41,8 @@ MAX_ANSWER = 2000
 def boxed_answer(text: str) -> str | None:
     r"""Return what the last \boxed{...} of `text` holds, braces balanced.
 
-    None where there is no \boxed, where the last one is not closed, or where it is not followed directly by a brace:
-    an earlier box is not searched for then, as in the official grader.
+    None where there is none, or the last one is not closed or not followed directly by a brace: as in the official
+    grader, an earlier box is not searched for then.
     """
     start = text.rfind("\\boxed")
     if start < 0 or not text.startswith("\\boxed{", start):
@@ -63,7 +63,7 @@ def same_answer(answer: str, gold: str | int | float) -> bool:
     (Minerva): then any one of them will do. An empty answer or reference equals nothing.
 
     Raises:
-        Exception: whatever sympy raises on input it cannot compare. May also never return.
+        Exception: whatever math-verify or sympy raise on input they cannot compare. May also never return.
     """
     if len(answer) > MAX_ANSWER:
         return False
@@ -76,8 +76,7 @@ def same_answer(answer: str, gold: str | int | float) -> bool:
 def warm_up() -> None:
     """Compare a few pairs, so that what parser and sympy set up on first use is there before anybody's time counts.
 
-    It takes about two seconds. The grader's server does it once, and every worker it forks has it: without, each worker
-    that replaces a killed one pays it again.
+    It takes a second, once: every worker that the grader's server forks has it.
     """
     for answer, gold in (
         ("\\frac{x}{2}+1", "0.5x+1"), ("6\\sqrt{2}", "\\sqrt{50}"), ("(1,2\\pi)", "(1,\\frac{\\pi}{3})"),
@@ -97,8 +96,7 @@ def verified_answer(answer: str, gold: str) -> bool:
     dollars (MATH); a number (GSM8K) is compared after every comma and dollar sign of the answer is deleted; anything
     else is LaTeX (MATH). Unlike in the official code "2,4" is a list, "2 2/3" one number, and LaTeX needs no dollars.
 
-    Raises:
-        Exception: whatever math-verify or sympy raise on input they cannot compare. May also never return.
+    Raises: see `same_answer`.
     """
     if len(answer) > MAX_ANSWER:
         return False
@@ -226,7 +224,7 @@ MIXED = re.compile(r"(?<![\d.^_])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}")
 PRODUCT = re.compile(r"(?<![\d.^_{])(\d+)\((?=.)")  # 3(4) is 7 to the parser
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _value(text: str):
     """Parse to a sympy object with decimals as fractions and i as the imaginary unit; None where that fails."""
     text = PRODUCT.sub(r"\1\\cdot(", MIXED.sub(r"(\1+\\frac{\2}{\3})", text))

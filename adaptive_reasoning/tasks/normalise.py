@@ -131,10 +131,8 @@ def without_unit(text: str) -> str:
     unit = UNIT.search(text)
     if unit is None:
         return text
-    before, words = (
-        re.sub(r"\\[A-Za-z]+", "", text[: unit.start()]),
-        re.sub(r"\^ ?\{? ?-?\d|\\\w+", " ", unit[0]).replace(".", ""),
-    )
+    before = re.sub(r"\\[A-Za-z]+", "", text[: unit.start()])
+    words = re.sub(r"\^ ?\{? ?-?\d|\\\w+", " ", unit[0]).replace(".", "")
     plain = "\\text" not in unit[0] and re.search("[A-Za-z]", before[before.rfind("=") + 1 :])
     changes = re.search(r"[\d=\u4e07\u4ebf\u5343\u767e]", words) or NO_UNIT & set(
         re.findall(r"[^\W\d]+", words.lower())
@@ -235,7 +233,7 @@ def listed(text: str) -> tuple[str, list[str]]:
 
 
 def _signs(text: str) -> list[str]:
-    if "\\pm" not in text:
+    if not 0 < text.count("\\pm") <= 6:  # 64 elements
         return [text]
     return [each for s, t in ("+-", "-+") for each in _signs(text.replace("\\pm", s, 1).replace("\\mp", t))]
 
