@@ -25,7 +25,6 @@ import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy.core.function import AppliedUndef
-from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 
 from adaptive_reasoning.tasks import normalise as read
@@ -237,7 +236,7 @@ def _value(text: str):
         return None
     if isinstance(value, sympy.MatrixBase):
         return value.applyfunc(_exact)
-    return _exact(value) if isinstance(value, (sympy.Expr, Relational)) else value
+    return _exact(value) if isinstance(value, (sympy.Expr, sympy.Rel)) else value
 
 
 def _exact(value):
