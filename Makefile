@@ -470,6 +470,10 @@ drill: $(call cold,adaptthink)  ## 30 times kill -9 on one process and on two un
 	@$(PY) experiments/drills/kill.py --processes 2 --folder runs/drill-kill-2
 	@$(PY) experiments/drills/grader.py
 
+.PHONY: check-answers
+check-answers: $(INSTALLED)  ## the grader on known cases, beside math-verify; on 1,500 references of real data: DATA=folder
+	@$(PY) experiments/check_answers.py $(if $(DATA),--data "$(DATA)") $(ARGS)
+
 .PHONY: clean
 clean:  ## remove caches and build folders; runs/ and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -169,13 +169,17 @@ DIFFERENT = {
     "csqa_prompt_contains_tag": "a tag in the question forbids a format; the question is not the model's doing",
     "gsm8k_second_turn_direct_after_cot": "a later turn opens with DIRECT, which then forbids the COT before it",
     # the others
+    **dict.fromkeys(
+        [f"math_{what}" for what in ("sqrt", *(f"{x}_plain" for x in "sqrt pair interval list expression".split()))],
+        "LaTeX without dollars is read; the official parser finds one of its numbers",
+    ),
     "math_percent_gold": "gold 25%: 25 is right with math-verify 0.9, wrong with the pinned 0.7.0",
     "math_gold_without_box": "gold 3 without $ or box: no LaTeX to the official parser (never in its data)",
 }
 
 
 def test_rewards_equal_the_official_code():
-    """122 texts; every difference is named above with its reason. Outside the quirks 116 of 118 agree, 98.3 %."""
+    """122 texts; every difference is named above with its reason. Outside the quirks 110 of 118 agree."""
     different, plain, newer = set(), 0, 0
     for case in json.loads((GOLDEN / "ada_grpo_reward.json").read_text())["cases"]:
         inputs, want = case["inputs"], case["expected"]
@@ -188,7 +192,7 @@ def test_rewards_equal_the_official_code():
                 newer += reward == want["reward_math_verify_0_9"]
         plain += not case.get("quirk")
     assert different == set(DIFFERENT)
-    assert plain == 118 and newer == 1  # one of the two is math-verify's own change
+    assert plain == 118 and newer == 1  # one of the eight is math-verify's own change
 
 
 @pytest.mark.parametrize(
@@ -197,7 +201,7 @@ def test_rewards_equal_the_official_code():
         ("B", "B", True), ("B", "(B)", False), ("B", "B.", False), ("B", "b", False),
         ("72", "72.0", True), ("72", "$72", True), ("72", "72 clips", True), ("72", "70 + 2 = 72", True),
         ("72", "It is 71. No, 72", True), ("1080", "1,080", True), ("5", "10/2", True), ("72", "", False),
-        ("$\\boxed{\\frac{11}{2}}$", "5.5", True), ("$\\boxed{(3, -1)}$", "(3, -1)", False),
+        ("$\\boxed{\\frac{11}{2}}$", "5.5", True), ("$\\boxed{(3, -1)}$", "(3, -1)", True),
         ("$\\boxed{(3, -1)}$", "$(3,-1)$", True), ("$\\boxed{\\text{Sunday}}$", "Sunday", False),
         ("$\\boxed{\\$40}$", "40", True), ("$\\boxed{7}$", "7%", True),
     ],

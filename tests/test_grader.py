@@ -155,7 +155,7 @@ def test_the_101st_answer_after_100_hanging_ones():
 
 
 def test_real_answers_that_hang_sympy():
-    hanging = [("9^{9^{9}}", "\\sqrt{2}"), ("{" * 900 + "x" + "}" * 900, "y^2"), ("(10^9)!", "\\pi")]
+    hanging = [("10^{10^{10^{10}}}", "\\sqrt{2}"), ("\\sum_{k=1}^{10^9} \\frac{1}{k!}", "\\pi")]
     healthy = [("\\frac{x}{2}", "0.5x", True), ("\\sqrt{8}", "2\\sqrt{2}", True), ("x+1", "x+2", False)]
     with GraderPool(workers=2, timeout=3.0) as pool:
         for answer, gold in hanging:
@@ -163,7 +163,7 @@ def test_real_answers_that_hang_sympy():
         for answer, gold, _ in healthy:
             pool.submit(answer, gold, answer)
         grades = pool.drain()
-    assert [grades[answer].status for answer, _ in hanging] == ["timeout"] * 3
+    assert [grades[answer].status for answer, _ in hanging] == ["timeout"] * 2
     assert [(grades[answer].correct, grades[answer].status) for answer, _, _ in healthy] == [
         (right, "ok") for _, _, right in healthy
     ]

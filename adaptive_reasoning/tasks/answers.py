@@ -1,29 +1,34 @@
-"""Answers: find the boxed answer of a response, and decide whether it equals the reference.
+r"""Answers: find the boxed answer of a response, and decide whether it equals the reference.
 
-What the model wrote is first freed of presentation (money, percent and degree signs, units, thousands commas, text
-wrappers, labels like "x ="), the same on both sides. Then
+`normalise` brings both sides to one spelling, and reads words, options, times, lists and numbers that are written out.
+What is left goes to the parser of math-verify (latex2sympy2_extended) and is compared here as an equation, an
+expression or a matrix; sets, intervals and inequalities are compared by math-verify.
 
-- two numbers that are written out are compared exactly, as fractions (math-verify rounds to six decimals, which makes
-  every number below 5e-7 equal to 0);
-- words are compared as text (math-verify reads "east" as the product of four variables, so equal to "seat");
-- everything else is math-verify's job.
+Why not by math-verify alone (0.9): it compares at six decimals, so 10^-10 is 0 and 3.141593 is pi; here numbers have to
+agree in 2,000 digits, expressions with variables in 50 wherever they are tried. It takes {3,4} for (3,4) and "seat" for
+"east" (four factors), keeps the i of 1+2i a variable, degrees for radians, and solves equations, which takes seconds.
 
 An unfinished calculation is not an answer, as in the grader AdaptThink was trained with: where the reference is an
 integer the answer has to be that number in digits ("2^9" is not 512), and a fraction has to be in lowest terms.
 
-Nothing here has a time limit: math-verify's own uses signal.alarm, which works in the main thread only. Some answers
-take sympy forever, so grade through `grader.GraderPool`, which owns the deadline.
+Nothing here has a time limit (math-verify's own works in the main thread only), and some answers take sympy forever:
+grade through `grader.GraderPool`, which owns the deadline.
 """
 
 import ast
 import logging
+import random
 import re
-from fractions import Fraction
-from math import gcd
-from typing import NamedTuple
+from functools import lru_cache
 
-from latex2sympy2_extended import NormalizationConfig
+import sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import LatexExtractionConfig, parse, verify
+from sympy.core.function import AppliedUndef
+from sympy.logic.boolalg import Boolean
+
+from adaptive_reasoning.tasks import normalise as read
+from adaptive_reasoning.tasks.normalise import presentation_free
 
 # It warns that its time limit is off. It is, on purpose.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -31,20 +36,12 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 MAX_ANSWER = 2000
 """Characters. A longer box is a derivation or a loop of the model, not an answer: it is wrong and never parsed."""
 
-MATH = LatexExtractionConfig(
-    boxed_match_priority=-1,
-    # units=False: it takes the "c" of "a + b + c" and the "t" of "2t" for units. `presentation_free` is stricter.
-    normalization_config=NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
-    ),
-)
-
 
 def boxed_answer(text: str) -> str | None:
     r"""Return what the last \boxed{...} of `text` holds, braces balanced.
 
-    None where there is no \boxed, where the last one is not closed, or where it is not followed directly by a brace:
-    an earlier box is not searched for then, as in the official grader.
+    None where there is none, or the last one is not closed or not followed directly by a brace: as in the official
+    grader, an earlier box is not searched for then.
     """
     start = text.rfind("\\boxed")
     if start < 0 or not text.startswith("\\boxed{", start):
@@ -75,39 +72,44 @@ def same_answer(answer: str, gold: str | int | float) -> bool:
     return any(_same(presentation_free(answer), presentation_free(option)) for option in _options(gold))
 
 
-LATEX = LatexExtractionConfig()
-
-
 def warm_up() -> None:
     """Compare a few pairs, so that what parser and sympy set up on first use is there before anybody's time counts.
 
-    It takes about a second. The grader's server does it once, and every worker it forks has it: without, each worker
-    that replaces a killed one pays it again.
+    It takes a second, once: every worker that the grader's server forks has it.
     """
-    for answer, gold in (("\\frac{x}{2}+1", "0.5x+1"), ("6\\sqrt{2}", "\\sqrt{50}"), ("(1,2)", "(1,3)")):
+    for answer, gold in (
+        ("\\frac{x}{2}+1", "0.5x+1"), ("6\\sqrt{2}", "\\sqrt{50}"), ("(1,2\\pi)", "(1,\\frac{\\pi}{3})"),
+        ("\\sin^2 x+e^{2}", "x^{2}-y=3"), ("x+1=y", "y=x-1"), ("x>2", "(2,\\infty)"), ("|n|!", "\\log_2 3"),
+    ):  # fmt: skip
         same_answer(answer, gold)
+
+
+ARM_NUMBER = re.compile(r"-?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?")
+ARM_WORDS = re.compile(r"\$|\\\(|\\\[|\\boxed|[A-Za-z]{2,} [A-Za-z]{2,}|(?<!\\)\b[A-Z][a-z]{2,}")
 
 
 def verified_answer(answer: str, gold: str) -> bool:
     """Return whether `answer` is right by ARM's three rules: plain math-verify, which accepts unfinished calculations.
 
-    The form of the reference says which rule is meant: a letter (CommonsenseQA) has to be that letter; a number (GSM8K)
-    is compared after every comma and dollar sign of the answer is deleted; anything else is LaTeX (MATH).
+    The form of the reference says which rule is meant: a letter (CommonsenseQA) has to be that letter, or stand in
+    dollars (MATH); a number (GSM8K) is compared after every comma and dollar sign of the answer is deleted; anything
+    else is LaTeX (MATH). Unlike in the official code "2,4" is a list, "2 2/3" one number, and LaTeX needs no dollars.
 
-    Raises:
-        Exception: whatever math-verify or sympy raise on input they cannot compare. May also never return.
+    Raises: see `same_answer`.
     """
     if len(answer) > MAX_ANSWER:
         return False
     answer, gold = answer.strip(), str(gold).strip()
     options = {"parsing_timeout": None, "raise_on_error": True}
-    if re.fullmatch("[A-J]", gold):
+    if re.fullmatch("[A-J]", gold) and "$" not in answer:
         return answer == gold
-    if re.fullmatch(r"-?[\d,]+(\.\d+)?", gold):
+    if ARM_NUMBER.fullmatch(gold):
         target, answer = parse(gold.replace(",", ""), **options), re.sub("[,$]", "", answer)
+        answer = re.sub(r"(?<![\d/.])(\d+) +(\d+)/(\d+)(?![\d/])", r"(\1+\2/\3)", answer)
     else:
-        target = parse(gold if "\\boxed" in gold else f"$\\boxed{{{gold}}}$", [LATEX], **options)
-    return verify(target, parse(answer, **options), timeout_seconds=None, raise_on_error=True)
+        target = parse(gold if "\\boxed" in gold else f"$\\boxed{{{gold}}}$", [LatexExtractionConfig()], **options)
+    tried = [answer] if ARM_NUMBER.fullmatch(gold) or ARM_WORDS.search(answer) else [answer, f"${answer}$"]
+    return any(verify(target, parse(text, **options), timeout_seconds=None, raise_on_error=True) for text in tried)
 
 
 def _options(gold: str) -> list[str]:
@@ -121,129 +123,178 @@ def _options(gold: str) -> list[str]:
     return [(boxed_answer(gold) or "") if "\\boxed" in gold else gold]
 
 
+# --- two presentation-free texts
+
+BASE = re.compile(r"[\dA-Z]+_(?:\d+|\{\w+\})")
+RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-z])")
+SET = re.compile(rf"{RELATION.pattern}|\\(?:cup|cap|emptyset|setminus|mathbb)(?![a-z])")
+
+
 def _same(answer: str, gold: str) -> bool:
-    """Compare two texts that are `presentation_free`."""
     if not answer or not gold:
         return False
-    if _key(answer) == _key(gold):
+    if read.key(answer) == read.key(gold):
         return True
     if BASE.fullmatch(answer) or BASE.fullmatch(gold):
-        return False  # a number asked for in base 8 is not given in base 10, which is what math-verify compares
-    answer, gold = _without_label(answer, gold)
-    number, gold_number = written_number(answer), written_number(gold)
+        return False  # a number asked for in base 8 is not given in base 10, which is what the parser would compare
+    for kind in (read.choice, read.time_of_day):
+        if (left := kind(answer)) and (right := kind(gold)):
+            return left == right
+    number, gold_number = read.written_number(answer), read.written_number(gold)
     if number and gold_number:
-        return _same_number(number, gold_number)
-    if (gold_number and gold_number.is_integer) or _is_text(gold) or _is_text(answer):
+        return number.value == gold_number.value and number.is_finished(gold_number)
+    (brackets, parts), (gold_brackets, golds) = read.listed(answer), read.listed(gold)
+    single, gold_single = len(parts) == 1 and not brackets, len(golds) == 1 and not gold_brackets
+    sides, gold_sides = read.split(answer, "="), read.split(gold, "=")
+    if len(sides) > 1 and single or len(gold_sides) > 1 and gold_single:
+        return _same_equation(sides, gold_sides)
+    if not (single and gold_single):
+        kinds = {brackets, gold_brackets}
+        if len(parts) == len(golds) and (len(kinds) == 1 or kinds in ({"", "{}"}, {"", "()"})):
+            if all(map(_same, parts, golds)) or kinds <= {"", "{}"} and _matched(parts, golds):
+                return True
+        return bool(SET.search(answer + gold)) and _same_set(answer, gold)
+    if [answer, gold] != parts + golds:
+        return _same(parts[0], golds[0])
+    if option := re.match(r"\([A-E]\) ?(?=.)", answer):
+        return _same(answer[option.end() :], gold)
+    if len(sides := read.split(answer, r"\\approx")) > 1:
+        return any(_same(side, gold) for side in sides)
+    if gold_number and gold_number.is_integer or read.is_text(gold) or read.is_text(answer):
         return False
-    return verify(
-        parse(f"${gold}$", [MATH], parsing_timeout=None, raise_on_error=True),
-        parse(f"${answer}$", [MATH], parsing_timeout=None, raise_on_error=True),
-        timeout_seconds=None,
-        raise_on_error=True,
-    )
+    return _same_set(answer, gold) if SET.search(gold) else _equal(_value(answer), _value(gold))
 
 
-# --- presentation
+def _matched(parts: list[str], golds: list[str]) -> bool:
+    rest = list(parts)
+    for gold in golds:
+        match = next((part for part in rest if _same(part, gold)), None)
+        if match is None:
+            return False
+        rest.remove(match)
+    return True
 
-SPACE = re.compile(r"(?<!\\)\\[!,;:]|\\q?quad\b|\\displaystyle\b|\\(?:left|right)(?![a-zA-Z])|\\?\$|\*\*")
-SIGNS = re.compile(
-    r"\\?%|\s*\^\s*(?:\\circ\b|\{\s*\\circ\s*\})(?: ?[CF]\b)?|\\degree\b|\u00b0(?: ?[CF]\b)?|^\\approx\b"
+
+# --- equations
+
+NAME = re.compile(
+    r"m? ?\|?(?:\\(?:angle|triangle|overline|vec|hat|bar) ?)?\{?\\?[A-Za-z]+\}?(?:_(?:\w|\{[^{}]*\}))?'*(?:\^\{-1\})?"
+    r"(?:\([^()=]*\))?\|?|\([A-Za-z](?:, ?[A-Za-z])*\)"
 )
-TEXT = r"\\(?:text(?:normal|rm|bf|it)?|mbox|mathrm|mathbf|mathit)\s*\{([^{}]*)\}"
-POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|\d))?"
-TEXT_UNIT = re.compile(rf"(?<![\s_^\\])\s?{TEXT}{POWER}\Z")
-PLAIN_UNIT = re.compile(rf"(?<=[\d}}])( ?)([A-Za-z][A-Za-z. ]*){POWER}\Z")
-NO_UNIT = set("hundred thousand million billion trillion dozen am pm and or not pi sqrt sin cos tan log ln".split())
-SHORT_UNITS = set("mm cm km kg lb lbs oz ft in hr hrs sq cu".split())  # "mg" and "m" may be variables
-LABEL = re.compile(
-    r"(?:[A-Za-z]|\\[a-z]+)(?:_\w|_\{\w+\})?'*(?:\([A-Za-z](?:, ?[A-Za-z])*\))? ?(?:=|\\in(?![a-z]))(.*)"
-)
-BASE = re.compile(r"[\dA-Z]+_(?:\d+|\{\w+\})")
+CALCULATION = re.compile(r"\\(?:frac|sqrt|binom|pi|cdot|times|circ|sin|cos|tan|log|ln|text)(?![A-Za-z])")
 
 
-def presentation_free(text: str) -> str:
-    """Return `text` without what only dresses the value: see the patterns above."""
-    text = re.sub(r",\s*\\!\s*|(?<=\d)\{,\}", "", text)
-    text = re.sub(r"\s+", " ", re.sub(r"(?<!\\)\\ |~", " ", SPACE.sub("", text))).strip()
-    text = re.sub(r"\\[dtc]frac(?![a-z])", r"\\frac", text)
-    if wrapped := re.fullmatch(r"\\[(\[](.*)\\[)\]]", text):
-        text = wrapped[1].strip()
-    text = SIGNS.sub("", text).strip().rstrip(" .,")
-    while (unit := TEXT_UNIT.search(text)) and _is_unit(unit[1]) and re.search(r"\d", text[: unit.start()]):
-        text = text[: unit.start()].strip().rstrip(" .,")
-    text = re.sub(TEXT, r"\1", text).strip().rstrip(" .,")
-    if (unit := PLAIN_UNIT.search(text)) and _is_unit(unit[2]) and written_number(text[: unit.start()]):
-        words = unit[2].lower().replace(".", "").split()
-        if max(map(len, words)) >= (3 if unit[1] else 4) or set(words) <= SHORT_UNITS:
-            text = text[: unit.start()]
-    if choice := re.fullmatch(r"\(([A-Z])\)", text):
-        text = choice[1]
-    return text
+def _same_equation(sides: list[str], golds: list[str]) -> bool:
+    """Compare where one text at least has an equals sign. Two equations are one if they have the same solutions."""
+    if len(golds) > 1 and _is_calculation(golds):  # one number in two forms
+        return all(any(_same(side, gold) for gold in golds) for side in sides)
+    if len(golds) > 1 and len(sides) > 1:
+        if read.key(sides[0]) == read.key(golds[0]) and _same(sides[-1], golds[-1]):
+            return True
+        values = [_value(side) for side in (sides[0], sides[-1], golds[0], golds[-1])]
+        return all(isinstance(value, sympy.Expr) for value in values) and _proportional(
+            *(sympy.fraction(sympy.together(left - right))[0] for left, right in (values[:2], values[2:]))
+        )
+    if len(golds) > 1:
+        return bool(NAME.fullmatch(golds[0])) and _same(sides[0], golds[-1])
+    if _is_calculation(sides):
+        return _same(sides[-1], golds[0]) and all(_equal(_value(sides[-1]), _value(side)) for side in sides)
+    if NAME.fullmatch(sides[-1]) and not NAME.fullmatch(sides[0]):
+        sides = sides[::-1]
+    return _is_label(sides[0], golds[0]) and _same(sides[-1], golds[0])
 
 
-def _is_unit(words: str) -> bool:
-    """True unless the words change the value ("3 million", "8:34 p.m.") or belong to the mathematics."""
-    return not re.search(r"[\d=]", words) and not NO_UNIT & set(words.lower().replace(".", "").split())
+def _is_calculation(sides: list[str]) -> bool:
+    return not any(re.search("[A-Za-z]", CALCULATION.sub("", side)) for side in sides)
 
 
-def _without_label(answer: str, gold: str) -> tuple[str, str]:
-    """Drop "x =", "f(x) =", "x \\in" where one side alone has it. "ab = 4" is an equation about a product and stays."""
-    in_answer, in_gold = LABEL.fullmatch(answer), LABEL.fullmatch(gold)
-    if bool(in_answer) == bool(in_gold):
-        return answer, gold
-    return (in_answer[1] if in_answer else answer).strip(), (in_gold[1] if in_gold else gold).strip()
+def _is_label(text: str, gold: str) -> bool:
+    r"""True for what a value may be of: a name, f(3), |AB|, m+n. "2x = 7" is not solved yet, "2x+y = 7" is a line."""
+    letters = set(re.findall(r"\\[A-Za-z]+|[A-Za-z](?:_\w|_\{\w+\})?", text))
+    letters -= {"\\frac", "\\sqrt", "\\cdot", "\\times", "\\ln", "\\log", "\\exp", "e"}
+    is_curve = letters <= set("xyz") and re.search(r"\d", text) or gold == "0"
+    return bool(NAME.fullmatch(text)) or len(letters) > 1 and not is_curve
 
 
-def _key(text: str) -> str:
-    """Return what is identical where two texts are the same answer at first sight."""
-    if _is_text(text):
-        return re.sub(r"[ ,.'-]+", " ", text).casefold()
-    return re.sub(r"(?<!\d) | (?!\d)", "", re.sub(r"_\{(\w+)\}", r"_\1", text))
+# --- values
+
+MIXED = re.compile(r"(?<![\d.^_])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}")
+
+PRODUCT = re.compile(r"(?<![\d.^_{])(\d+)\((?=.)")  # 3(4) is 7 to the parser
 
 
-def _is_text(text: str) -> bool:
-    """True for words and point names ("ABC"). Single letters and two small letters ("xy") are variables."""
-    words = re.sub(r"(?<=[A-Za-z]{2})-(?=[A-Za-z]{2})", " ", text)
-    return bool(re.fullmatch(r"[A-Za-z][A-Za-z ,.']+", words)) and not re.fullmatch(r"[a-z] ?[a-z]", words)
+@lru_cache(maxsize=256)
+def _value(text: str):
+    """Parse to a sympy object with decimals as fractions and i as the imaginary unit; None where that fails."""
+    text = PRODUCT.sub(r"\1\\cdot(", MIXED.sub(r"(\1+\\frac{\2}{\3})", text))
+    try:
+        value = latex2sympy(
+            text, is_real=True, convert_degrees=True, normalization_config=None,
+            conversion_config=ConversionConfig(interpret_as_mixed_fractions=False),
+        )  # fmt: skip
+    except Exception:  # what the parser raises for text that is no mathematics
+        return None
+    if isinstance(value, sympy.MatrixBase):
+        return value.applyfunc(_exact)
+    return _exact(value) if isinstance(value, (sympy.Expr, sympy.Rel)) else value
 
 
-# --- numbers
-
-FRACTION = re.compile(r"\\frac ?(?:\{ ?([+-]?\d+) ?\}|(\d)) ?(?:\{ ?([+-]?\d+) ?\}|(\d))")
-
-
-class Number(NamedTuple):
-    value: Fraction
-    form: str  # "digits" (12, -0.5), "exponent" (1e3), "product" (6 \times 10^3), "fraction" (-1/2, 3 1/2)
-    parts: tuple[int, int] = (0, 1)  # numerator and denominator as written
-
-    @property
-    def is_integer(self) -> bool:
-        return self.form == "digits" and self.value.denominator == 1
+def _exact(value):
+    if value.has(sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit):
+        value = value.doit()
+    new = {f: sympy.Rational(str(f)) for f in value.atoms(sympy.Float)}
+    new |= {f: sympy.Symbol(str(f), real=True) for f in value.atoms(AppliedUndef, sympy.Derivative)}
+    return value.xreplace(new | {sympy.Symbol("i", real=True): sympy.I})
 
 
-def written_number(text: str) -> Number | None:
-    """Return the number `text` spells out, or None if it is anything else (an expression, a root, a list, a word)."""
-    if "\\frac" in text:
-        text = FRACTION.sub(r" \1\2/\3\4", text)
-    text = re.sub(r"([+-]) ", r"\1", re.sub(r" +", " ", text.strip()))
-    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text):  # not "12,50", not "(1,250)"
-        text = text.replace(",", "")
-    if m := re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:[eE]([+-]?\d{1,3}))?", text):
-        return Number(Fraction(m[1]) * Fraction(10) ** int(m[2] or 0), "exponent" if m[2] else "digits")
-    if m := re.fullmatch(r"(?:([+-]?\d+\.?\d*) ?(?:\\times|\\cdot|\*) ?)?10 ?\^ ?\{? ?([+-]?\d{1,3}) ?\}?", text):
-        return Number(Fraction(m[1] or 1) * Fraction(10) ** int(m[2]), "product")
-    if m := re.fullmatch(r"([+-]?)(?:(\d+) )?([+-]?\d+) ?/ ?([+-]?\d+)", text):
-        numerator, denominator = int(m[3]), int(m[4])
-        if denominator:
-            value = int(m[2] or 0) + Fraction(numerator, denominator)
-            return Number(-value if m[1] == "-" else value, "fraction", (numerator, denominator))
-    return None
-
-
-def _same_number(number: Number, gold: Number) -> bool:
-    if number.value != gold.value:
+def _equal(a, b) -> bool:
+    """Compare two values: expressions by what they are at points, at 60 digits, numbers then at 2,000."""
+    if a is None or b is None:
         return False
-    if gold.is_integer:
-        return number.form in ("digits", "exponent")  # a product is left to be worked out
-    return number.form != "fraction" or gcd(*number.parts) == 1 or number.parts == gold.parts
+    if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
+        return a.shape == b.shape and all(map(_equal, a.flat(), b.flat()))
+    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)):
+        return False
+    if a == b:
+        return True
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    real, agreed = not a.has(sympy.I) and not b.has(sympy.I), False
+    points = [(0, 1, 60), (1, 3, 60), (-2, 0, 60), (-1, 1, 60), (-5, 5, 60)]
+    for low, high, digits in points if symbols else [(0, 1, 60), (0, 1, 2000)]:
+        x, y = (value.subs(_point(symbols, low, high)).evalf(digits) for value in (a, b))
+        if not (x.is_number and y.is_number and x.is_finite and y.is_finite):
+            return False
+        if sympy.Abs(x - y) <= sympy.Float(10, digits) ** (10 - digits) * sympy.Abs(x):
+            agreed = True
+        elif not (symbols and real and not (x.is_real and y.is_real)):  # outside what the real expression is made for
+            return False
+    return agreed
+
+
+def _point(symbols: list, low: int, high: int) -> dict:
+    rng = random.Random(low)
+    return {symbol: sympy.Rational(rng.randrange(low * 997 + 1, high * 997), 997) for symbol in symbols}
+
+
+def _proportional(a, b, positive: bool = False) -> bool:
+    """Return whether a is a constant, not 0, times b: then a = 0 and b = 0 are one equation."""
+    if a.free_symbols != b.free_symbols or not a.free_symbols:
+        return False
+    point = _point(sorted(a.free_symbols, key=str), 3, 5)
+    at_a, at_b = a.subs(point), b.subs(point)
+    if at_a.evalf(30, chop=True) == 0 or positive and not (at_a / at_b).evalf(30) > 0:
+        return False
+    return _equal(a * at_b, b * at_a)
+
+
+def _same_set(answer: str, gold: str) -> bool:
+    """Compare intervals, sets and inequalities as math-verify does, which does not read "x < 1 or x > 5"."""
+    values = [_value(gold), _value(answer)]
+    for i, text in enumerate((gold, answer)):
+        if len(parts := read.split(text, read.SEPARATOR)) > 1 and RELATION.search(text):
+            relations = [_value(part) for part in parts]
+            if not all(isinstance(each, Boolean) and len(each.free_symbols) == 1 for each in relations):
+                return False
+            join = sympy.Intersection if "\\and" in text else sympy.Union
+            values[i] = join(*(each.as_set() for each in relations))
+    return None not in values and verify(*values, numeric_precision=60, timeout_seconds=None, raise_on_error=True)
