@@ -228,6 +228,8 @@ laboratory: $(COLD_STARTS)  ## all algorithms and their baselines on chains, thr
 PARETO = $(or $(OUT),runs/pareto)
 # $(call from_one,NAME,MODULE,YAML,MORE): a run of it.
 from_one = $(call toy,$(2),checks,$(3),$(PARETO)/$(1)-seed$$seed) --temperature 1.0 --max_new_tokens 192 --seed $$seed $(4)
+# ModelMerging's other model: the same one, trained on to answer everything at once.
+WEIGHTS ?= 0.2 0.4 0.6 0.8
 .PHONY: pareto
 pareto: SEEDS = 0 1 2
 pareto: $(call cold,checks)  ## AdaptThink and Table 1's baselines from one model: accuracy against tokens, three seeds (CPU)
@@ -243,6 +245,14 @@ pareto: $(call cold,checks)  ## AdaptThink and Table 1's baselines from one mode
 	  $(call from_one,overthink-fcs,dpo,toy-overthink,--positive fcs) $(ARGS); \
 	  $(call from_one,dast,dpo,toy-dast) $(ARGS); \
 	  $(call from_one,rft-mixthinking,rft,toy-rft-mixthinking) $(ARGS); \
+	done
+	@$(ON_CPU) $(PY) -m adaptive_reasoning.sft --config experiments/cold_start_direct.yaml --output_dir "$(PARETO)/direct"
+	@$(PY) -m adaptive_reasoning.merge --model runs/cold-start-checks/model --other "$(PARETO)/direct/model" \
+	  --weight $(subst $() $(),$(comma),$(WEIGHTS)) --output_dir "$(PARETO)/merged"
+	@for w in $(WEIGHTS); do \
+	  $(ON_CPU) $(PY) -m adaptive_reasoning.benchmark --task chain --model "$(PARETO)/merged/w$$w" --settings adaptive \
+	    --temperature 1.0 --eval_top_p 1.0 --max_new_tokens 192 --rollout_rows 512 --dtype fp32 \
+	    --output_dir "$(PARETO)/merge-w$$w"; \
 	done
 	@$(PY) experiments/pareto.py "$(PARETO)"
 

@@ -2,9 +2,10 @@
 
     python experiments/pareto.py runs/second-laboratory
 
-reads the finished runs <name>-seed<k> found there, prints one table and writes pareto.png and pareto.md. The starting
-model and its forced modes are the bounds. AES is O1-Pruner's accuracy-efficiency score (arXiv 2501.12570) against the
-starting model: the share of tokens saved, plus 3 times the relative gain in accuracy, or minus 5 times the loss.
+reads the finished runs <name>-seed<k> found there, and evaluations of merged models, merge-w<weight>; prints one table
+and writes pareto.png and pareto.md. The starting model and its forced modes are the bounds. AES is O1-Pruner's
+accuracy-efficiency score (arXiv 2501.12570) against the starting model: the share of tokens saved, plus 3 times the
+relative gain in accuracy, or minus 5 times the loss.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 from compare_seeds import Spread, levels_of, result_of, spread
 from laboratory import Runs, load_laboratory
 
-from adaptive_reasoning.core.files import write_bytes_atomic, write_text_atomic
+from adaptive_reasoning.core.files import load_json, write_bytes_atomic, write_text_atomic
 from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.report.console import aligned
 from adaptive_reasoning.report.curves import STYLE, plain
@@ -58,6 +59,13 @@ def check_one_start(runs: Runs) -> dict[str, dict]:
     return bounds(first)
 
 
+def merged(folder: Path) -> dict[str, dict]:
+    """Return {name: E} of the evaluations of merged models, which have no seed; the reasoner's share rises."""
+    paths = sorted(Path(folder).glob("merge-w*/evaluation.json"))
+    rows = {path.parent.name: row for path in paths for row in load_json(path) if row["setting"] == ADAPTIVE}
+    return {name: row["result"] for name, row in rows.items()}
+
+
 def numbers(results: list[dict], start: dict, hard: str, easy: str, by_level: list[dict]) -> list[Spread | None]:
     """Return accuracy, tokens, AES, tokens of the easiest and hardest level, their accuracy and the share skipped."""
     return [
@@ -73,7 +81,7 @@ def numbers(results: list[dict], start: dict, hard: str, easy: str, by_level: li
 DECIMALS = (3, 1, 2, 1, 1, 3, 3, 2)
 
 
-def rows_of(runs: Runs) -> tuple[list[str], list[tuple[str, list[Spread | None]]]]:
+def rows_of(runs: Runs, merges: dict[str, dict]) -> tuple[list[str], list[tuple[str, list[Spread | None]]]]:
     """Return (header, rows): the starting model and its forced modes, then the methods by their AES."""
     limits = check_one_start(runs)
     levels = levels_of([run for members in runs.values() for run in members])
@@ -86,10 +94,11 @@ def rows_of(runs: Runs) -> tuple[list[str], list[tuple[str, list[Spread | None]]
     for name, members in runs.items():
         after = [run.summary["after"] for run in members]
         found.append((name, numbers(after, start, hard, easy, [e["by_difficulty"] for e in after])))
+    found += [(name, numbers([e], start, hard, easy, [e["by_difficulty"]])) for name, e in merges.items()]
     return header, rows + sorted(found, key=lambda row: -row[1][2].mean)
 
 
-def picture(runs: Runs, rows: list[tuple[str, list[Spread | None]]]) -> bytes:
+def picture(runs: Runs, merges: dict[str, dict], rows: list[tuple[str, list[Spread | None]]]) -> bytes:
     """Return the PNG: mean over the seeds, bars from the smallest to the largest, every run a dot."""
     import io
 
@@ -100,8 +109,11 @@ def picture(runs: Runs, rows: list[tuple[str, list[Spread | None]]]) -> bytes:
 
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(8.2, 5.2), layout="constrained")
+        path = [(e["mean_tokens"], e["accuracy"]) for e in merges.values()]
+        if path:
+            axis.plot(*zip(*path), "--", color=PALETTE["muted"][0], linewidth=1.2, marker=".", label="merged weights")
         names = iter(range(len(rows)))
-        for name, (accuracy, tokens, *_) in rows:
+        for name, (accuracy, tokens, *_) in ((name, values) for name, values in rows if name not in merges):
             known = name in runs
             i = next(names) if known else 0
             colour = PALETTE[MODE_COLOURS[i % len(MODE_COLOURS)]][0] if known else PALETTE["ink"][0]
@@ -134,9 +146,10 @@ def write_pareto(folder: Path) -> str:
         UserError: nothing finished there, a damaged run, or runs of different starting models.
     """
     runs, left_out = load_laboratory(folder)
-    header, rows = rows_of(runs)
+    merges = merged(folder)
+    header, rows = rows_of(runs, merges)
     lines = [[name, *(s.text(d) if s else "-" for s, d in zip(values, DECIMALS))] for name, values in rows]
-    write_bytes_atomic(Path(folder) / "pareto.png", picture(runs, rows))
+    write_bytes_atomic(Path(folder) / "pareto.png", picture(runs, merges, rows))
     marks = [header, ["---"] * len(header), *lines]
     table = "".join("| " + " | ".join(cells) + " |\n" for cells in marks)
     write_text_atomic(Path(folder) / "pareto.md", table)

@@ -45,15 +45,18 @@ def test_aes_by_hand():
 
 
 def test_the_table_has_the_bounds_and_the_methods_by_their_score(folder):
+    (folder / "merge-w0.7").mkdir()
+    rows = [{"setting": "adaptive", "benchmark": "chain", "step": 0, "result": result(0.8, 40, thinking=1.0)}]
+    (folder / "merge-w0.7" / "evaluation.json").write_text(json.dumps(rows))
     text = pareto.write_pareto(folder)
     names = [re.split("  +", line.strip())[0] for line in text.splitlines()[1:]]
     bounds = ["starting model", "starting model, always_think", "starting model, never_think"]
-    assert names[-5:] == [*bounds, "adaptthink", "dpo"]
+    assert names[-6:] == [*bounds, "adaptthink", "merge-w0.7", "dpo"]
     assert "20.5 (20.0..21.0, sd 0.7)" in text
     dpo = (50 - 25) / 50 - 5 * 0.25
     assert f"{dpo:.2f}" in text.splitlines()[-1]
     assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    assert (folder / "pareto.md").read_text().count("\n") == 7
+    assert (folder / "pareto.md").read_text().count("\n") == 8
 
 
 def test_runs_of_two_starting_models_are_refused(folder):
