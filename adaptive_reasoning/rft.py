@@ -168,7 +168,8 @@ def loss(logprobs: torch.Tensor, mb: MicroBatch, counts: Counts, args) -> tuple[
     if args.weighting == "tokens":
         value = -logprobs.sum() / counts.tokens
     else:
-        value = -(mb.sequence_advantages * mb.sums(logprobs) / mb.lengths).sum() / counts.sequences
+        sums = torch.zeros_like(mb.sequence_advantages).index_add(0, mb.sequence, logprobs)  # [S]
+        value = -(mb.sequence_advantages * sums / mb.lengths).sum() / counts.sequences
     return value, {"loss/policy": value.detach()}
 
 

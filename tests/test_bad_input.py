@@ -204,6 +204,7 @@ def test_what_is_wrong_and_how_to_mend_it(place, name, monkeypatch, capsys, requ
     options, message, module = CASES[name]["options"], CASES[name]["message"], CASES[name].get("command", "adaptthink")
     words = {k: str(v) for k, v in vars(place).items()} | {"root": str(ROOT)}
     monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("ADAPTIVE_REASONING_DATA", raising=False)
     shutil.rmtree(place.tmp / "out", ignore_errors=True)
     kept = None
     for word in options.split():
