@@ -17,7 +17,7 @@ from adaptive_reasoning.core.files import write_bytes_atomic, write_text_atomic
 from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.report.console import aligned
 from adaptive_reasoning.report.curves import STYLE, plain
-from adaptive_reasoning.report.panels import MODE_COLOURS, PALETTE
+from adaptive_reasoning.report.panels import INK, MODE_COLOURS
 from adaptive_reasoning.report.run_folder import ADAPTIVE, Run
 
 START = "starting model"
@@ -104,7 +104,7 @@ def picture(runs: Runs, rows: list[tuple[str, list[Spread | None]]]) -> bytes:
         for name, (accuracy, tokens, *_) in rows:
             known = name in runs
             i = next(names) if known else 0
-            colour = PALETTE[MODE_COLOURS[i % len(MODE_COLOURS)]][0] if known else PALETTE["ink"][0]
+            colour = MODE_COLOURS[i % len(MODE_COLOURS)] if known else INK
             bars = {
                 "xerr": [[tokens.mean - tokens.low], [tokens.high - tokens.mean]],
                 "yerr": [[accuracy.mean - accuracy.low], [accuracy.high - accuracy.mean]],
@@ -119,7 +119,7 @@ def picture(runs: Runs, rows: list[tuple[str, list[Spread | None]]]) -> bytes:
                 axis.scatter(*zip(*dots), s=9, color=colour, alpha=0.45, linewidths=0, zorder=2)
         axis.set_xlabel("mean tokens of a response")
         axis.set_ylabel("accuracy")
-        axis.set_title("Accuracy against tokens, all from one starting model", color=PALETTE["ink"][0])
+        axis.set_title("Accuracy against tokens, all from one starting model", color=INK)
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=120)
