@@ -294,7 +294,7 @@ def test_a_metric_of_ones_own_is_drawn_and_one_that_nobody_declared_is_a_plain_r
         "<b>Calm &amp; storm</b><span>In this step.</span>" in text and "How calm it is. <em>Good: higher.</em>" in text
     )
     chart = re.search(r"<b>Calm &amp; storm</b>.*?<svg.*?</svg>", text, re.S)[0]
-    assert re.findall(r"</i>(.*?) <b>(.*?)</b>", chart) == [("calm", "75%"), ("storm", "50%")]
+    assert re.findall(r"</i>(.*?) <b>(.*?)</b>", chart) == [("calm", "75.0%"), ("storm", "50.0%")]
     assert re.search(r"<code>mine/wind</code>.*?<td>7</td><td>21</td>.*?Declared nowhere", text, re.S)
     (tmp_path / "run" / "metrics.json").unlink()  # as in folders of an older version
     text = page(tmp_path / "run")
@@ -420,7 +420,7 @@ def test_write_report_makes_a_page_that_needs_nothing_else(tmp_path, capsys):
         ("all", before, after), ("6", before["by_difficulty"]["6"], after["by_difficulty"]["6"]),
         ("never_think", *load_run(folder).before_after("chain", "never_think")),
     ):  # fmt: skip
-        cells = [f"{100 * old['accuracy']:.3g}%", f"{100 * new['accuracy']:.3g}%"]
+        cells = [f"{100 * old['accuracy']:.1f}%", f"{100 * new['accuracy']:.1f}%"]
         assert f"<th>{label}</th><td>{cells[0]}</td><td>{cells[1]}</td>" in text
     assert "what a coin that picks the mode would give" in text
     assert not list(folder.glob(".*")) and capsys.readouterr().out == ""
@@ -474,6 +474,15 @@ def test_what_is_missing_is_said_not_guessed(tmp_path):
     (folder / "config.yaml").unlink()
     with pytest.raises(UserError, match="not the folder of a run"):
         load_run(folder)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json", "metrics.json"])
+def test_a_damaged_file_is_named(tmp_path, name):
+    folder = make_run(tmp_path / "run", steps=1, max_steps=1)
+    for text, fault in (("- 1", "expected a mapping|not valid"), ("{", "not valid (YAML|JSON)"), ("[1]", "found list")):
+        (folder / name).write_text(text)
+        with pytest.raises(UserError, match=f"{name}.*({fault})"):
+            load_run(folder)
 
 
 def test_several_benchmarks_without_difficulties_or_answers(tmp_path):

@@ -41,7 +41,9 @@ def number(value: float | None, unit: str = "") -> str:
     """Return a value for the page."""
     if value is None:
         return "\u2013"
-    return f"{100 * value:.3g}%" if unit == "share" else console.number(value, unit)
+    if unit == "share":
+        return f"{100 * value:.1f}%" if value == 0 or abs(value) >= 0.01 else f"{100 * value:.2g}%"
+    return console.number(value, unit)
 
 
 def change(before: float | None, after: float | None, unit: str) -> str:
