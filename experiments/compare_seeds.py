@@ -10,7 +10,7 @@ from pathlib import Path
 
 from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.report.console import aligned
-from adaptive_reasoning.report.panels import MODE_COLOURS, PALETTE, ramp, smooth
+from adaptive_reasoning.report.panels import MODE_COLOURS, MUTED, ramp, smooth
 from adaptive_reasoning.report.run_folder import Run, difficulty_order, load_run, shown_modes
 
 
@@ -173,10 +173,9 @@ def plot(runs: list[Run], out: Path, by: str = "") -> None:
 
     members = groups(runs, by)
     numeric = all(_natural(label.removeprefix(f"{by} "))[0] == 0 for label in members)
-    names = ramp(len(members)) if numeric else (MODE_COLOURS * len(members))[: len(members)]
-    colours = {label: PALETTE[name][0] for label, name in zip(members, names)}
+    colours = dict(zip(members, ramp(len(members)) if numeric else MODE_COLOURS * len(members)))
     modes, levels = modes_of(runs), levels_of(runs)
-    grey = PALETTE["muted"][0]
+    grey = MUTED
     with plt.rc_context(STYLE):
         panels = (len(modes) if levels else 0) + 1
         figure, axes = plt.subplots(1, panels, figsize=(4.9 * panels, 3.7), squeeze=False, layout="constrained")

@@ -21,7 +21,7 @@ from adaptive_reasoning.core.files import write_bytes_atomic, write_text_atomic
 from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.report.console import aligned
 from adaptive_reasoning.report.curves import STYLE, plain
-from adaptive_reasoning.report.panels import MODE_COLOURS, PALETTE
+from adaptive_reasoning.report.panels import INK, MODE_COLOURS
 from adaptive_reasoning.report.run_folder import Run, load_run
 
 Runs = dict[str, list[Run]]  # name of a run without its seed -> its runs, in order of the seeds
@@ -302,7 +302,7 @@ def draw(axis, panel: OverSteps | ByDifficulty, runs: Runs) -> None:
         for colour, (key, label) in zip(MODE_COLOURS, panel.metrics):
             points = over_steps(runs[panel.run], key)
             if points:
-                band(axis, *zip(*points), PALETTE[colour][0], plain(label))
+                band(axis, *zip(*points), colour, plain(label))
         axis.set_xlabel("step")
         share = panel.share
     else:
@@ -312,14 +312,14 @@ def draw(axis, panel: OverSteps | ByDifficulty, runs: Runs) -> None:
                 shares = [[result_of(run, when, level) for run in runs[name]] for level in levels]
                 spreads = [spread([r and r["modes"].get(panel.mode, 0.0) for r in rs]) for rs in shares]
                 title = plain(f"{label}, {when} training")
-                band(axis, range(len(levels)), spreads, PALETTE[colour][0], title, style)
+                band(axis, range(len(levels)), spreads, colour, title, style)
             axis.set_xticks(range(len(levels)), levels)
         axis.set_xlabel("difficulty: number of operations")
         share = True
     if share:
         axis.set_ylim(-0.03, 1.03)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set_title(plain(panel.title), color=PALETTE["ink"][0])
+    axis.set_title(plain(panel.title), color=INK)
     if axis.get_legend_handles_labels()[0]:
         axis.legend()
 

@@ -18,7 +18,7 @@ from adaptive_reasoning.core.files import load_json, write_bytes_atomic, write_t
 from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.report.console import aligned
 from adaptive_reasoning.report.curves import STYLE, plain
-from adaptive_reasoning.report.panels import MODE_COLOURS, PALETTE
+from adaptive_reasoning.report.panels import INK, MODE_COLOURS
 from adaptive_reasoning.report.run_folder import ADAPTIVE, Run
 
 START = "starting model"
@@ -116,7 +116,7 @@ def picture(runs: Runs, merges: dict[str, dict], rows: list[tuple[str, list[Spre
         for name, (accuracy, tokens, *_) in ((name, values) for name, values in rows if name not in merges):
             known = name in runs
             i = next(names) if known else 0
-            colour = PALETTE[MODE_COLOURS[i % len(MODE_COLOURS)]][0] if known else PALETTE["ink"][0]
+            colour = MODE_COLOURS[i % len(MODE_COLOURS)] if known else INK
             bars = {
                 "xerr": [[tokens.mean - tokens.low], [tokens.high - tokens.mean]],
                 "yerr": [[accuracy.mean - accuracy.low], [accuracy.high - accuracy.mean]],
@@ -131,7 +131,7 @@ def picture(runs: Runs, merges: dict[str, dict], rows: list[tuple[str, list[Spre
                 axis.scatter(*zip(*dots), s=9, color=colour, alpha=0.45, linewidths=0, zorder=2)
         axis.set_xlabel("mean tokens of a response")
         axis.set_ylabel("accuracy")
-        axis.set_title("Accuracy against tokens, all from one starting model", color=PALETTE["ink"][0])
+        axis.set_title("Accuracy against tokens, all from one starting model", color=INK)
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=120)

@@ -12,7 +12,7 @@ from pathlib import Path
 from compare_seeds import band, over_steps
 
 from adaptive_reasoning.errors import UserError, run_cli
-from adaptive_reasoning.report.panels import PALETTE, mode_colours
+from adaptive_reasoning.report.panels import mode_colours
 from adaptive_reasoning.report.run_folder import Run, load_run
 
 ROWS = {
@@ -49,7 +49,7 @@ def plot(groups: dict[str, list[Run]], out: Path) -> None:
                 for mode, colour in colours.items():
                     drawn = over_steps(runs, f"mode/{mode}_{ending}")
                     if drawn:
-                        band(axis, *zip(*drawn), PALETTE[colour][0], plain(mode))
+                        band(axis, *zip(*drawn), colour, plain(mode))
                 axis.set_title(plain(f"{name}: {title.lower()}"))
                 if ending != "all_correct_groups":
                     axis.set_ylim(-0.03, 1.03)

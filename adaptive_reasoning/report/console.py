@@ -1,6 +1,6 @@
 """What a person following a run sees: one line per step, a table per evaluation, alarms that stand out.
 
-    step  12/150 | acc 0.712 | tokens 34.1 | p(</think>) 0.213 | loss -0.0123 | grad 0.52 | 1,690 tok/s | ETA 1m57s
+    step  12/150 | acc 0.712 | tokens 34.1 | p(</think>) 0.213 | loss -0.0123 | grad 0.52 | 1,690 tok/s | ETA 0:01:57
 
 Everything goes through tqdm.write, so a progress bar stays at the bottom of the screen. Plain text; colour only for
 alarms, and only on a terminal (NO_COLOR switches it off).
@@ -10,11 +10,12 @@ import os
 import sys
 import time
 from collections import deque
+from datetime import timedelta
 
 from adaptive_reasoning.core.metric import Metric
 from adaptive_reasoning.errors import say
 from adaptive_reasoning.report.alarms import Alarms, Raised
-from adaptive_reasoning.report.run_folder import difficulty_order
+from adaptive_reasoning.report.run_folder import ADAPTIVE, breakdown
 
 FIRST = ("reward/accuracy", "rollout/response_tokens_mean")
 LAST = ("loss/policy", "loss/grad_norm", "rollout/tokens_per_s")
@@ -65,7 +66,7 @@ def step_line(row: dict, max_steps: int, declared: dict[str, Metric], eta_s: flo
     if row.get("time/step_s") is not None:
         cells.append(f"{row['time/step_s']:5.2f} s")
     if eta_s is not None:
-        cells.append(f"ETA {duration(eta_s)}")
+        cells.append(f"ETA {timedelta(seconds=round(eta_s))}")
     return " | ".join(cells)
 
 
@@ -81,21 +82,13 @@ def evaluation_table(rows: list[dict]) -> str:
         results = {row["setting"]: row["result"] for row in rows if row["benchmark"] == benchmark}
         modes = list(dict.fromkeys(mode for result in results.values() for mode in result["modes"]))
         lines = [["difficulty", "accuracy", "tokens", *modes]]
-        for setting, result in sorted(results.items(), key=lambda item: item[0] != "adaptive"):
-            if setting == "adaptive":
-                for level in sorted(result["by_difficulty"], key=difficulty_order):
-                    part = result["by_difficulty"][level]
-                    shares = [part["modes"].get(mode, 0.0) for mode in modes]
-                    lines.append([level, *_cells(part["accuracy"], part["mean_tokens"], shares)])
-            shares = [result["modes"].get(mode, {}).get("share", 0.0) for mode in modes]
-            name = "all" if setting == "adaptive" else setting
-            lines.append([name, *_cells(result["accuracy"], result["mean_tokens"], shares)])
+        for setting, result in sorted(results.items(), key=lambda item: item[0] != ADAPTIVE):
+            parts = breakdown(result) if setting == ADAPTIVE else {setting: breakdown(result)["all"]}
+            for name, part in parts.items():
+                shares = [number(part["modes"].get(mode, 0.0), "share") for mode in modes]
+                lines.append([name, number(part["accuracy"], "share"), number(part["mean_tokens"], "tokens"), *shares])
         blocks.append(f"evaluation at step {rows[0]['step']}: {benchmark}\n" + aligned(lines))
     return "\n".join(blocks)
-
-
-def _cells(accuracy: float | None, tokens: float | None, shares: list[float]) -> list[str]:
-    return [number(accuracy, "share"), number(tokens, "tokens"), *[number(share, "share") for share in shares]]
 
 
 def aligned(rows: list[list[str]], indent: str = "  ") -> str:
@@ -128,15 +121,3 @@ def number(value: float | None, unit: str = "") -> str:
     if unit in ("tokens/s", "count"):
         return f"{value:,.0f}"
     return f"{value:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as "45s", "1m57s", "2h05m" or "3d04h"."""
-    s = int(seconds + 0.5)
-    if s < 60:
-        return f"{s}s"
-    if s < 3600:
-        return f"{s // 60}m{s % 60:02d}s"
-    if s < 86400:
-        return f"{s // 3600}h{s % 3600 // 60:02d}m"
-    return f"{s // 86400}d{s % 86400 // 3600:02d}h"

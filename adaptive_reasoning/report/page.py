@@ -1,35 +1,20 @@
 """report.html: one self-contained page about one run, finished or still going on.
 
 No network, no other files: style, script, charts and samples are inside. Whatever a model or a data set wrote is
-untrusted text: Jinja2 escapes it, samples travel as JSON and reach the page through textContent alone.
+untrusted text: it reaches the page through Jinja2's escaping alone.
 """
 
+from datetime import timedelta
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from adaptive_reasoning.core.files import write_text_atomic
-from adaptive_reasoning.core.metric import SHARED
+from adaptive_reasoning.report import console, panels
 from adaptive_reasoning.report.alarms import Alarms
-from adaptive_reasoning.report.console import duration
-from adaptive_reasoning.report.curves import write_curves
-from adaptive_reasoning.report.panels import (
-    PALETTE,
-    Panel,
-    evaluation_panels,
-    mode_colours,
-    share_panels,
-    sign_panels,
-    smoothing_width,
-    training_panels,
-)
-from adaptive_reasoning.report.run_folder import ADAPTIVE, Run, load_run
+from adaptive_reasoning.report.curves import svgs, write_curves
+from adaptive_reasoning.report.run_folder import Run, breakdown, load_run
 from adaptive_reasoning.report.sample_table import sample_table
-from adaptive_reasoning.report.svg import Dot, marker, panel_svg, show, sparkline, tradeoff_svg
-
-SHAPES = {ADAPTIVE: "circle", "always_think": "up", "never_think": "down"}  # other settings: by turns
-NAMES = {ADAPTIVE: "free choice", "always_think": "always think", "never_think": "never think"}
-NONE = "\u2013"  # shown where there is no value
 
 
 def write_report(run_dir: Path) -> None:
@@ -43,255 +28,110 @@ def write_report(run_dir: Path) -> None:
 
 
 def write_page(run_dir: Path) -> None:
-    """Write report.html alone: a tenth of the time of the curves, for the evaluations of a run that goes on."""
+    """Write report.html alone: half the time of the curves, for the evaluations of a run that goes on."""
     run = load_run(run_dir)
     samples = sample_table(run)
     write_text_atomic(run.folder / "report.html", render(run, samples))
-    if len(samples["rows"]) < samples["total"]:
-        print(
-            f"report.html shows {len(samples['rows']):,} of {samples['total']:,} samples; all are in samples.jsonl",
-            flush=True,
-        )
+    shown, total = len(samples["rows"]), samples["total"]
+    if shown < total:
+        print(f"report.html shows {shown:,} of {total:,} samples; all are in samples.jsonl", flush=True)
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Return a value for the page."""
+    if value is None:
+        return "\u2013"
+    if unit == "share":
+        return f"{100 * value:.1f}%" if value == 0 or abs(value) >= 0.01 else f"{100 * value:.2g}%"
+    return console.number(value, unit)
+
+
+def change(before: float | None, after: float | None, unit: str) -> str:
+    """Return the change of a share in points, that of an amount in percent; "" where a value is missing."""
+    if before is None or after is None or not before and unit != "share":
+        return ""
+    difference = 100 * (after - before if unit == "share" else after / before - 1)
+    return f"{round(difference, 1) + 0:+.1f} points" if unit == "share" else f"{round(difference) + 0:+d}%"
+
+
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+ENVIRONMENT.filters |= {"number": number}
 
 
 def render(run: Run, samples: dict) -> str:
     """Return the page as text."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=percent, amount=amount, points=points, relative=relative)
-    mode = run.thinking_mode
-    return environment.get_template("page.html.j2").render(
+    charts = [panels.result_panels(run), panels.mode_panels(run), panels.training_panels(run)]
+    drawn = iter(svgs([panel for part in charts for panel in part]))
+    steps = [row["step"] for row in run.evaluations]
+    results, modes, training = [list(zip(part, drawn)) for part in charts]
+    return ENVIRONMENT.get_template("page.html.j2").render(
+        run=run,
         name=run.folder.resolve().name,
         facts=facts(run),
-        finished=run.finished,
-        last_step=run.last_step,
-        max_steps=run.options.get("max_steps"),
-        sentence=sentence(run),
-        options=sorted(run.options.items()),
-        mode=mode,
-        mode_colour=mode_colours(run.modes).get(mode, "m0"),
-        benchmarks=[benchmark(run, name, mode) for name in run.benchmarks],
-        signs=signs(run),
-        share_charts=figures(share_panels(run) + sign_panels(run)),
-        evaluation_charts=figures(evaluation_panels(run)),
-        training_charts=figures(training_panels(run)),
-        smoothing=smoothing_width(run),
+        evaluated=" to ".join(f"step {step}" for step in sorted({steps[0], steps[-1]})) if steps else "",
+        columns=columns(run),
+        benchmarks={name: benchmark(run, name) for name in run.benchmarks},
+        results=results,
+        modes=modes,
+        training=training,
+        smoothing=panels.smoothing_width(run),
         alarms=Alarms(run.declared, run.metrics).raised,
         samples=samples,
-        mode_colours=mode_colours(run.modes),
-        metrics=glossary_rows(run),
-        palette=PALETTE,
+        metrics=glossary(run),
     )
-
-
-def figures(panels: list[Panel]) -> list[dict]:
-    return [{"title": panel.title, "note": panel.note, "svg": panel_svg(panel)} for panel in panels]
 
 
 def facts(run: Run) -> list[str]:
     """Return the short facts below the title: algorithm, task, model, seed, wall time."""
-    summary, options = run.summary or {}, run.options
-    out = [run.algorithm] if run.algorithm else []
-    for key in ("task", "model", "seed"):
-        value = summary.get(key, options.get(key))
-        if value is not None:
-            out.append(f"{key} {value}")
-    seconds = summary.get("wall_s") or sum(
+    known = run.options | (run.summary or {})
+    seconds = known.get("wall_s") or sum(
         (row.get("time/step_s") or 0) + (row.get("time/eval_s") or 0) for row in run.metrics
     )
-    return out + ([duration(seconds)] if seconds else [])
+    named = [f"{key} {known[key]}" for key in ("task", "model", "seed") if known.get(key) is not None]
+    return [*filter(None, [run.algorithm]), *named, *([str(timedelta(seconds=round(seconds)))] if seconds else [])]
 
 
-def sentence(run: Run) -> str:
-    """Return what training changed in one sentence, about the first benchmark; "" before there is an `after`."""
-    if not run.benchmarks:
-        return ""
-    name = run.benchmarks[0]
-    before, after = run.before_after(name)
-    if before is None or after is None or None in (before["accuracy"], after["accuracy"], before["mean_tokens"]):
-        return ""
-    step = run.results(name)[-1][0]
-    where = f"on {name} " if len(run.benchmarks) > 1 else ""
-    words = (
-        f"After {step:,} steps the model answers {where}{percent(after['accuracy'])} right "
-        f"(before: {percent(before['accuracy'])})"
-    )
-    if before["mean_tokens"] and after["mean_tokens"] is not None:
-        change = after["mean_tokens"] / before["mean_tokens"] - 1
-        same = f"{abs(change):.0%}" == "0%"
-        words += (
-            " with as many tokens" if same else f" with {abs(change):.0%} {'fewer' if change < 0 else 'more'} tokens"
-        )
-    levels = [level for level in run.difficulties(name) if level in after["by_difficulty"]]
-    if run.thinking_mode and len(run.modes) > 1 and len(levels) > 1:
-        mode = run.thinking_mode
-        shares = [after["by_difficulty"][level]["modes"].get(mode, 0.0) for level in (levels[0], levels[-1])]
-        does = "thinks" if mode.startswith("think") else f"chooses {mode}"
-        words += (
-            f". It {does} on {shares[0]:.0%} of the questions of difficulty {levels[0]} "
-            f"and on {shares[1]:.0%} of those of difficulty {levels[-1]}"
-        )
-    return words + "."
+def columns(run: Run) -> dict[str, str]:
+    """Return {what the page compares before and after: its unit}."""
+    mode = run.thinking_mode
+    return {"accuracy": "share", "response tokens": "tokens"} | ({f"share of {mode}": "share"} if mode else {})
 
 
-def benchmark(run: Run, name: str, mode: str) -> dict:
-    """Return what the page shows of one benchmark: headline, table by difficulty, accuracy against tokens."""
-    before, after = run.before_after(name)
-    levels = [
-        (level, *[(E or {}).get("by_difficulty", {}).get(level) for E in (before, after)])
-        for level in run.difficulties(name)
-    ]
-    step = run.results(name)[-1][0] if run.results(name) else 0
-    when = f", step 0 to step {step}" if before and after else f", step {step}"
-    table = [_table_row(level, old, new, mode) for level, old, new in levels]
-    if before or after:
-        table.append(_table_row("all", _overall(before), _overall(after), mode))
-    return {
-        "name": name,
-        "when": when,
-        "cards": cards(_overall(before), _overall(after), mode),
-        "table": table,
-        **tradeoff(run, name),
-    }
-
-
-def cards(before: dict | None, after: dict | None, mode: str) -> list[dict]:
-    """Return the headline numbers, first and last; of only one evaluation there is no last."""
-    wanted = [("Accuracy", "accuracy", percent, 1), ("Mean response tokens", "mean_tokens", amount, -1)]
-    results = [{**result, "share": result["modes"].get(mode, 0.0)} for result in (before, after) if result is not None]
-    if mode:
-        wanted.append((f"Share of {mode}", "share", percent, 0))
-    out = []
-    for label, name, show_value, better in wanted if results else ():
-        first, last = results[0][name], results[-1][name]
-        card = {"label": label, "first": show_value(first), "last": None, "change": "", "good": None, "note": ""}
-        if len(results) == 2:
-            change = relative(first, last) if name == "mean_tokens" else points(first, last)
-            card |= {"last": show_value(last), "change": change if name == "mean_tokens" else f"{change} points"}
-            if better and None not in (first, last) and first != last:
-                card["good"] = (last - first) * better > 0
-        out.append(card)
-    return out
-
-
-def _overall(result: dict | None) -> dict | None:
-    """Return E in the shape of one of its difficulties: {"accuracy", "mean_tokens", "modes": {mode: share}}."""
-    if result is None:
-        return None
-    shares = {mode: values["share"] for mode, values in result["modes"].items()}
-    return {"accuracy": result["accuracy"], "mean_tokens": result["mean_tokens"], "modes": shares}
-
-
-def _table_row(label: str, before: dict | None, after: dict | None, mode: str) -> dict:
-    row = {"label": label}
-    for when, result in (("before", before), ("after", after)):
-        row[f"accuracy_{when}"] = result["accuracy"] if result else None
-        row[f"tokens_{when}"] = result["mean_tokens"] if result else None
-        row[f"share_{when}"] = result["modes"].get(mode, 0.0) if result else None
-    return row
-
-
-def tradeoff(run: Run, name: str) -> dict:
-    """Return accuracy against mean tokens: the picture, its legend, and the same numbers as table rows."""
-    colours = mode_colours(run.modes)
-    dots, rows = {}, []
-    forced = run.forced(name)
-    for i, setting in enumerate([ADAPTIVE, *forced]):
-        shape = SHAPES.get(setting, ("up", "down")[i % 2])
-        label = NAMES.get(setting, setting.replace("_", " "))
-        row = {"label": label, "key": marker(shape, 8, 8, True)}
-        row["colour"] = "ink" if setting == ADAPTIVE else colours.get(forced[setting], "muted")
-        for when, result in zip(("before", "after"), run.before_after(name, setting)):
-            row[f"accuracy_{when}"] = result and result["accuracy"]
-            row[f"tokens_{when}"] = result and result["mean_tokens"]
-            if result and None not in (result["accuracy"], result["mean_tokens"]):
-                dots[setting, when] = Dot(
-                    f"{label}, {when}", result["mean_tokens"], result["accuracy"], shape, when == "after", row["colour"]
-                )
-        if run.results(name, setting):
-            rows.append(row)
-    ends = [dots.get((setting, "after")) for setting in ("never_think", "always_think")]
-    path = [(E["mean_tokens"], E["accuracy"]) for _, E in run.results(name)]
-    path = [point for point in path if None not in point]
-    svg = tradeoff_svg(list(dots.values()), None if None in ends else tuple(ends), path) if dots else ""
-    return {"tradeoff": svg, "tradeoff_rows": rows, "has_chord": None not in ends}
-
-
-def signs(run: Run) -> list[dict]:
-    """Return the early signs of progress an algorithm logs: mean of the first and of the last smoothed steps."""
-    out, width = [], smoothing_width(run)
-    for key in run.metric_keys():
-        metric = run.declared.get(key)
-        if metric and metric.short and key not in SHARED and run.points(key):
-            values = [value for _, value in run.points(key)]
-            first, last = values[:width], values[-width:]
-            out.append(
-                {
-                    "label": metric.short,
-                    "first": show(float(f"{sum(first) / len(first):.3g}"), metric.unit),
-                    "last": show(float(f"{sum(last) / len(last):.3g}"), metric.unit) if len(values) > 1 else None,
-                    "change": "",
-                    "good": None,
-                    "note": f"training, first and last {f'{width} steps' if width > 1 else 'step'}",
-                }
-            )
-    return out
-
-
-def glossary_rows(run: Run) -> list[dict]:
-    """Return key, meaning, unit, what is good, first and last value and a small picture of every metric logged."""
-    rows = []
-    place = {key: i for i, key in enumerate(run.declared)}
-    for key in sorted(run.metric_keys(), key=lambda key: place.get(key, len(place))):
-        metric = run.declared.get(key)
-        values = run.points(key)
-        unit = metric.unit if metric else ""
-        rows.append(
-            {
-                "key": key,
-                "meaning": metric.meaning if metric else "Declared nowhere: add it to METRICS of the method.",
-                "good": advice(metric.good) if metric else "",
-                "unit": unit,
-                "first": show(values[0][1], unit) if values else NONE,
-                "last": show(values[-1][1], unit) if values else NONE,
-                "spark": sparkline(values),
-            }
-        )
+def benchmark(run: Run, name: str) -> dict[str, list[dict]]:
+    """Return {row: a cell per column}: every difficulty, "all", and the settings with a forced mode as bounds."""
+    before, after = map(breakdown, run.before_after(name))
+    parts = {level: (before.get(level), after.get(level)) for level in [*run.difficulties(name), "all"]}
+    for setting in run.forced(name):
+        parts[setting] = tuple(breakdown(E).get("all") for E in run.before_after(name, setting))
+    mode, rows = run.thinking_mode, {}
+    for label, pair in parts.items():
+        values = [(E["accuracy"], E["mean_tokens"], E["modes"].get(mode, 0.0)) if E else (None,) * 3 for E in pair]
+        rows[label] = [
+            {"name": name, "before": old, "after": new, "unit": unit, "change": change(old, new, unit)}
+            for old, new, (name, unit) in zip(*values, columns(run).items())
+        ]
     return rows
 
 
-def advice(good: str) -> str:
-    """Return what a metric's `good` says as a sentence."""
-    if good in ("higher", "lower"):
-        return f"{good.capitalize()} is better."
-    return f"{good[0].upper()}{good[1:]}." if good else ""
+def glossary(run: Run) -> list[dict]:
+    """Return every metric logged, as {"key", "metric" (None: declared nowhere), "points", "spark"}."""
+    place = {key: i for i, key in enumerate(run.declared)}
+    keys = sorted(run.metric_keys(), key=lambda key: place.get(key, len(place)))
+    rows = [{"key": key, "metric": run.declared.get(key), "points": run.points(key)} for key in keys]
+    return [row | {"spark": spark([value for _, value in row["points"]])} for row in rows]
 
 
-def percent(value: float | None) -> str:
-    return NONE if value is None else f"{100 * value:.1f}%"
-
-
-def amount(value: float | None) -> str:
-    """Return a number of tokens."""
-    return NONE if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.1f}"
-
-
-def points(before: float | None, after: float | None) -> str:
-    """Return the change of a share in points."""
-    return NONE if before is None or after is None else signed(100 * (after - before), 1)
-
-
-def relative(before: float | None, after: float | None) -> str:
-    """Return the relative change of an amount."""
-    return NONE if not before or after is None else signed(100 * (after / before - 1), 0) + "%"
-
-
-def signed(value: float, decimals: int) -> str:
-    """Return a change with its sign; what rounds to nothing has none."""
-    rounded = round(value, decimals)
-    return f"{rounded:+.{decimals}f}" if rounded else f"{0:.{decimals}f}"
+def spark(values: list[float]) -> str:
+    """Return the points of a small picture of one metric, in a box of 100 x 20; "" for fewer than two values."""
+    values = values[:: -(-len(values) // 100) or 1]
+    low, high, last = min(values, default=0), max(values, default=0), len(values) - 1
+    scale = 20 / ((high - low) or 1)
+    return (
+        " ".join(f"{100 * i / last:.1f},{20 - scale * (y - low):.1f}" for i, y in enumerate(values)) if last > 0 else ""
+    )

@@ -3,11 +3,12 @@
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import yaml
 
-from adaptive_reasoning.core.files import load_json, read_jsonl
+from adaptive_reasoning.core.files import read_jsonl
 from adaptive_reasoning.core.metric import Metric, from_json
 from adaptive_reasoning.errors import UserError
 
@@ -48,7 +49,7 @@ class Run:
     def benchmarks(self) -> list[str]:
         return list(dict.fromkeys(row["benchmark"] for row in self.evaluations))
 
-    @property
+    @cached_property
     def modes(self) -> list[str]:
         """Ways of answering, in order of appearance."""
         evaluated = [mode for row in self.evaluations for mode in row["result"]["modes"]]
@@ -109,45 +110,35 @@ def load_run(folder: Path) -> Run:
     names = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "summary.json")
     if not any((folder / name).is_file() for name in names):
         raise UserError(f"{folder}: not the folder of a run: none of {', '.join(names)} is in it.")
+    summary = _mapping(folder / "summary.json", json.loads)
     return Run(
         folder=folder,
-        options=_options(folder / "config.yaml"),
+        options=_mapping(folder / "config.yaml", yaml.safe_load) or {},
         metrics=read_jsonl(folder / "metrics.jsonl"),
         samples=read_jsonl(folder / "samples.jsonl"),
-        evaluations=_evaluations(folder),
-        summary=_summary(folder / "summary.json"),
-        declared=from_json(load_json(folder / "metrics.json")) if (folder / "metrics.json").is_file() else {},
+        evaluations=_evaluations(folder, summary),
+        summary=summary,
+        declared=from_json(_mapping(folder / "metrics.json", json.loads) or {}),
     )
 
 
-def _options(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(options, dict):
-        raise UserError(f"{path}: expected a mapping of options, found {type(options).__name__}.")
-    return options
-
-
-def _summary(path: Path) -> dict | None:
+def _mapping(path: Path, read) -> dict | None:
+    """Return what `read` finds in a file that holds a mapping; None without the file."""
     if not path.is_file():
         return None
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}. Run the same command again to write it anew.") from error
-    if not isinstance(summary, dict):
-        raise UserError(f"{path}: expected a mapping, found {type(summary).__name__}.")
-    return summary
+        content = read(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        kind = "YAML" if path.suffix == ".yaml" else "JSON"
+        raise UserError(f"{path} is not valid {kind}: {error}. Restore it, or run the same command again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping, found {type(content).__name__}.")
+    return content
 
 
-def _evaluations(folder: Path) -> list[dict]:
+def _evaluations(folder: Path, summary: dict | None) -> list[dict]:
     """Return the rows of evaluations.jsonl; without that file, before and after as the summary has them."""
     rows = read_jsonl(folder / "evaluations.jsonl")
-    summary = _summary(folder / "summary.json")
     if rows or not summary:
         return rows
     name = str(summary.get("task") or "evaluation")
@@ -157,6 +148,15 @@ def _evaluations(folder: Path) -> list[dict]:
         for when, step in steps.items()
         if summary.get(when)
     ]
+
+
+def breakdown(E: dict | None) -> dict[str, dict]:
+    """Return {difficulty, then "all": {"accuracy", "mean_tokens", "modes": {mode: share}}} of E; {} for None."""
+    if E is None:
+        return {}
+    shares = {mode: values["share"] for mode, values in E["modes"].items()}
+    levels = {level: E["by_difficulty"][level] for level in sorted(E["by_difficulty"], key=difficulty_order)}
+    return levels | {"all": {"accuracy": E["accuracy"], "mean_tokens": E["mean_tokens"], "modes": shares}}
 
 
 def difficulty_order(level: str) -> tuple:

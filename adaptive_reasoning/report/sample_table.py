@@ -6,35 +6,28 @@ MOST_SAMPLES = 2000
 MOST_CHARS = 12_000_000  # of all texts together: what a browser searches without a pause
 MOST_CHARS_EACH = 20_000  # longer texts lose their middle: both ends matter, the repetition in between does not
 
-COLUMNS = ("step", "split", "mode", "difficulty", "right", "tokens", "reward", "advantage", "finish_reason")
-COLUMNS += ("setting", "benchmark", "grader")  # in some samples only: evaluations, checks that timed out or failed
-TEXTS = ("problem", "answer", "response")
+FILTERS = ("split", "setting", "benchmark", "mode", "difficulty", "right")
+COLUMNS = ("step", *FILTERS, "tokens", "reward", "advantage", "finish_reason", "grader", "answer")
+TEXTS = ("problem", "answer", "response", "grader")  # grader: of checks that timed out or failed
 
 
 def sample_table(run: Run, most: int = MOST_SAMPLES) -> dict:
     """Return {"columns", "rows", "total", "choices"} for the page, newest samples first.
 
-    A row has the values of COLUMNS and TEXTS; right is True where the reward is positive. `choices` are the values
-    the page can filter by. Where there are more than `most` samples, every kind (split, mode, right or wrong) keeps
-    its fair part, spread evenly over training.
+    `rows`: (values of the columns but the last one, problem, response), "" where there is none; "right" is yes where
+    the reward is positive. `choices`: {column: values the page can filter by}. Where there are more than `most`
+    samples, every kind (split, mode, right or wrong) keeps its fair part, spread evenly over training.
     """
     rows = [_row(sample) for sample in run.samples]
     size = sum(len(row[name]) for row in rows for name in TEXTS)
     room = int(MOST_CHARS / (size / len(rows))) if size else most
+    columns = [name for name in COLUMNS if any(row[name] != "" for row in rows)]
     shown = sorted(choose(rows, max(1, min(most, room))), key=lambda row: -row["step"])
-    choices = {
-        "split": sorted({row["split"] for row in rows}),
-        "setting": sorted({row["setting"] for row in rows}),
-        "benchmark": run.benchmarks if len(run.benchmarks) > 1 else [],
-        "mode": run.modes,
-        "difficulty": sorted({row["difficulty"] for row in rows}, key=difficulty_order),
-    }
-    columns = [*COLUMNS, *TEXTS]
     return {
-        "columns": columns,
-        "rows": [[row[name] for name in columns] for row in shown],
+        "columns": [*columns, "problem"],
+        "rows": [([row[name] for name in columns], row["problem"], row["response"]) for row in shown],
         "total": len(rows),
-        "choices": {name: [value for value in values if value != ""] for name, values in choices.items()},
+        "choices": {name: sorted({row[name] for row in rows} - {""}, key=difficulty_order) for name in FILTERS},
     }
 
 
@@ -54,15 +47,9 @@ def choose(rows: list[dict], most: int) -> list[dict]:
 
 
 def _row(sample: dict) -> dict:
-    reward = sample.get("reward")
-    row = {name: sample.get(name) for name in COLUMNS}
-    row["step"] = sample.get("step", 0)
-    row["right"] = reward is not None and reward > 0
-    for name in ("split", "mode", "difficulty", "finish_reason", "setting", "benchmark", "grader"):
-        row[name] = "" if sample.get(name) is None else str(sample[name])
-    for name in TEXTS:
-        row[name] = shortened("" if sample.get(name) is None else str(sample[name]))
-    return row
+    row = {name: "" if sample.get(name) is None else sample[name] for name in (*COLUMNS, *TEXTS)}
+    row |= {name: str(row[name]) for name in FILTERS} | {name: shortened(str(row[name])) for name in TEXTS}
+    return row | {"step": sample.get("step", 0), "right": "yes" if (sample.get("reward") or 0) > 0 else "no"}
 
 
 def shortened(text: str) -> str:
