@@ -18,7 +18,7 @@ from adaptive_reasoning.core.files import load_json, write_bytes_atomic, write_t
 from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.report.console import aligned
 from adaptive_reasoning.report.curves import STYLE, plain
-from adaptive_reasoning.report.panels import INK, MODE_COLOURS
+from adaptive_reasoning.report.panels import INK, MODE_COLOURS, MUTED
 from adaptive_reasoning.report.run_folder import ADAPTIVE, Run
 
 START = "starting model"
@@ -111,7 +111,7 @@ def picture(runs: Runs, merges: dict[str, dict], rows: list[tuple[str, list[Spre
         figure, axis = plt.subplots(figsize=(8.2, 5.2), layout="constrained")
         path = [(e["mean_tokens"], e["accuracy"]) for e in merges.values()]
         if path:
-            axis.plot(*zip(*path), "--", color=PALETTE["muted"][0], linewidth=1.2, marker=".", label="merged weights")
+            axis.plot(*zip(*path), "--", color=MUTED, linewidth=1.2, marker=".", label="merged weights")
         names = iter(range(len(rows)))
         for name, (accuracy, tokens, *_) in ((name, values) for name, values in rows if name not in merges):
             known = name in runs
