@@ -69,7 +69,9 @@ def same_answer(answer: str, gold: str | int | float) -> bool:
     answer, gold = answer.strip(), str(gold).strip()
     if answer == gold != "":
         return True
-    return any(_same(presentation_free(answer), presentation_free(option)) for option in _options(gold))
+    value, unit = presentation_free(answer)
+    golds = map(presentation_free, _options(gold))
+    return any(_same(value, option) and not read.contradict(unit, its_unit) for option, its_unit in golds)
 
 
 def warm_up() -> None:
@@ -158,6 +160,8 @@ def _same(answer: str, gold: str) -> bool:
         return _same(parts[0], golds[0])
     if option := re.match(r"\([A-E]\) ?(?=.)", answer):
         return _same(answer[option.end() :], gold)
+    if option := re.match(r"\([A-E]\) ?(?=.)", gold):
+        return _same(answer, gold[option.end() :])
     if len(sides := read.split(answer, r"\\approx")) > 1:
         return any(_same(side, gold) for side in sides)
     if gold_number and gold_number.is_integer or read.is_text(gold) or read.is_text(answer):
@@ -178,8 +182,8 @@ def _matched(parts: list[str], golds: list[str]) -> bool:
 # --- equations
 
 NAME = re.compile(
-    r"m? ?\|?(?:\\(?:angle|triangle|overline|vec|hat|bar) ?)?\{?\\?[A-Za-z]+\}?(?:_(?:\w|\{[^{}]*\}))?'*(?:\^\{-1\})?"
-    r"(?:\([^()=]*\))?\|?|\([A-Za-z](?:, ?[A-Za-z])*\)"
+    r"m? ?(?:\\?\|)?(?:\\(?:angle|triangle|overline|vec|hat|bar) ?)?\{?\\?[A-Za-z]+\}?(?:_(?:\w|\{[^{}]*\}))?'*(?:\^\{-1\})?"
+    r"(?:\((?:[^()=]|\([^()=]*\))*\))?(?:\\?\|)?|\([A-Za-z](?:, ?[A-Za-z])*\)"
 )
 CALCULATION = re.compile(r"\\(?:frac|sqrt|binom|pi|cdot|times|circ|sin|cos|tan|log|ln|text)(?![A-Za-z])")
 
@@ -189,6 +193,7 @@ def _same_equation(sides: list[str], golds: list[str]) -> bool:
     if len(golds) > 1 and _is_calculation(golds):  # one number in two forms
         return all(any(_same(side, gold) for gold in golds) for side in sides)
     if len(golds) > 1 and len(sides) > 1:
+        sides, golds = ([re.sub(r"^f ?\(x\)$", "y", side) for side in each] for each in (sides, golds))
         if read.key(sides[0]) == read.key(golds[0]) and _same(sides[-1], golds[-1]):
             return True
         values = [_value(side) for side in (sides[0], sides[-1], golds[0], golds[-1])]
@@ -196,10 +201,12 @@ def _same_equation(sides: list[str], golds: list[str]) -> bool:
             *(sympy.fraction(sympy.together(left - right))[0] for left, right in (values[:2], values[2:]))
         )
     if len(golds) > 1:
-        return bool(NAME.fullmatch(golds[0])) and _same(sides[0], golds[-1])
+        return _is_label(golds[0], golds[-1]) and _same(sides[0], golds[-1])
     if _is_calculation(sides):
-        return _same(sides[-1], golds[0]) and all(_equal(_value(sides[-1]), _value(side)) for side in sides)
-    if NAME.fullmatch(sides[-1]) and not NAME.fullmatch(sides[0]):
+        return any(_same(side, golds[0]) for side in sides) and all(
+            _equal(_value(sides[-1]), _value(side)) for side in sides
+        )
+    if not _is_label(sides[0], golds[0]):
         sides = sides[::-1]
     return _is_label(sides[0], golds[0]) and _same(sides[-1], golds[0])
 
@@ -234,8 +241,8 @@ def _value(text: str):
         )  # fmt: skip
     except Exception:  # what the parser raises for text that is no mathematics
         return None
-    if isinstance(value, sympy.MatrixBase):
-        return value.applyfunc(_exact)
+    if getattr(value, "is_Matrix", False):
+        return value.doit().applyfunc(_exact)
     return _exact(value) if isinstance(value, (sympy.Expr, sympy.Rel)) else value
 
 
@@ -259,7 +266,7 @@ def _equal(a, b) -> bool:
         return True
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     real, agreed = not a.has(sympy.I) and not b.has(sympy.I), False
-    points = [(0, 1, 60), (1, 3, 60), (-2, 0, 60), (-1, 1, 60), (-5, 5, 60)]
+    points = [(0, 1, 60), (1, 3, 60), (-2, 0, 60), (-1, 1, 60), (-5, 5, 60), (-60, -50, 60), (50, 60, 60)]
     for low, high, digits in points if symbols else [(0, 1, 60), (0, 1, 2000)]:
         x, y = (value.subs(_point(symbols, low, high)).evalf(digits) for value in (a, b))
         if not (x.is_number and y.is_number and x.is_finite and y.is_finite):
@@ -268,7 +275,8 @@ def _equal(a, b) -> bool:
             agreed = True
         elif not (symbols and real and not (x.is_real and y.is_real)):  # outside what the real expression is made for
             return False
-    return agreed
+    a, b = (a, b) if symbols else (a.doit(), b.doit())
+    return agreed and (a == b or not (a.is_Rational and b.is_Rational))
 
 
 def _point(symbols: list, low: int, high: int) -> dict:
@@ -297,4 +305,7 @@ def _same_set(answer: str, gold: str) -> bool:
                 return False
             join = sympy.Intersection if "\\and" in text else sympy.Union
             values[i] = join(*(each.as_set() for each in relations))
+    if all(hasattr(value, "gts") and len(value.free_symbols) > 1 for value in values):
+        strict = [isinstance(value, (sympy.StrictGreaterThan, sympy.StrictLessThan)) for value in values]
+        return strict[0] == strict[1] and _proportional(*(value.gts - value.lts for value in values), positive=True)
     return None not in values and verify(*values, numeric_precision=60, timeout_seconds=None, raise_on_error=True)
