@@ -16,26 +16,26 @@ from typing import NamedTuple
 
 BRACED = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"  # to depth four: what is deeper is no dressing
 PAREN = r"\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)"
-CHARACTERS = str.maketrans(
-    dict.fromkeys("\u2212\u2013\u2014\u2010\u2011", "-") | dict.fromkeys("\u00b0\u02da\u00ba", "^\\circ ")
-    | dict.fromkeys("\u00b7\u22c5\u2022", "\\cdot ") | {"\u3002": ".", "\uff61": ".", "\u3001": ",", "\u2044": "/"}
-    | {"\u00d7": "\\times ", "\u00f7": "/", "\u2264": "\\le ", "\u2265": "\\ge ", "\u2260": "\\ne ", "\u221a": " sqrt"}
-    | {"\u221e": "\\infty ", "\u222a": "\\cup ", "\u2229": "\\cap ", "\u2208": "\\in ", "\u2205": "\\emptyset "}
-    | {"\u211d": "\\mathbb{R}", "\u2124": "\\mathbb{Z}", "\u00b1": "\\pm ", "\u2213": "\\mp ", "\u221b": " cbrt"}
-    | {"\u2a7d": "\\le ", "\u2a7e": "\\ge ", "\u00d8": "\\emptyset ", "\u2248": "\\approx ", "\u2223": "|", "\u2032": "'"}
-    | {"\u2220": "\\angle ", "\u27e8": "(", "\u27e9": ")"}
-)  # fmt: skip
-COMMANDS = {
-    "ldots": "...", "dots": "...", "cdots": "...", "varnothing": "\\emptyset ", "lbrace": "\\{", "rbrace": "\\}",
-    "lvert": "|", "rvert": "|", "vert": "|", "langle": "(", "rangle": ")", "geqslant": "\\ge ", "leqslant": "\\le ",
-    "geq": "\\ge ", "leq": "\\le ", "neq": "\\ne ", "lt": "<", "gt": ">", "lor": "\\or ", "vee": "\\or ",
-    "land": "\\and ", "wedge": "\\and ", "dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac", "dbinom": "\\binom",
-    "tbinom": "\\binom", "imath": "i", "lg": "\\log_{10}", "div": "/", "ast": "*", "degree": "^\\circ ", "colon": ":",
-    "pounds": "", "euro": "", "cents": "", "quad": " ", "qquad": " ", "displaystyle": "", "textstyle": "",
-    "dotsc": "...", "leqq": "\\le ", "geqq": "\\ge ", "backslash": "\\setminus ", "rightarrow": "\\to ",
-    "varepsilon": "\\epsilon ", "varphi": "\\phi ", "tg": "\\tan ", "Bbb": "\\mathbb", "sfrac": "\\frac", "cr": "\\\\ ",
-    "nicefrac": "\\frac", "O": "\\emptyset ", "textdollar": "", "checkmark": "", "blacksquare": "", "square": "", "qed": "",
+CHARACTERS = {int(code, 16): new for new, codes in {
+    "-": "2212 2013 2014 2010 2011", "^\\circ ": "b0 2da ba", "\\cdot ": "b7 22c5 2022", "\\times ": "d7",
+    "\\le ": "2264 2a7d", "\\ge ": "2265 2a7e", "\\ne ": "2260", "\\approx ": "2248", "\\pm ": "b1", "\\mp ": "2213",
+    "\\cup ": "222a", "\\cap ": "2229", "\\in ": "2208", "\\emptyset ": "2205 d8", "\\infty ": "221e", " sqrt": "221a",
+    " cbrt": "221b", "\\mathbb{R}": "211d", "\\mathbb{Z}": "2124", "\\angle ": "2220", "(": "27e8", ")": "27e9",
+    ".": "3002 ff61", ",": "3001", "|": "2223", "'": "2032", "/": "f7 2044",
+}.items() for code in codes.split()}  # fmt: skip
+NUMERALS = {
+    "[\u00bc-\u00be\u2150-\u215e]": "\\frac{{{}}}{{{}}}", "[\u2070-\u207f\u00b2\u00b3\u00b9]+": "^{{{}}}",
+    "[\u2080-\u208e]+": "_{{{}}}",
 }  # fmt: skip
+COMMANDS = {name: new for new, names in {
+    "...": "ldots dots cdots dotsc", "\\emptyset ": "varnothing O", "\\{": "lbrace", "\\}": "rbrace", "(": "langle",
+    ")": "rangle", "|": "lvert rvert vert", "\\ge ": "geq geqslant geqq", "\\le ": "leq leqslant leqq", "<": "lt",
+    ">": "gt", "\\ne ": "neq", "\\or ": "lor vee", "\\and ": "land wedge", "\\frac": "dfrac tfrac cfrac sfrac nicefrac",
+    "\\binom": "dbinom tbinom", "i": "imath", "\\log_{10}": "lg", "/": "div", "*": "ast", "^\\circ ": "degree",
+    ":": "colon", "\\setminus ": "backslash", "\\to ": "rightarrow", "\\epsilon ": "varepsilon", "\\phi ": "varphi",
+    "\\tan ": "tg", "\\mathbb": "Bbb", "\\\\ ": "cr", " ": "quad qquad",
+    "": "pounds euro cents textdollar displaystyle textstyle checkmark blacksquare square qed",
+}.items() for name in names.split()}  # fmt: skip
 SIZES = "[bB]igg?[lrm]?|middle|tiny|small|normalsize|large|Large|LARGE|huge|Huge|limits|left|right|bf|it|rm"
 FUNCTIONS = r"(?:arc)?(?:sin|cos|tan)|cot|sec(?!\.? ?$)|csc|log|ln|lg|exp|[Pp]i|PI|theta|alpha|beta|infty"
 
@@ -53,8 +53,8 @@ def _repeating(m: re.Match) -> str:
 
 
 FONTS = (
-    "text(?:normal|rm|sf|tt|up|bf|it|sc)?|[mh]box|math(?:rm|sf|tt|bf|it|normal)|boldsymbol|bm|pmb|underline|f(?:rame)?box|boxed"
-    "|emph|ensuremath|math(?:op|cal)|underbrace"
+    "text(?:normal|rm|sf|tt|up|bf|it|sc)?|[mh]box|math(?:rm|sf|tt|bf|it|normal|op|cal)|boldsymbol|bm|pmb|under(?:line|brace)"
+    "|f(?:rame)?box|boxed|emph|ensuremath"
 )
 DRESS = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=\d)(?:\{,\}|,\s*\\!\s*|,\s*\\[,;:]\s*(?=\d{3}(?!\d)))(?=\d)", ""),
@@ -73,13 +73,12 @@ DRESS = [(re.compile(pattern), new) for pattern, new in [
     (r"\\([A-Za-z]+) ?", lambda m: COMMANDS.get(m[1], m[0])), (r"(\\[A-Za-z]+) +(?![A-Za-z])", r"\1"),
     (r"^ ?(?:\\text\{ ?)?(?:US|USD|EUR|GBP|Rs\.?) ?\}? ?(?=\d)", ""), (r"(?<=\d) ?x ?(?=10 ?\^)", r"\\times "),
     (r"(?<=\d) ?\\text ?\{ ?to ?\} ?(?=\d)", ":"), (r"\\log_(?:e(?![a-z])|\{e\}) ?", r"\\ln "),
-    (r"_ ?\{? ?\((\d+)\) ?\}?|(?<=\d),? ?(?:\\text\{ ?)?(?:in )?base ?\}? ?(\d+) ?\}?$", lambda m: f"_{{{m[1] or m[2]}}}"),
-    (r"^\((\w+)\)(?=_)", r"\1"),
-    (r"\{([^{}]*?) ?\\choose(?![a-z]) ?([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (r"^([\[(\]])([^\[\]()]*[,;][^\[\]()]*)([\])\[])$",
-     lambda m: m[1].replace("]", "(") + m[2] + m[3].replace("[", ")")),
+    (r"_ ?\{? ?\((\d+)\) ?\}?|(?<=\d),? ?(?:\\text\{ ?)?(?:in )?base ?\}? ?(\d+) ?\}?$",
+     lambda m: f"_{{{m[1] or m[2]}}}"), (r"^\((\w+)\)(?=_)", r"\1"),
+    (r"\{([^{}]*?) ?\\choose(?![a-z]) ?([^{}]*)\}", r"\\binom{\1}{\2}"), (r"^\](?=[^()[\]]*[,;])", "("),
+    (r"(?<=[,;])([^()[\]]*)\[$", r"\1)"),
     (r"(\\mathbb\{[A-Z]\}) ?- ?(?=\\\{)", r"\1\\setminus "), (r"^[A-Z](?=\([^()]*,[^()]*\)$)", ""),
-    (r"\*\*", "^"), ("==", "="), (">=", r"\\ge "), ("<=|=<", r"\\le "), ("!=", r"\\ne "),
+    (r"\*\*", "^"), (">=", r"\\ge "), ("<=|=<", r"\\le "), ("!=", r"\\ne "),
     (r"(?<![A-Za-z\\])a(?=(?:sin|cos|tan)(?![a-z]))", "arc"), (rf"(?<![A-Za-z\\])abs ?{PAREN}", r"|\1|"),
     (rf"(?<![A-Za-z\\])({FUNCTIONS})(?![A-Za-z])", lambda m: f"\\{m[1].lower()} "),
     (r"(?:\\|(?<![A-Za-z\\]))(?:[Ii]nf|[Ii]nfinity|infin|oo)(?![A-Za-z])", r"\\infty "),
@@ -92,7 +91,7 @@ DRESS = [(re.compile(pattern), new) for pattern, new in [
      _repeating),
     (r"\\text ?\{,? ?(and|or) ?\}|,? (and|or) ", lambda m: f"\\{m[1] or m[2]} "),
     (r"^\\\{ ?\(?[a-z, ]+\)?(?: ?\\in ?\\mathbb\{R\})? ?(?:\||:|\\mid(?![a-z])) ?(.*)\\\}$", r"\1"),
-    (r"\\\{ ?\\\}", r"\\emptyset "), (r"\\%|%", ""),
+    (r"\\\{ ?\\\}", r"\\emptyset "), (r" ?(?:\\%|%)", ""),
     (r"(?<=[=+*/-])(\d{1,3}(?:,\d{3})+)(?![\d,])|(?<=[=+*/-] )(\d{1,3}(?:,\d{3})+)(?![\d,])|"
      r"^(\d{1,3}(?:,\d{3})+)(?= ?\\(?:pi|sqrt|times|cdot))", lambda m: m[0].replace(",", "")),
     (r"(?<=[)\]]) ?(?:U|union) ?(?=[(\[])", r"\\cup "), (r"^[(\[] ?(\\begin ?\{.*\\end ?\{\w+\}) ?[)\]]$", r"\1"),
@@ -102,8 +101,8 @@ DEGREES = re.compile(r" ?\^ ?(?:\\circ|\{ ?\\circ ?\}) ?((?<!\w)[CF](?![A-Za-z])
 TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 POWER = r"(?: ?\^ ?(?:\{ ?-?\d ?\}|-?\d))?"
 UNITS = (
-    r"[mcdk]m|k?g|[mk]g|m[lL]|lbs?|oz|ft|in|yd|mi|hrs?|sec|sq|cu|rad|nm|k?Pa|[kM]?Hz|k?W|k?J|eV|mol|[LJNVK]|m ?/ ?s|m s|\\Omega|\\mu ?m"
-    r"|m(?= ?\^ ?\{?[23])|US|[\u4e00-\u9fff]+"
+    r"[mcdk]m|k?g|[mk]g|m[lL]|lbs?|oz|ft|in|yd|mi|hrs?|sec|sq|cu|rad|nm|k?Pa|[kM]?Hz|k?W|k?J|eV|mol|[LJNVK]|m ?/ ?s|m s"
+    r"|US|m(?= ?\^ ?\{?[23])|\\Omega|\\mu ?m|[\u4e00-\u9fff]+"
 )
 WORD = r"\\text\{(?:[^{}]|\{[^{}]*\})*\}"
 TIMES = r" ?(?:/|\\cdot|\\times|\*) ?"
@@ -112,20 +111,18 @@ UNIT = re.compile(
     r"|(?<=[\d}])(?:[mcdk]m|kg|\\Omega|\\mu ?m|[\u4e00-\u9fff]+|[A-Za-z]{4,}))"
     rf"(?![A-Za-z])\.?{POWER}(?:(?:(?:{TIMES}| )[A-Za-z]+(?![A-Za-z])|(?:{TIMES}| ?){WORD}){POWER})*[ .]*\Z"
 )
-NO_UNIT = set(
-    "hundred thousand million billion trillion dozen am pm and or not e i is if base mod half more less squared cubed".split()
-)
+NO_UNIT = re.compile(  # with the hanzi for 10^4, 10^8, 100 and 1000
+    r"[\d=\u4e07\u4ebf\u767e]|\u5343(?![\u7c73\u514b\u74e6])|(?<![^\W\d])(?:hundred|thousand|[mb]illion|trillion|dozen|and|or"
+    r"|[ap]m|not|[ei]|is|if|base|mod|half|more|less|squared|cubed)(?![^\W\d])", re.IGNORECASE
+)  # fmt: skip
 
 
 def presentation_free(text: str) -> tuple[str, str]:
     """Return `text` in one spelling, without fonts, spacing, units, currencies and percent signs, and its unit."""
     if not text.isascii():
         text = "".join(c for c in text if unicodedata.category(c) not in ("Sc", "Cf") or c == "$").translate(CHARACTERS)
-        text = re.sub(
-            "[\u00bc-\u00be\u2150-\u215e]", lambda m: re.sub("(.*)/(.*)", r"\\frac{\1}{\2}", _ascii(m[0])), text
-        )
-        text = re.sub("[\u2070-\u207f\u00b2\u00b3\u00b9]+", lambda m: f"^{{{_ascii(m[0])}}}", text)
-        text = re.sub("[\u2080-\u208e]+", lambda m: f"_{{{_ascii(m[0])}}}", text)
+        for digits, form in NUMERALS.items():
+            text = re.sub(digits, lambda m, form=form: form.format(*_ascii(m[0]).split("/")), text)
         text = re.sub("[\u0391-\u03c9]", lambda m: _greek(m[0]), _ascii(text))
     for pattern, new in DRESS:
         text = pattern.sub(new, text)
@@ -138,20 +135,24 @@ def presentation_free(text: str) -> tuple[str, str]:
     return with_braces(re.sub(" +", " ", value)).rstrip(" .,;").strip(), unit
 
 
-QUANTITIES = [[re.compile(f"(?:{name})s?") for name in names.split()] for names in (
-    "mm|millimet(?:er|re) cm|centimet(?:er|re) dm|decimet(?:er|re) m|met(?:er|re) km|kilomet(?:er|re) in|inch|inches"
-    " ft|foot|feet yd|yard mi|mile", "mg|milligram g|gram kg|kilogram oz|ounce lb|pound ton", "ml|millilit(?:er|re) l|lit(?:er|re)",
-    "s|sec|second min|minute h|hr|hour day week month year", "cent dollar",
-)]  # fmt: skip
+QUANTITIES = [  # units of one line are different amounts of one quantity
+    "mm|millimet(?:er|re) cm|centimet(?:er|re) dm|decimet(?:er|re) m|met(?:er|re) km|kilomet(?:er|re)"
+    " in|inch|inches ft|foot|feet yd|yard mi|mile", "mg|milligram g|gram kg|kilogram oz|ounce lb|pound ton",
+    "s|sec|second min|minute h|hr|hour day week month year", "2 3", "cent dollar",
+    "ml|millilit(?:er|re) l|lit(?:er|re)",
+]  # fmt: skip
 
 
 def contradict(unit: str, other: str) -> bool:
-    """True for two units of one quantity ("cm" and "m", "km/h" and "m/s"), where a number is another amount."""
-    found = [
-        [(i, names.index(name)) for word in re.findall("[a-z]+", each.lower()) for i, names in enumerate(QUANTITIES)
-         for name in names if name.fullmatch(word)] for each in (unit, other)
-    ]  # fmt: skip
-    return found[0] != found[1] and [i for i, _ in found[0]] == [i for i, _ in found[1]]
+    """True for "cm" and "m", "km/h" and "m/s", "cm^2" and "cm^3": the same number in them is another amount."""
+
+    def amounts(text: str) -> list[tuple]:
+        units = [(i, unit) for i, row in enumerate(QUANTITIES) for unit in row.split()]
+        words = re.findall(r"[a-z]+|\d", text.lower())
+        return [unit for word in words for unit in units if re.fullmatch(f"({unit[1]})s?", word)]
+
+    left, right = amounts(unit), amounts(other)
+    return left != right and [i for i, _ in left] == [i for i, _ in right]
 
 
 def _ascii(text: str) -> str:
@@ -171,18 +172,12 @@ def without_unit(text: str) -> str:
     before = re.sub(r"\\[A-Za-z]+", "", text[: unit.start()])
     words = re.sub(r"\^ ?\{? ?-?\d|\\(?!and|or)\w+", " ", unit[0]).replace(".", "")
     plain = "\\text" not in unit[0] and re.search("[A-Za-z]", before[before.rfind("=") + 1 :])
-    changes = re.search(r"[\d=\u4e07\u4ebf\u767e]|\u5343(?![\u7c73\u514b\u74e6])", words) or NO_UNIT & set(
-        re.findall(r"[^\W\d]+", words.lower())
-    )
-    return text if plain or changes or not re.search(r"\d", before) else text[: unit.start()]
+    return text if plain or NO_UNIT.search(words) or not re.search(r"\d", before) else text[: unit.start()]
 
 
-COMMAND = re.compile(
-    r"\\(frac|binom)(?![A-Za-z])|\\(?:sqrt(?:\[[^\]]*\])?|pmod)(?![A-Za-z])|\^ ?(?=\\(?:frac|sqrt|pi|theta))"
-)
-ARGUMENT = re.compile(
-    rf" ?(?:{BRACED}|(?:\\(?:frac|binom){BRACED}{BRACED}|\\sqrt(?:\[[^\]]*\])?{BRACED}|\\[A-Za-z]+|[^\s{{}}\\]))"
-)
+ROOT = r"\\sqrt(?:\[[^\]]*\])?"
+COMMAND = re.compile(rf"(?:\\(frac|binom)|{ROOT}|\\pmod)(?![A-Za-z])|\^ ?(?=\\(?:frac|sqrt|pi|theta))")
+ARGUMENT = re.compile(rf" ?(?:{BRACED}|\\(?:frac|binom){BRACED}{BRACED}|{ROOT}{BRACED}|\\[A-Za-z]+|[^\s{{}}\\])")
 
 
 def with_braces(text: str) -> str:
