@@ -141,13 +141,18 @@ def wrong(cases: list[dict]) -> list[tuple]:
 
 
 def test_cases_that_failed_somewhere():
-    """456 pairs after public bug reports; `source` says where. 444 go to `same_answer`, 12 to ARM's rule."""
+    """A third of the 456 pairs after public bug reports; `source` says where. 444 go to `same_answer`, 12 to ARM's."""
+    assert not wrong(cases("answer_cases.jsonl")[::3])
+
+
+@pytest.mark.slow
+def test_all_cases_that_failed_somewhere():
     assert {(gold, answer) for _, gold, answer, _ in wrong(cases("answer_cases.jsonl"))} == set(DISPUTED)
 
 
 @pytest.mark.slow
 def test_every_rule_takes_its_own_and_leaves_the_others():
-    """746 pairs by rule: what it has to accept, and what a rule that goes too far accepts."""
+    """Pairs by rule: what it has to accept, and what a rule that goes too far accepts."""
     rows = cases("answer_rules.jsonl")
     assert not wrong(rows)
     for rule in {row["kind"] for row in rows}:

@@ -163,11 +163,12 @@ def _same(answer: str, gold: str) -> bool:
         return _same(parts[0], golds[0])
     if (bare := [OPTION.sub("", text) for text in (answer, gold)]) != [answer, gold]:
         return _same(*bare)
-    near, golds = read.split(answer, r"\\approx"), read.split(gold, r"\\approx")
-    if len(near) > 1 or len(golds) > 1:
-        values = [value for side in near if isinstance(value := _value(side), sympy.Expr)]
-        roughly = all(sympy.Abs(value - values[0]).evalf() <= sympy.Abs(values[0]) / 20 for value in values)
-        return len(values) == len(near) and roughly and any(_same(side, gold) for side in near for gold in golds)
+    sides, golds = read.split(answer, r"\\approx"), read.split(gold, r"\\approx")
+    if len(sides) > 1 or len(golds) > 1:
+        numbers = [side for side in sides if getattr(_value(side), "is_number", False)]
+        values = [_value(side).evalf() for side in numbers]
+        roughly = all(sympy.Abs(value - values[0]) <= sympy.Abs(values[0]) / 20 for value in values)
+        return roughly and any(_same(side, gold) for side in numbers for gold in golds)
     if gold_number and gold_number.is_integer or read.is_text(gold) or read.is_text(answer):
         return False
     return _same_set(answer, gold) if SET.search(gold) else _equal(_value(answer), _value(gold))
