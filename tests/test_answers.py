@@ -166,6 +166,7 @@ def test_every_rule_takes_its_own_and_leaves_the_others():
         ("1250", "1,250", True), ("$C$", "C", True), ("C", "C", True), ("B", "C", False), ("$C+1$", "C", False),
         ("4 10/3", "10", False), ("3 1/2", "3.5", True), ("2\\sqrt{5}", "2\\sqrt{5}", True), ("16", "16\\pi", False),
         ("(1,2)", "(1,2)", True), ("(2,1)", "(1,2)", False), ("2*sqrt(5)", "2\\sqrt{5}", True),
+        ("\\$36", "\\$36", True), ("\\text{Navin}", "\\text{Navin}", True), ("\\$36", "\\$37", False), ("", "", False),
     ],
 )  # fmt: skip
 def test_rule_of_arm(answer, gold, right):

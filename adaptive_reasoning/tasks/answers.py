@@ -95,16 +95,19 @@ def verified_answer(answer: str, gold: str) -> bool:
 
     The form of the reference says which rule is meant: a letter (CommonsenseQA) has to be that letter, or stand in
     dollars (MATH); a number (GSM8K) is compared after every comma and dollar sign of the answer is deleted; anything
-    else is LaTeX (MATH). Unlike in the official code "2,4" is a list, "2 2/3" one number, and LaTeX needs no dollars.
+    else is LaTeX (MATH). Unlike in the official code the reference equals itself, "2,4" is a list, "2 2/3" one
+    number, and LaTeX needs no dollars.
 
     Raises: see `same_answer`.
     """
     if len(answer) > MAX_ANSWER:
         return False
     answer, gold = answer.strip(), str(gold).strip()
+    if answer == gold != "":
+        return True
     options = {"parsing_timeout": None, "raise_on_error": True}
     if re.fullmatch("[A-J]", gold) and "$" not in answer:
-        return answer == gold
+        return False
     if ARM_NUMBER.fullmatch(gold):
         target, answer = parse(gold.replace(",", ""), **options), re.sub("[,$]", "", answer)
         answer = re.sub(r"(?<![\d/.])(\d+) +(\d+)/(\d+)(?![\d/])", r"(\1+\2/\3)", answer)
