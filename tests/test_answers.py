@@ -141,13 +141,18 @@ def wrong(cases: list[dict]) -> list[tuple]:
 
 
 def test_cases_that_failed_somewhere():
-    """456 pairs after public bug reports; `source` says where. 444 go to `same_answer`, 12 to ARM's rule."""
+    """A third of the 456 pairs after public bug reports; `source` says where. 444 go to `same_answer`, 12 to ARM's."""
+    assert not wrong(cases("answer_cases.jsonl")[::3])
+
+
+@pytest.mark.slow
+def test_all_cases_that_failed_somewhere():
     assert {(gold, answer) for _, gold, answer, _ in wrong(cases("answer_cases.jsonl"))} == set(DISPUTED)
 
 
 @pytest.mark.slow
 def test_every_rule_takes_its_own_and_leaves_the_others():
-    """746 pairs by rule: what it has to accept, and what a rule that goes too far accepts."""
+    """Pairs by rule: what it has to accept, and what a rule that goes too far accepts."""
     rows = cases("answer_rules.jsonl")
     assert not wrong(rows)
     for rule in {row["kind"] for row in rows}:
@@ -161,6 +166,7 @@ def test_every_rule_takes_its_own_and_leaves_the_others():
         ("1250", "1,250", True), ("$C$", "C", True), ("C", "C", True), ("B", "C", False), ("$C+1$", "C", False),
         ("4 10/3", "10", False), ("3 1/2", "3.5", True), ("2\\sqrt{5}", "2\\sqrt{5}", True), ("16", "16\\pi", False),
         ("(1,2)", "(1,2)", True), ("(2,1)", "(1,2)", False), ("2*sqrt(5)", "2\\sqrt{5}", True),
+        ("\\$36", "\\$36", True), ("\\text{Navin}", "\\text{Navin}", True), ("\\$36", "\\$37", False), ("", "", False),
     ],
 )  # fmt: skip
 def test_rule_of_arm(answer, gold, right):

@@ -69,7 +69,9 @@ def same_answer(answer: str, gold: str | int | float) -> bool:
     answer, gold = answer.strip(), str(gold).strip()
     if answer == gold != "":
         return True
-    return any(_same(presentation_free(answer), presentation_free(option)) for option in _options(gold))
+    value, unit = presentation_free(answer)
+    golds = map(presentation_free, _options(gold))
+    return any(_same(value, option) and not read.contradict(unit, its_unit) for option, its_unit in golds)
 
 
 def warm_up() -> None:
@@ -93,16 +95,19 @@ def verified_answer(answer: str, gold: str) -> bool:
 
     The form of the reference says which rule is meant: a letter (CommonsenseQA) has to be that letter, or stand in
     dollars (MATH); a number (GSM8K) is compared after every comma and dollar sign of the answer is deleted; anything
-    else is LaTeX (MATH). Unlike in the official code "2,4" is a list, "2 2/3" one number, and LaTeX needs no dollars.
+    else is LaTeX (MATH). Unlike in the official code the reference equals itself, "2,4" is a list, "2 2/3" one
+    number, and LaTeX needs no dollars.
 
     Raises: see `same_answer`.
     """
     if len(answer) > MAX_ANSWER:
         return False
     answer, gold = answer.strip(), str(gold).strip()
+    if answer == gold != "":
+        return True
     options = {"parsing_timeout": None, "raise_on_error": True}
     if re.fullmatch("[A-J]", gold) and "$" not in answer:
-        return answer == gold
+        return False
     if ARM_NUMBER.fullmatch(gold):
         target, answer = parse(gold.replace(",", ""), **options), re.sub("[,$]", "", answer)
         answer = re.sub(r"(?<![\d/.])(\d+) +(\d+)/(\d+)(?![\d/])", r"(\1+\2/\3)", answer)
@@ -125,6 +130,7 @@ def _options(gold: str) -> list[str]:
 
 # --- two presentation-free texts
 
+OPTION = re.compile(r"^\([A-E]\) ?(?=.)")
 BASE = re.compile(r"[\dA-Z]+_(?:\d+|\{\w+\})")
 RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-z])")
 SET = re.compile(rf"{RELATION.pattern}|\\(?:cup|cap|emptyset|setminus|mathbb)(?![a-z])")
@@ -150,36 +156,40 @@ def _same(answer: str, gold: str) -> bool:
         return _same_equation(sides, gold_sides)
     if not (single and gold_single):
         kinds = {brackets, gold_brackets}
-        if len(parts) == len(golds) and (len(kinds) == 1 or kinds in ({"", "{}"}, {"", "()"})):
-            if all(map(_same, parts, golds)) or kinds <= {"", "{}"} and _matched(parts, golds):
-                return True
+        is_pair = kinds == {"", "()"} and (gold_brackets or "=" in gold)  # (1,2) for "1,2" may be an interval
+        if (len(kinds) == 1 or is_pair) and len(parts) == len(golds) and all(map(_same, parts, golds)):
+            return True
+        if kinds <= {"", "{}"} and _matched(parts, golds):
+            return True
         return bool(SET.search(answer + gold)) and _same_set(answer, gold)
     if [answer, gold] != parts + golds:
         return _same(parts[0], golds[0])
-    if option := re.match(r"\([A-E]\) ?(?=.)", answer):
-        return _same(answer[option.end() :], gold)
-    if len(sides := read.split(answer, r"\\approx")) > 1:
-        return any(_same(side, gold) for side in sides)
+    if (bare := [OPTION.sub("", text) for text in (answer, gold)]) != [answer, gold]:
+        return _same(*bare)
+    sides, golds = read.split(answer, r"\\approx"), read.split(gold, r"\\approx")
+    if len(sides) > 1 or len(golds) > 1:
+        numbers = [side for side in sides if getattr(_value(side), "is_number", False)]
+        values = [_value(side).evalf() for side in numbers]
+        roughly = all(sympy.Abs(value - values[0]) <= sympy.Abs(values[0]) / 20 for value in values)
+        return roughly and any(_same(side, gold) for side in numbers for gold in golds)
     if gold_number and gold_number.is_integer or read.is_text(gold) or read.is_text(answer):
         return False
     return _same_set(answer, gold) if SET.search(gold) else _equal(_value(answer), _value(gold))
 
 
 def _matched(parts: list[str], golds: list[str]) -> bool:
-    rest = list(parts)
-    for gold in golds:
-        match = next((part for part in rest if _same(part, gold)), None)
-        if match is None:
-            return False
-        rest.remove(match)
-    return True
+    """Return whether both lists are the same in some order."""
+    if not golds:
+        return not parts
+    found = [i for i, part in enumerate(parts) if _same(part, golds[0])][:1]
+    return bool(found) and _matched(parts[: found[0]] + parts[found[0] + 1 :], golds[1:])
 
 
 # --- equations
 
 NAME = re.compile(
-    r"m? ?\|?(?:\\(?:angle|triangle|overline|vec|hat|bar) ?)?\{?\\?[A-Za-z]+\}?(?:_(?:\w|\{[^{}]*\}))?'*(?:\^\{-1\})?"
-    r"(?:\([^()=]*\))?\|?|\([A-Za-z](?:, ?[A-Za-z])*\)"
+    r"m? ?(?:\\?\|)?(?:\\(?:angle|triangle|overline|vec|hat|bar) ?)?\{?\\?[A-Za-z]+\}?(?:_(?:\w|\{[^{}]*\}))?'*"
+    r"(?:\^\{-1\})?(?:\((?:[^()=]|\([^()=]*\))*\))?(?:\\?\|)?|\([A-Za-z](?:, ?[A-Za-z])*\)"
 )
 CALCULATION = re.compile(r"\\(?:frac|sqrt|binom|pi|cdot|times|circ|sin|cos|tan|log|ln|text)(?![A-Za-z])")
 
@@ -189,6 +199,7 @@ def _same_equation(sides: list[str], golds: list[str]) -> bool:
     if len(golds) > 1 and _is_calculation(golds):  # one number in two forms
         return all(any(_same(side, gold) for gold in golds) for side in sides)
     if len(golds) > 1 and len(sides) > 1:
+        sides, golds = ([re.sub(r"^f ?\(x\)$", "y", side) for side in each] for each in (sides, golds))
         if read.key(sides[0]) == read.key(golds[0]) and _same(sides[-1], golds[-1]):
             return True
         values = [_value(side) for side in (sides[0], sides[-1], golds[0], golds[-1])]
@@ -196,12 +207,12 @@ def _same_equation(sides: list[str], golds: list[str]) -> bool:
             *(sympy.fraction(sympy.together(left - right))[0] for left, right in (values[:2], values[2:]))
         )
     if len(golds) > 1:
-        return bool(NAME.fullmatch(golds[0])) and _same(sides[0], golds[-1])
+        return bool(re.fullmatch(f"(?![xyz]{{2,}}$)(?:{NAME.pattern})", golds[0])) and _same(sides[0], golds[-1])
     if _is_calculation(sides):
-        return _same(sides[-1], golds[0]) and all(_equal(_value(sides[-1]), _value(side)) for side in sides)
-    if NAME.fullmatch(sides[-1]) and not NAME.fullmatch(sides[0]):
-        sides = sides[::-1]
-    return _is_label(sides[0], golds[0]) and _same(sides[-1], golds[0])
+        values = list(map(_value, sides))
+        return any(_same(side, golds[0]) for side in sides) and all(_equal(values[0], value) for value in values)
+    label, value = (sides[0], sides[-1]) if _is_label(sides[0], golds[0]) else (sides[-1], sides[0])
+    return _is_label(label, golds[0]) and _same(value, golds[0])
 
 
 def _is_calculation(sides: list[str]) -> bool:
@@ -219,7 +230,6 @@ def _is_label(text: str, gold: str) -> bool:
 # --- values
 
 MIXED = re.compile(r"(?<![\d.^_])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}")
-
 PRODUCT = re.compile(r"(?<![\d.^_{])(\d+)\((?=.)")  # 3(4) is 7 to the parser
 
 
@@ -234,8 +244,8 @@ def _value(text: str):
         )  # fmt: skip
     except Exception:  # what the parser raises for text that is no mathematics
         return None
-    if isinstance(value, sympy.MatrixBase):
-        return value.applyfunc(_exact)
+    if getattr(value, "is_Matrix", False):
+        return value.doit().applyfunc(_exact)
     return _exact(value) if isinstance(value, (sympy.Expr, sympy.Rel)) else value
 
 
@@ -248,18 +258,14 @@ def _exact(value):
 
 
 def _equal(a, b) -> bool:
-    """Compare two values: expressions by what they are at points, at 60 digits, numbers then at 2,000."""
-    if a is None or b is None:
-        return False
+    """Compare two values: expressions by what they are at points, to 50 digits, numbers then to 1,990 or exactly."""
     if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
         return a.shape == b.shape and all(map(_equal, a.flat(), b.flat()))
-    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)):
-        return False
-    if a == b:
-        return True
+    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)) or a == b:
+        return isinstance(a, sympy.Expr) and a == b
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     real, agreed = not a.has(sympy.I) and not b.has(sympy.I), False
-    points = [(0, 1, 60), (1, 3, 60), (-2, 0, 60), (-1, 1, 60), (-5, 5, 60)]
+    points = [(0, 1, 60), (1, 3, 60), (-1, 0, 60), (-60, -50, 60), (50, 60, 60)]
     for low, high, digits in points if symbols else [(0, 1, 60), (0, 1, 2000)]:
         x, y = (value.subs(_point(symbols, low, high)).evalf(digits) for value in (a, b))
         if not (x.is_number and y.is_number and x.is_finite and y.is_finite):
@@ -268,7 +274,8 @@ def _equal(a, b) -> bool:
             agreed = True
         elif not (symbols and real and not (x.is_real and y.is_real)):  # outside what the real expression is made for
             return False
-    return agreed
+    a, b = (a, b) if symbols else (a.doit(), b.doit())
+    return agreed and (a == b or not (a.is_Rational and b.is_Rational))
 
 
 def _point(symbols: list, low: int, high: int) -> dict:
@@ -297,4 +304,7 @@ def _same_set(answer: str, gold: str) -> bool:
                 return False
             join = sympy.Intersection if "\\and" in text else sympy.Union
             values[i] = join(*(each.as_set() for each in relations))
+    if all(hasattr(value, "gts") and len(value.free_symbols) > 1 for value in values):
+        strict = [isinstance(value, (sympy.StrictGreaterThan, sympy.StrictLessThan)) for value in values]
+        return strict[0] == strict[1] and _proportional(*(value.gts - value.lts for value in values), positive=True)
     return None not in values and verify(*values, numeric_precision=60, timeout_seconds=None, raise_on_error=True)

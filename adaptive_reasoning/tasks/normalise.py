@@ -16,24 +16,28 @@ from typing import NamedTuple
 
 BRACED = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"  # to depth four: what is deeper is no dressing
 PAREN = r"\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)"
-CHARACTERS = str.maketrans(
-    dict.fromkeys("\u2212\u2013\u2014\u2010\u2011", "-") | dict.fromkeys("\u00b0\u02da\u00ba", "^\\circ ")
-    | dict.fromkeys("\u00b7\u22c5\u2022", "\\cdot ") | {"\u3002": ".", "\uff61": ".", "\u3001": ",", "\u2044": "/"}
-    | {"\u00d7": "\\times ", "\u00f7": "/", "\u2264": "\\le ", "\u2265": "\\ge ", "\u2260": "\\ne ", "\u221a": " sqrt"}
-    | {"\u221e": "\\infty ", "\u222a": "\\cup ", "\u2229": "\\cap ", "\u2208": "\\in ", "\u2205": "\\emptyset "}
-    | {"\u211d": "\\mathbb{R}", "\u2124": "\\mathbb{Z}", "\u00b1": "\\pm ", "\u2213": "\\mp ", "\u221b": " cbrt"}
-    | {"\u2248": "\\approx ", "\u2223": "|", "\u2032": "'", "\u2220": "\\angle ", "\u27e8": "(", "\u27e9": ")"}
-)  # fmt: skip
-COMMANDS = {
-    "ldots": "...", "dots": "...", "cdots": "...", "varnothing": "\\emptyset ", "lbrace": "\\{", "rbrace": "\\}",
-    "lvert": "|", "rvert": "|", "vert": "|", "langle": "(", "rangle": ")", "geqslant": "\\ge ", "leqslant": "\\le ",
-    "geq": "\\ge ", "leq": "\\le ", "neq": "\\ne ", "lt": "<", "gt": ">", "lor": "\\or ", "vee": "\\or ",
-    "land": "\\and ", "wedge": "\\and ", "dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac", "dbinom": "\\binom",
-    "tbinom": "\\binom", "imath": "i", "lg": "\\log_{10}", "div": "/", "ast": "*", "degree": "^\\circ ", "colon": ":",
-    "pounds": "", "euro": "", "cents": "", "quad": " ", "qquad": " ", "displaystyle": "", "textstyle": "",
+CHARACTERS = {int(code, 16): new for new, codes in {
+    "-": "2212 2013 2014 2010 2011", "^\\circ ": "b0 2da ba", "\\cdot ": "b7 22c5 2022", "\\times ": "d7",
+    "\\le ": "2264 2a7d", "\\ge ": "2265 2a7e", "\\ne ": "2260", "\\approx ": "2248", "\\pm ": "b1", "\\mp ": "2213",
+    "\\cup ": "222a", "\\cap ": "2229", "\\in ": "2208", "\\emptyset ": "2205 d8", "\\infty ": "221e", " sqrt": "221a",
+    " cbrt": "221b", "\\mathbb{R}": "211d", "\\mathbb{Z}": "2124", "\\angle ": "2220", "(": "27e8", ")": "27e9",
+    ".": "3002 ff61", ",": "3001", "|": "2223", "'": "2032", "/": "f7 2044",
+}.items() for code in codes.split()}  # fmt: skip
+NUMERALS = {
+    "[\u00bc-\u00be\u2150-\u215e]": "\\frac{{{}}}{{{}}}", "[\u2070-\u207f\u00b2\u00b3\u00b9]+": "^{{{}}}",
+    "[\u2080-\u208e]+": "_{{{}}}",
 }  # fmt: skip
+COMMANDS = {name: new for new, names in {
+    "...": "ldots dots cdots dotsc", "\\emptyset ": "varnothing O", "\\{": "lbrace", "\\}": "rbrace", "(": "langle",
+    ")": "rangle", "|": "lvert rvert vert", "\\ge ": "geq geqslant geqq", "\\le ": "leq leqslant leqq", "<": "lt",
+    ">": "gt", "\\ne ": "neq", "\\or ": "lor vee", "\\and ": "land wedge", "\\frac": "dfrac tfrac cfrac sfrac nicefrac",
+    "\\binom": "dbinom tbinom", "i": "imath", "\\log_{10}": "lg", "/": "div", "*": "ast", "^\\circ ": "degree",
+    ":": "colon", "\\setminus ": "backslash", "\\to ": "rightarrow", "\\epsilon ": "varepsilon", "\\phi ": "varphi",
+    "\\tan ": "tg", "\\mathbb": "Bbb", "\\\\ ": "cr", " ": "quad qquad",
+    "": "pounds euro cents textdollar displaystyle textstyle checkmark blacksquare square qed",
+}.items() for name in names.split()}  # fmt: skip
 SIZES = "[bB]igg?[lrm]?|middle|tiny|small|normalsize|large|Large|LARGE|huge|Huge|limits|left|right|bf|it|rm"
-FUNCTIONS = "(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|lg|exp|pi|theta|alpha|beta|infty"
+FUNCTIONS = r"(?:arc)?(?:sin|cos|tan)|cot|sec(?!\.? ?$)|csc|log|ln|lg|exp|[Pp]i|PI|theta|alpha|beta|infty"
 
 
 def _unwrapped(font: re.Match) -> str:
@@ -49,72 +53,106 @@ def _repeating(m: re.Match) -> str:
 
 
 FONTS = (
-    "text(?:normal|rm|sf|tt|up|bf|it|sc)?|[mh]box|math(?:rm|sf|tt|bf|it|normal)|boldsymbol|bm|pmb|underline|f?box|boxed"
-    "|emph"
+    "text(?:normal|rm|sf|tt|up|bf|it|sc)?|[mh]box|math(?:rm|sf|tt|bf|it|normal|op|cal)|boldsymbol|bm|pmb|under(?:line|brace)"
+    "|f(?:rame)?box|boxed|emph|ensuremath"
 )
 DRESS = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=\d)(?:\{,\}|,\s*\\!\s*|,\s*\\[,;:]\s*(?=\d{3}(?!\d)))(?=\d)", ""),
     (r"(?<![\d.,])(\d{1,3})((?:(?:\\[,;: ]|~| |')\d{3})+)(?![\d/])", lambda m: m[1] + re.sub(r"\D", "", m[2])),
-    (r"\\!|\\?\$|\\[,;:>]|(?<!\\)\\ |~|\s+", lambda m: "" if m[0] in ("\\!", "\\$", "$") else " "),
-    (r"^ ?\\[(\[](.*)\\[)\]] ?$|^ ?\*\*(.*)\*\* ?$", lambda m: m[1] or m[2] or ""),
-    (rf"\\(?:{SIZES})(?![A-Za-z]) ?\.?|\\(?:text)?color ?\{{[^{{}}]*\}}", ""),
+    (r"\\!|\\?\$", ""), (r"(?:\\[,;:>]|(?<!\\)\\ |~|\s)+", " "),
+    (r"^ ?\\[(\[](.*)\\[)\]] ?$|^ ?(\*\*|\*|__|[\"'`])(.*)\2 ?$", lambda m: m[1] or m[3] or ""),
+    (rf"\\(?:{SIZES})(?![A-Za-z]) ?\.?"
+     r"|\\(?:(?:text)?color(?:box)?|[hv]space|[hv]?phantom)\*? ?(?:\[[^\]]*\])? ?\{[^{}]*\}"
+     r"|\\(?:begin|end) ?\{(?:align(?:ed)?|equation|gather(?:ed)?)\*?\}", ""),
+    (r"\\(math[a-z]+|Bbb) ([A-Za-z0-9])", r"\\\1{\2}"),
     *[(rf"\\({FONTS}) ?{BRACED}", _unwrapped)] * 3,
-    (r"\\operatorname\*? ?\{([a-z]+)\}", r"\\\1 "), (r"\\mathbb ([A-Z])", r"\\mathbb{\1}"),
+    (r"\\operatorname\*? ?\{([a-z]+)\}", r"\\\1 "),
+    (r"^ ?(?:R|(?:\\text\{)? ?[Aa]ll real numbers ?\}?) ?$", r"\\mathbb{R}"),
     (r"\\begin ?\{cases\}(.*?)(?:\\\\ ?)?\\end ?\{cases\}", lambda m: m[1].replace("\\\\", ",").replace("&", "")),
-    (r"(\\\\ ?)+(?=$|\\end)|^ ?(?:\\therefore|\\approx|=)", ""),
+    (r"(\\\\ ?)+(?=$|\\end)|\\ ?$|^ ?(?:\\\\ ?|\\therefore|\\approx|=)", ""),
     (r"\\([A-Za-z]+) ?", lambda m: COMMANDS.get(m[1], m[0])), (r"(\\[A-Za-z]+) +(?![A-Za-z])", r"\1"),
-    (r"^ ?(?:US|USD|EUR|GBP|Rs\.?) ?(?=\d)", ""),
-    (r"\*\*", "^"), ("==", "="), (">=", r"\\ge "), ("<=", r"\\le "), ("!=", r"\\ne "),
-    (rf"(?<![A-Za-z\\])({FUNCTIONS})(?![A-Za-z])", r"\\\1 "),
-    (r"(?<![A-Za-z\\])(?:inf|infinity|oo)(?![A-Za-z])", r"\\infty "),
+    (r"^ ?(?:\\text\{ ?)?(?:US|USD|EUR|GBP|Rs\.?) ?\}? ?(?=\d)", ""), (r"(?<=\d) ?x ?(?=10 ?\^)", r"\\times "),
+    (r"(?<=\d) ?\\text ?\{ ?to ?\} ?(?=\d)", ":"), (r"\\log_(?:e(?![a-z])|\{e\}) ?", r"\\ln "),
+    (r"_ ?\{? ?\((\d+)\) ?\}?|(?<=\d),? ?(?:\\text\{ ?)?(?:in )?base ?\}? ?(\d+) ?\}?$",
+     lambda m: f"_{{{m[1] or m[2]}}}"), (r"^\((\w+)\)(?=_)", r"\1"),
+    (r"\{([^{}]*?) ?\\choose(?![a-z]) ?([^{}]*)\}", r"\\binom{\1}{\2}"), (r"^\](?=[^()[\]]*[,;])", "("),
+    (r"(?<=[,;])([^()[\]]*)\[$", r"\1)"),
+    (r"(\\mathbb\{[A-Z]\}) ?- ?(?=\\\{)", r"\1\\setminus "), (r"^[A-Z](?=\([^()]*,[^()]*\)$)", ""),
+    (r"\*\*", "^"), (">=", r"\\ge "), ("<=|=<", r"\\le "), ("!=", r"\\ne "),
+    (r"(?<![A-Za-z\\])a(?=(?:sin|cos|tan)(?![a-z]))", "arc"), (rf"(?<![A-Za-z\\])abs ?{PAREN}", r"|\1|"),
+    (rf"(?<![A-Za-z\\])({FUNCTIONS})(?![A-Za-z])", lambda m: f"\\{m[1].lower()} "),
+    (r"(?:\\|(?<![A-Za-z\\]))(?:[Ii]nf|[Ii]nfinity|infin|oo)(?![A-Za-z])", r"\\infty "),
     (rf"(?:\\|(?<![A-Za-z\\]))(sq|cb)rt ?{PAREN}|(?<![A-Za-z\\])(sq|cb)rt ?(\d+)", r"\1\3rt{\2\4}"),
     (r"(?<![A-Za-z\\])(sq|cb)rt", lambda m: "\\sqrt" if m[1] == "sq" else "\\sqrt[3]"),
     (rf"\^ ?{PAREN}", r"^{\1}"),
     (r"(?:^|(?<=[=+\-*/(]))\{([^{},]*)\}", r"\1"),
+    (r"(\d\.\d*?)(\d+?)\2{2,}\.\.\.$", r"\1(\2)"),
     (r"(\d*)\.(\d*)(?:\\(?:overline|bar) ?\{?(\d+)\}?|\\dot ?\{?(\d)\}?(?:(\d*)\\dot ?\{?(\d)\}?)?|\((\d+)\))",
      _repeating),
     (r"\\text ?\{,? ?(and|or) ?\}|,? (and|or) ", lambda m: f"\\{m[1] or m[2]} "),
     (r"^\\\{ ?\(?[a-z, ]+\)?(?: ?\\in ?\\mathbb\{R\})? ?(?:\||:|\\mid(?![a-z])) ?(.*)\\\}$", r"\1"),
-    (r"\\\{ ?\\\}", r"\\emptyset "), (r"\\%|%", ""),
+    (r"\\\{ ?\\\}", r"\\emptyset "), (r" ?(?:\\%|%)", ""),
     (r"(?<=[=+*/-])(\d{1,3}(?:,\d{3})+)(?![\d,])|(?<=[=+*/-] )(\d{1,3}(?:,\d{3})+)(?![\d,])|"
      r"^(\d{1,3}(?:,\d{3})+)(?= ?\\(?:pi|sqrt|times|cdot))", lambda m: m[0].replace(",", "")),
-    (r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "), (r"^[(\[] ?(\\begin ?\{.*\\end ?\{\w+\}) ?[)\]]$", r"\1"),
-    (r"^\(?[A-Za-z](?:, ?[A-Za-z])*\)? ?\\in(?![a-z])", ""),
+    (r"(?<=[)\]]) ?(?:U|union) ?(?=[(\[])", r"\\cup "), (r"^[(\[] ?(\\begin ?\{.*\\end ?\{\w+\}) ?[)\]]$", r"\1"),
+    (r"^(?:\(?[A-Za-z](?:, ?[A-Za-z])*\)?|[a-z]\([a-z]\)) ?\\in(?![a-z])", ""),
 ]]  # fmt: skip
 DEGREES = re.compile(r" ?\^ ?(?:\\circ|\{ ?\\circ ?\}) ?((?<!\w)[CF](?![A-Za-z]))?")
 TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 POWER = r"(?: ?\^ ?(?:\{ ?-?\d ?\}|-?\d))?"
 UNITS = (
-    r"[mcdk]m|k?g|[mk]g|m[lL]|lbs?|oz|ft|in|yd|mi|hrs?|sq|cu|k?Pa|[kM]?Hz|k?W|k?J|eV|mol|[LJNVK]|m ?/ ?s"
-    r"|m(?= ?\^ ?\{?[23])|US|[\u4e00-\u9fff]+"
+    r"[mcdk]m|k?g|[mk]g|m[lL]|lbs?|oz|ft|in|yd|mi|hrs?|sec|sq|cu|rad|nm|k?Pa|[kM]?Hz|k?W|k?J|eV|mol|[LJNVK]|m ?/ ?s|m s"
+    r"|US|m(?= ?\^ ?\{?[23])|\\Omega|\\mu ?m|[\u4e00-\u9fff]+"
 )
 WORD = r"\\text\{(?:[^{}]|\{[^{}]*\})*\}"
 TIMES = r" ?(?:/|\\cdot|\\times|\*) ?"
 UNIT = re.compile(
     rf"(?<![\s_^\\(,])(?: ?{WORD}| ?\\frac\{{{WORD}\}}\{{{WORD}{POWER}\}}| (?:{UNITS}|[A-Za-z]{{3,}})"
-    r"|(?<=[\d}])(?:[mcdk]m|kg|[\u4e00-\u9fff]+|[A-Za-z]{4,}))"
-    rf"(?![A-Za-z]){POWER}(?:(?:(?:{TIMES}| )[A-Za-z]+(?![A-Za-z])|(?:{TIMES}| ?){WORD}){POWER})*[ .]*\Z"
+    r"|(?<=[\d}])(?:[mcdk]m|kg|\\Omega|\\mu ?m|[\u4e00-\u9fff]+|[A-Za-z]{4,}))"
+    rf"(?![A-Za-z])\.?{POWER}(?:(?:(?:{TIMES}| )[A-Za-z]+(?![A-Za-z])|(?:{TIMES}| ?){WORD}){POWER})*[ .]*\Z"
 )
-NO_UNIT = set("hundred thousand million billion trillion dozen am pm and or not e i is if base mod".split())
+NO_UNIT = re.compile(  # with the hanzi for 10^4, 10^8, 100 and 1000
+    r"[\d=\u4e07\u4ebf\u767e]|\u5343(?![\u7c73\u514b\u74e6])|(?<![^\W\d])(?:hundred|thousand|[mb]illion|trillion|dozen|and|or"
+    r"|[ap]m|not|[ei]|is|if|base|mod|half|more|less|squared|cubed)(?![^\W\d])", re.IGNORECASE
+)  # fmt: skip
 
 
-def presentation_free(text: str) -> str:
-    """Return `text` in one spelling, without fonts, spacing, units, currencies and percent signs."""
+def presentation_free(text: str) -> tuple[str, str]:
+    """Return `text` in one spelling, without fonts, spacing, units, currencies and percent signs, and its unit."""
     if not text.isascii():
         text = "".join(c for c in text if unicodedata.category(c) not in ("Sc", "Cf") or c == "$").translate(CHARACTERS)
-        text = re.sub(
-            "[\u00bc-\u00be\u2150-\u215e]", lambda m: re.sub("(.*)/(.*)", r"\\frac{\1}{\2}", _ascii(m[0])), text
-        )
-        text = re.sub("[\u2070-\u207f\u00b2\u00b3\u00b9]+", lambda m: f"^{{{_ascii(m[0])}}}", text)
-        text = re.sub("[\u2080-\u208e]+", lambda m: f"_{{{_ascii(m[0])}}}", text)
+        for digits, form in NUMERALS.items():
+            text = re.sub(digits, lambda m, form=form: form.format(*_ascii(m[0]).split("/")), text)
         text = re.sub("[\u0391-\u03c9]", lambda m: _greek(m[0]), _ascii(text))
     for pattern, new in DRESS:
         text = pattern.sub(new, text)
     inside = TRIGONOMETRY.search(text)
     text = DEGREES.sub(lambda m: r"^{\circ}" if inside and not m[1] else "", text)
-    text = without_unit(text.rstrip(" .,").strip())
-    text = re.sub(WORD, lambda m: m[0][6:-1], text)
-    return with_braces(re.sub(" +", " ", text)).rstrip(" .,;").strip()
+    text = text.rstrip(" .,").strip()
+    value = without_unit(text)
+    unit = text.removeprefix(value)
+    value = re.sub(WORD, lambda m: m[0][6:-1], value)
+    return with_braces(re.sub(" +", " ", value)).rstrip(" .,;").strip(), unit
+
+
+QUANTITIES = [  # units of one line are different amounts of one quantity
+    "mm|millimet(?:er|re) cm|centimet(?:er|re) dm|decimet(?:er|re) m|met(?:er|re) km|kilomet(?:er|re)"
+    " in|inch|inches ft|foot|feet yd|yard mi|mile", "mg|milligram g|gram kg|kilogram oz|ounce lb|pound ton",
+    "s|sec|second min|minute h|hr|hour day week month year", "2 3", "cent dollar",
+    "ml|millilit(?:er|re) l|lit(?:er|re)",
+]  # fmt: skip
+
+
+def contradict(unit: str, other: str) -> bool:
+    """True for "cm" and "m", "km/h" and "m/s", "cm^2" and "cm^3": the same number in them is another amount."""
+
+    def amounts(text: str) -> list[tuple]:
+        units = [(i, unit) for i, row in enumerate(QUANTITIES) for unit in row.split()]
+        words = re.findall(r"[a-z]+|\d", text.lower())
+        return [unit for word in words for unit in units if re.fullmatch(f"({unit[1]})s?", word)]
+
+    left, right = amounts(unit), amounts(other)
+    return left != right and [i for i, _ in left] == [i for i, _ in right]
 
 
 def _ascii(text: str) -> str:
@@ -132,20 +170,14 @@ def without_unit(text: str) -> str:
     if unit is None:
         return text
     before = re.sub(r"\\[A-Za-z]+", "", text[: unit.start()])
-    words = re.sub(r"\^ ?\{? ?-?\d|\\\w+", " ", unit[0]).replace(".", "")
+    words = re.sub(r"\^ ?\{? ?-?\d|\\(?!and|or)\w+", " ", unit[0]).replace(".", "")
     plain = "\\text" not in unit[0] and re.search("[A-Za-z]", before[before.rfind("=") + 1 :])
-    changes = re.search(r"[\d=\u4e07\u4ebf\u5343\u767e]", words) or NO_UNIT & set(
-        re.findall(r"[^\W\d]+", words.lower())
-    )
-    return text if plain or changes or not re.search(r"\d", before) else text[: unit.start()]
+    return text if plain or NO_UNIT.search(words) or not re.search(r"\d", before) else text[: unit.start()]
 
 
-COMMAND = re.compile(
-    r"\\(frac|binom)(?![A-Za-z])|\\(?:sqrt(?:\[[^\]]*\])?|pmod)(?![A-Za-z])|\^ ?(?=\\(?:frac|sqrt|pi|theta))"
-)
-ARGUMENT = re.compile(
-    rf" ?(?:{BRACED}|(?:\\(?:frac|binom){BRACED}{BRACED}|\\sqrt(?:\[[^\]]*\])?{BRACED}|\\[A-Za-z]+|[^\s{{}}\\]))"
-)
+ROOT = r"\\sqrt(?:\[[^\]]*\])?"
+COMMAND = re.compile(rf"(?:\\(frac|binom)|{ROOT}|\\pmod)(?![A-Za-z])|\^ ?(?=\\(?:frac|sqrt|pi|theta))")
+ARGUMENT = re.compile(rf" ?(?:{BRACED}|\\(?:frac|binom){BRACED}{BRACED}|{ROOT}{BRACED}|\\[A-Za-z]+|[^\s{{}}\\])")
 
 
 def with_braces(text: str) -> str:
@@ -163,13 +195,13 @@ def with_braces(text: str) -> str:
 
 # --- what an answer is at first sight: words, options, a time, a list
 
-LETTER = r"(?:\([A-J]\)|[A-J])"
+LETTER = r"(?:[(\[][A-J][)\]]|[A-J])"
 CHOICE = re.compile(
     r"(?i:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?:? )?"
     rf"(?:({LETTER})[.:]?|(\([A-J]\)|[A-J](?:\)| ?:|\.)) ?(?![,;(]|\\and|\\or).*"
     rf"|({LETTER}(?:(?:[,; ]|\\and)*{LETTER})+))"
 )
-TIME = re.compile(r"0?(\d{1,2}):(\d\d)(?: ?([ap])\.? ?m\.?)?", re.IGNORECASE)
+TIME = re.compile(r"0?(\d{1,2})(?::(\d\d)|(?= ?[ap]))(?: ?([ap])\.? ?m\.?)?", re.IGNORECASE)
 SEPARATOR = re.compile(r"[,;]|\\and|\\or")
 OPEN, CLOSE = ("(", "[", "{", "\\{", "\\begin"), (")", "]", "}", "\\}", "\\end")
 TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
@@ -200,7 +232,7 @@ def time_of_day(text: str) -> tuple | None:
     """Return minutes of the day where "am" or "pm" or the hour says which half; (hour, minutes) where nothing does."""
     if (found := TIME.fullmatch(text)) is None:
         return None
-    hour, minutes, half = int(found[1]), int(found[2]), (found[3] or "").lower()
+    hour, minutes, half = int(found[1]), int(found[2] or 0), (found[3] or "").lower()
     return hour % 12 + 12 * (half == "p") if half else hour if hour > 12 else -hour, minutes
 
 
@@ -229,6 +261,8 @@ def listed(text: str) -> tuple[str, list[str]]:
         parts = [each for part in parts for each in _signs(part)]
     elif "\\pm" in text:
         return "", _signs(text)
+    if parts == ["\\emptyset"] != [text]:
+        return "{{}}", parts
     return listed(inner) if kind in ("()", "{}") and len(parts) == 1 else (kind, parts)
 
 
