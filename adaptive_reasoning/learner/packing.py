@@ -208,25 +208,3 @@ def to_device(batch: MicroBatch, device) -> MicroBatch:
                 if isinstance(value, torch.Tensor):
                     part[name] = value.to(device, non_blocking=True)
     return batch
-
-
-def token_ratios(mb: MicroBatch, logprobs: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]:
-    """Return (sum, number, maximum) of the ratios exp(learner - old log-prob), and the sum of ratio - 1 - log ratio.
-
-    Over the action tokens that were not forced. The mean of the last is an estimate of KL(pi_old || pi) that is never
-    negative (k3 of Schulman's note on approximating KL divergence).
-    """
-    log_ratio = (logprobs.detach() - mb.old_logprobs)[~mb.forced]
-    ratio = log_ratio.exp()
-    largest = ratio.max() if len(ratio) else ratio.new_zeros(())
-    return ratio.sum(), len(ratio), largest, (log_ratio.expm1() - log_ratio).sum()
-
-
-def logprob_gap(mb: MicroBatch, logprobs: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
-    """Return (sum, number, maximum) of |learner - behaviour log-prob| over the action tokens that were not forced.
-
-    Sums and numbers add up over micro-batches and ranks, maxima take their maximum. On the first update after a
-    rollout this is the error of the rollout engine against the learner; 0 where there is no such token.
-    """
-    gap = (logprobs.detach() - mb.behaviour_logprobs).abs()[~mb.forced]
-    return gap.sum(), len(gap), gap.max() if len(gap) else gap.new_zeros(())
