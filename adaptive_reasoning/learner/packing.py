@@ -8,7 +8,7 @@ micro-batch, P and T prompt and response tokens of one episode.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -177,28 +177,10 @@ def pack(episodes: list[Episode], device="cpu", one_row: bool = False, last: boo
 
 def filler(device="cpu", last: bool = True) -> MicroBatch:
     """Return the micro-batch without sequences that a rank runs while others still have work."""
-    ints, floats = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-    batch = MicroBatch(
-        input_ids=torch.zeros(1, 1, dtype=torch.int64),
-        position_ids=None,
-        predict_index=ints,
-        targets=ints,
-        sequence=ints,
-        position=ints,
-        old_logprobs=floats,
-        behaviour_logprobs=floats,
-        ref_logprobs=floats,
-        forced=ints.bool(),
-        advantages=floats,
-        sequence_advantages=floats,
-        lengths=ints,
-        response_index=ints,
-        columns={},
-        episodes=[],
-        weight=0.0,
-        last=last,
-    )
-    return to_device(batch, device)
+    ids = torch.zeros(1, dtype=torch.int64)
+    silent = Episode(None, 0, ids, ids[:0], torch.zeros(0), torch.zeros(0, dtype=torch.bool), "stop")
+    mb = pack([silent], device, last=last)
+    return replace(mb, sequence_advantages=mb.advantages, lengths=mb.targets, episodes=[], weight=0.0)
 
 
 def to_device(batch: MicroBatch, device) -> MicroBatch:

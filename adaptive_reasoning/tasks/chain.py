@@ -72,6 +72,11 @@ def steps(problem: str, slip: float = 0.0, rng: np.random.Generator | None = Non
     return out
 
 
+def worked(problem: str) -> str:
+    """Return the chain worked through, one operation a line."""
+    return "\n".join(text for text, _ in steps(problem))
+
+
 def make_question(rng: np.random.Generator, operations: int, name: str) -> Question:
     """Return a random chain with the given number of operations."""
     digits = rng.integers(0, 10, operations + 1)
