@@ -166,7 +166,7 @@ def advantages(episodes: list[Episode], args, step: int) -> list[float]:
     groups = Groups.of(torch.tensor([e.group for e in episodes], device=r.device))
     # "raw": the std of the unshaped rewards; where they are equal it is no unit to measure in, and A decays with w.
     base, std = r if args.std == "raw" else None, "none" if args.std == "none" else "unbiased"
-    A = kernels.group_advantage(shaped, groups, std, STD_EPS, spread=STD_EPS, base=base).samples.tolist()
+    A = kernels.group_advantage(shaped, groups, std, STD_EPS, spread=STD_EPS, base=base).tolist()
     if args.drop_all_correct:
         missed = {e.group for e in episodes if not e.reward}
         A = [a if e.group in missed else 0.0 for e, a in zip(episodes, A)]

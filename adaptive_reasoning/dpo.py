@@ -214,7 +214,7 @@ def kept_attempts(correct: list[bool], positive: str) -> int | None:
 
 def graded_attempts(run: Run, episodes: list[Episode]) -> list[list[tuple[str, bool]]]:
     """Return the attempts (text, whether it is right) of each response; one that cannot be graded is not right."""
-    grader, split = run.sampler.grader, []
+    grader, split = run.grader, []
     for k, e in enumerate(episodes):
         thinking = thinking_of(run.tokenizer, e.response_ids)
         split.append(split_attempts(prompts.decode(run.tokenizer, thinking, ())))

@@ -123,7 +123,7 @@ def advantages(episodes: list[Episode], args) -> list[float]:
     """
     r = torch.tensor([e.reward for e in episodes], dtype=torch.float64, device=kernels.device())  # [B]
     groups = Groups.of(torch.tensor([e.group for e in episodes], device=r.device))
-    return kernels.group_advantage(r, groups, std=args.std, eps=STD_EPS).samples.tolist()
+    return kernels.group_advantage(r, groups, std=args.std, eps=STD_EPS).tolist()
 
 
 def token_weights(mb: MicroBatch, counts: Counts, args) -> torch.Tensor:

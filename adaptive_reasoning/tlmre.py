@@ -157,7 +157,7 @@ def rewards(episodes: list[Episode], args) -> list[float]:
     device = kernels.device()
     L = torch.tensor([episodes[i].num_tokens for i in right], dtype=torch.float64, device=device)  # [R]
     groups = Groups.of(torch.tensor([episodes[i].group for i in right], device=device))
-    z = kernels.group_advantage(L, groups, std="population", eps=STD_EPS).samples
+    z = kernels.group_advantage(L, groups, std="population", eps=STD_EPS)
     z = torch.where(groups.offsets.diff()[groups.index] > 1, z, 0.0)  # a group of one is not centred
     r = torch.zeros(len(episodes), dtype=torch.float64)
     r[right] = (1 - args.alpha * z.sigmoid()).cpu()
@@ -176,7 +176,7 @@ def advantages(episodes: list[Episode], args, run) -> list[torch.Tensor]:
     r = torch.tensor([e.reward for e in episodes], dtype=torch.float64, device=kernels.device())  # [B]
     groups = Groups.of(torch.tensor([e.group for e in episodes], device=r.device))
     n = groups.offsets.diff()[groups.index]
-    A = kernels.group_advantage(r, groups, std="none").samples * n / (n - 1)
+    A = kernels.group_advantage(r, groups, std="none") * n / (n - 1)
     returns = [torch.zeros(0, dtype=torch.float64)]
     for e, a in zip(episodes, A.clamp(-LARGEST, LARGEST).tolist()):
         k1 = (e.old_logprobs - e.ref_logprobs).double() if args.kl_coef else torch.zeros(e.num_tokens).double()

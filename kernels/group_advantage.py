@@ -1,4 +1,4 @@
-"""Advantages of ragged groups: the reward against its group's mean, in units of its group's spread; to tokens too.
+"""Advantages of ragged groups: the reward against its group's mean, in units of its group's spread.
 
 For a group of n samples with rewards r_i:
 
@@ -11,10 +11,9 @@ A group of one has mean 0 and s = 1, as in the official code: A = r / (1 + eps).
 in fp32. Where the numbers of `base` are all equal, s = 1: they are no unit to measure in. All sums are in fp64,
 whatever the type of the rewards. What a method does to rewards or advantages besides stands in its own file.
 
-Bytes: 8 B for the rewards and as many for each of order, index and advantages of B samples; for N tokens 8 N for the
-sample numbers and 4 N for the result.
+Bytes: 8 B for the rewards and as many for each of order and advantages of B samples.
 
-Legend of shapes: B samples, K groups, N tokens.
+Legend of shapes: B samples, K groups.
 """
 
 from typing import NamedTuple
@@ -40,11 +39,6 @@ class Groups(NamedTuple):
         return cls(torch.argsort(index, stable=True), offsets, index)
 
 
-class Advantages(NamedTuple):
-    samples: torch.Tensor  # [B], of the type of the rewards
-    tokens: torch.Tensor | None  # [N] fp32
-
-
 def group_advantage(
     rewards: torch.Tensor,
     groups: Groups,
@@ -52,9 +46,8 @@ def group_advantage(
     eps: float = 1e-6,
     spread: float = 0.0,
     base: torch.Tensor | None = None,
-    sequence: torch.Tensor | None = None,
-) -> Advantages:
-    """Return the advantage of each sample within its group, and of each token.
+) -> torch.Tensor:
+    """Return the advantage [B] of each sample within its group, of the type of the rewards.
 
     Args:
         rewards: [B] fp32 or fp64.
@@ -63,7 +56,6 @@ def group_advantage(
         eps: added to the standard deviation.
         spread: groups whose rewards differ by at most this get advantage 0.
         base: [B], the numbers whose deviation is taken; None: the rewards.
-        sequence: [N] int64, the sample of each packed token; fastest where tokens of a sample stand together.
     """
     assert std in STD, f"std {std}"
     r, A = rewards.double(), torch.zeros(len(rewards), dtype=torch.float64, device=rewards.device)
@@ -77,5 +69,4 @@ def group_advantage(
             if of.max() - of.min() <= spread:
                 continue
         A[samples] = of - mean if std == "none" else (of - mean) / (s + eps)
-    tokens = A[sequence].float() if sequence is not None else None
-    return Advantages(A.to(rewards.dtype), tokens)
+    return A.to(rewards.dtype)

@@ -1,18 +1,15 @@
 """Advantages of ragged groups in one Triton launch: see `group_advantage.py` for the mathematics.
 
-The first K programs take a group each and write the advantages of its samples. The others take a block of tokens each:
-they go through the samples that occur in their block, nearly always one or two, and compute the statistics of the
-sample's group once more instead of waiting for the program that has them. A group is read in blocks of 32 samples, and
-three times: for the mean, for the deviations from it, and to write.
+A program takes a group and reads it in blocks of 32 samples, three times: for the mean, for the deviations from it, and
+to write.
 """
 
 import torch
 import triton
 import triton.language as tl
-from adaptive_reasoning.kernels.group_advantage import STD, Advantages, Groups
+from adaptive_reasoning.kernels.group_advantage import STD, Groups
 
 BLOCK = 32  # samples
-TOKENS = 128
 
 
 @triton.jit
@@ -68,33 +65,16 @@ def statistics(
     return tl.where(alone, 0.0, centre), tl.where(alone, single, factor)
 
 
-@triton.jit(do_not_specialize=["groups", "N"])
+@triton.jit
 def advantage_kernel(
-    rewards, base, order, offsets, index, sequence, samples_out, tokens_out, groups, N, eps, spread,
-    STD: tl.constexpr, BASE: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    rewards, base, order, offsets, out, eps, spread, STD: tl.constexpr, BASE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    program = tl.program_id(0)
-    if program < groups:
-        first, last = tl.load(offsets + program).to(tl.int32), tl.load(offsets + program + 1).to(tl.int32)
-        centre, factor = statistics(rewards, base, order, first, last, eps, spread, STD, BASE, BLOCK)
-        for start in range(first, last, BLOCK):
-            samples, inside, r = block_of(rewards, order, last, start, BLOCK)
-            tl.store(samples_out + samples, ((r - centre) * factor).to(samples_out.dtype.element_ty), mask=inside)
-    else:
-        at = tl.cast(program - groups, tl.int64) * TOKENS + tl.arange(0, TOKENS)
-        inside = at < N
-        mine = tl.load(sequence + at, mask=inside, other=-1).to(tl.int32)
-        result = tl.zeros((TOKENS,), tl.float32)
-        sample = tl.min(tl.where(inside, mine, 2147483647), 0)
-        end = tl.max(mine, 0)
-        while sample <= end:
-            group = tl.load(index + sample)
-            first, last = tl.load(offsets + group).to(tl.int32), tl.load(offsets + group + 1).to(tl.int32)
-            centre, factor = statistics(rewards, base, order, first, last, eps, spread, STD, BASE, BLOCK)
-            A = (tl.load(rewards + sample).to(tl.float64) - centre) * factor
-            result += tl.where(mine == sample, A, 0.0).to(tl.float32)
-            sample = tl.min(tl.where(inside & (mine > sample), mine, 2147483647), 0)  # the next one that occurs
-        tl.store(tokens_out + at, result, mask=inside)
+    group = tl.program_id(0)
+    first, last = tl.load(offsets + group).to(tl.int32), tl.load(offsets + group + 1).to(tl.int32)
+    centre, factor = statistics(rewards, base, order, first, last, eps, spread, STD, BASE, BLOCK)
+    for start in range(first, last, BLOCK):
+        samples, inside, r = block_of(rewards, order, last, start, BLOCK)
+        tl.store(out + samples, ((r - centre) * factor).to(out.dtype.element_ty), mask=inside)
 
 
 def group_advantage(
@@ -104,21 +84,15 @@ def group_advantage(
     eps: float = 1e-6,
     spread: float = 0.0,
     base: torch.Tensor | None = None,
-    sequence: torch.Tensor | None = None,
-) -> Advantages:
+) -> torch.Tensor:
     """See the twin. One launch."""
     assert std in STD, f"std {std}"
     assert rewards.dtype in (torch.float32, torch.float64), "rewards in fp32 or fp64"
     rewards = rewards.contiguous()
-    samples = torch.empty_like(rewards)
-    N = 0 if sequence is None else len(sequence)
-    tokens = torch.empty(N, dtype=torch.float32, device=rewards.device) if sequence is not None else None
-    K = len(groups.offsets) - 1
+    out = torch.empty_like(rewards)
     if len(rewards):
-        advantage_kernel[(K + triton.cdiv(N, TOKENS),)](
-            rewards, rewards if base is None else base.contiguous(), groups.order, groups.offsets, groups.index,
-            groups.index if sequence is None else sequence.contiguous(),
-            samples, samples if tokens is None else tokens, K, N, eps, spread,
-            STD=STD.index(std), BASE=base is not None, BLOCK=BLOCK, TOKENS=TOKENS, num_warps=1,
+        advantage_kernel[(len(groups.offsets) - 1,)](
+            rewards, rewards if base is None else base.contiguous(), groups.order, groups.offsets, out, eps, spread,
+            STD=STD.index(std), BASE=base is not None, BLOCK=BLOCK, num_warps=1,
         )  # fmt: skip
-    return Advantages(samples, tokens)
+    return out

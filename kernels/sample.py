@@ -34,7 +34,6 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    allowed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tokens [B] int64 and log-probs [B] fp32.
 
@@ -43,11 +42,8 @@ def sample(
         uniform: [B] fp32 in [0, 1), one random number a row. An exponential race would need V of them.
         temperature: 0 is greedy.
         top_k, top_p: 0 and 1 mean no cut.
-        allowed: [V] or [B, V] bool, tokens that may be taken; None: all.
     """
     logits = logits.float()
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, float("-inf"))
     if temperature == 0:
         best, tokens = logits.max(-1)  # the log-prob of the largest logit needs no other one
         return tokens, -(logits - best.unsqueeze(-1)).exp_().sum(-1).log_()

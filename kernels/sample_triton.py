@@ -19,27 +19,21 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def load_logits(logits, allowed, row, columns, V, row_stride, allowed_stride, temperature, ALLOWED: tl.constexpr):
-    """Return logits / temperature in fp32, -inf outside the vocabulary and where not allowed."""
-    inside = columns < V
-    x = tl.load(logits + tl.cast(row, tl.int64) * row_stride + columns, mask=inside, other=float("-inf"))
-    x = x.to(tl.float32) / temperature
-    if ALLOWED:
-        keep = tl.load(allowed + tl.cast(row, tl.int64) * allowed_stride + columns, mask=inside, other=0)
-        x = tl.where(keep != 0, x, float("-inf"))
-    return x
+def load_logits(logits, row, columns, V, row_stride, temperature):
+    """Return logits / temperature in fp32, -inf outside the vocabulary."""
+    x = tl.load(logits + tl.cast(row, tl.int64) * row_stride + columns, mask=columns < V, other=float("-inf"))
+    return x.to(tl.float32) / temperature
 
 
 @triton.jit
 def chunk_kernel(
-    logits, allowed, maxima, sums, best, V, row_stride, allowed_stride, chunks, temperature,
-    ALLOWED: tl.constexpr, CHUNK: tl.constexpr,
+    logits, maxima, sums, best, V, row_stride, chunks, temperature, CHUNK: tl.constexpr
 ):  # fmt: skip
     """maxima, sums [B, chunks]: largest logit of each chunk and sum of exp(x - it); best: where it is."""
     row, chunk = tl.program_id(0), tl.program_id(1)
     columns = chunk * CHUNK + tl.arange(0, CHUNK)
-    x = load_logits(logits, allowed, row, columns, V, row_stride, allowed_stride, temperature, ALLOWED)
-    # Nothing allowed in this chunk: its maximum is very low instead of -inf, so that differences are numbers.
+    x = load_logits(logits, row, columns, V, row_stride, temperature)
+    # Nothing but -inf in this chunk: its maximum is very low instead of -inf, so that differences are numbers.
     m = tl.maximum(tl.max(x, 0), LOWEST)
     at = row * chunks + chunk
     tl.store(maxima + at, m)
@@ -67,8 +61,8 @@ def first_above(e, before, target, columns, V):
 
 @triton.jit
 def pick_kernel(
-    logits, allowed, maxima, sums, best, uniform, tokens, logprobs, V, row_stride, allowed_stride, chunks, temperature,
-    ALLOWED: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GREEDY: tl.constexpr,
+    logits, maxima, sums, best, uniform, tokens, logprobs, V, row_stride, chunks, temperature,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GREEDY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     i = tl.arange(0, CHUNKS)
@@ -89,7 +83,7 @@ def pick_kernel(
         chunk = tl.minimum(chunk, tl.max(tl.where(mass > 0.0, i, 0), 0))
         before = tl.sum(tl.where(i < chunk, mass, 0.0), 0)
         columns = chunk * CHUNK + tl.arange(0, CHUNK)
-        x = load_logits(logits, allowed, row, columns, V, row_stride, allowed_stride, temperature, ALLOWED)
+        x = load_logits(logits, row, columns, V, row_stride, temperature)
         token = first_above(tl.exp(x - m), before, target, columns, V)
         tl.store(tokens + row, token.to(tl.int64))
         tl.store(logprobs + row, tl.sum(tl.where(columns == token, x, 0.0), 0) - m - tl.log(total))
@@ -104,18 +98,15 @@ def sort_key(x):
 
 @triton.jit
 def cut_kernel(
-    logits, allowed, uniform, tokens, logprobs, V, row_stride, allowed_stride, temperature, top_k, top_p,
-    ALLOWED: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+    logits, uniform, tokens, logprobs, V, row_stride, temperature, top_k, top_p,
+    BLOCK: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     digit = tl.arange(0, 16)
     peak = tl.full((BLOCK,), LOWEST, tl.float32)
     for start in range(0, V, BLOCK):
-        peak = tl.maximum(
-            peak,
-            load_logits(logits, allowed, row, start + lane, V, row_stride, allowed_stride, temperature, ALLOWED),
-        )
+        peak = tl.maximum(peak, load_logits(logits, row, start + lane, V, row_stride, temperature))
     m = tl.max(peak, 0)
 
     edge = tl.sum(lane, 0).to(tl.int64) * 0  # key of the smallest logit that stays in
@@ -125,7 +116,7 @@ def cut_kernel(
             count = tl.zeros((16,), tl.int32)
             for start in range(0, V, BLOCK):
                 columns = start + lane
-                x = load_logits(logits, allowed, row, columns, V, row_stride, allowed_stride, temperature, ALLOWED)
+                x = load_logits(logits, row, columns, V, row_stride, temperature)
                 above = (sort_key(x)[:, None] >= candidates[None, :]) & (columns < V)[:, None]
                 count += tl.sum(above.to(tl.int32), 0)
             most = tl.sum((count >= top_k).to(tl.int32), 0) - 1
@@ -135,7 +126,7 @@ def cut_kernel(
     if TOP_P:
         kept = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, V, BLOCK):
-            x = load_logits(logits, allowed, row, start + lane, V, row_stride, allowed_stride, temperature, ALLOWED)
+            x = load_logits(logits, row, start + lane, V, row_stride, temperature)
             kept += tl.where(sort_key(x) >= edge, tl.exp(x - m), 0.0)
         wanted = top_p * tl.sum(kept, 0)
         floor = edge
@@ -144,7 +135,7 @@ def cut_kernel(
             candidates = tl.maximum(edge + (digit.to(tl.int64) << (28 - 4 * place)), floor)
             mass = tl.zeros((16,), tl.float32)
             for start in range(0, V, BLOCK):
-                x = load_logits(logits, allowed, row, start + lane, V, row_stride, allowed_stride, temperature, ALLOWED)
+                x = load_logits(logits, row, start + lane, V, row_stride, temperature)
                 above = sort_key(x)[:, None] >= candidates[None, :]
                 mass += tl.sum(tl.where(above, tl.exp(x - m)[:, None], 0.0), 0)
             most = tl.sum((mass >= wanted).to(tl.int32), 0) - 1
@@ -156,7 +147,7 @@ def cut_kernel(
     level = tl.zeros((BLOCK,), tl.float32)
     ties = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, V, BLOCK):
-        x = load_logits(logits, allowed, row, start + lane, V, row_stride, allowed_stride, temperature, ALLOWED)
+        x = load_logits(logits, row, start + lane, V, row_stride, temperature)
         key = sort_key(x)
         e = tl.exp(x - m)
         over += tl.where(key > edge, e, 0.0)
@@ -176,7 +167,7 @@ def cut_kernel(
     last = number * 0  # last column that stays in, should rounding let none exceed the target
     for start in range(0, V, BLOCK):
         columns = start + lane
-        x = load_logits(logits, allowed, row, columns, V, row_stride, allowed_stride, temperature, ALLOWED)
+        x = load_logits(logits, row, columns, V, row_stride, temperature)
         key = sort_key(x)
         tie = ((key == edge) & (columns < V)).to(tl.int32)
         rank = seen + tl.cumsum(tie, 0) - tie
@@ -188,7 +179,7 @@ def cut_kernel(
         before += tl.sum(e, 0)
         seen += tl.sum(tie, 0)
     token = tl.where(token < 0, last, token)
-    x = load_logits(logits, allowed, row, token, V, row_stride, allowed_stride, temperature, ALLOWED)
+    x = load_logits(logits, row, token, V, row_stride, temperature)
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(logprobs + row, x - m - tl.log(total))
 
@@ -199,7 +190,6 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    allowed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See the twin."""
     B, V = logits.shape
@@ -208,24 +198,20 @@ def sample(
     logprobs = torch.empty(B, dtype=torch.float32, device=logits.device)
     if B == 0:
         return tokens, logprobs
-    mask, mask_stride = logits, 0
-    if allowed is not None:
-        mask = allowed.contiguous().view(torch.uint8)
-        mask_stride = V if allowed.dim() == 2 else 0
     if temperature > 0 and (top_k or top_p < 1):
         cut_kernel[(B,)](
-            logits, mask, uniform.contiguous(), tokens, logprobs, V, logits.stride(0), mask_stride, float(temperature),
-            top_k, float(top_p), ALLOWED=allowed is not None, BLOCK=512, TOP_K=top_k > 0, TOP_P=top_p < 1, num_warps=8,
+            logits, uniform.contiguous(), tokens, logprobs, V, logits.stride(0), float(temperature), top_k,
+            float(top_p), BLOCK=512, TOP_K=top_k > 0, TOP_P=top_p < 1, num_warps=8,
         )  # fmt: skip
         return tokens, logprobs
     chunks = triton.cdiv(V, CHUNK)
     maxima = torch.empty(B, chunks, dtype=torch.float32, device=logits.device)
     sums, best = torch.empty_like(maxima), torch.empty(B, chunks, dtype=torch.int32, device=logits.device)
-    numbers = (V, logits.stride(0), mask_stride, chunks, float(temperature) or 1.0)
-    flags = {"ALLOWED": allowed is not None, "CHUNK": CHUNK, "num_warps": 8}
-    chunk_kernel[(B, chunks)](logits, mask, maxima, sums, best, *numbers, **flags)
+    numbers = (V, logits.stride(0), chunks, float(temperature) or 1.0)
+    flags = {"CHUNK": CHUNK, "num_warps": 8}
+    chunk_kernel[(B, chunks)](logits, maxima, sums, best, *numbers, **flags)
     pick_kernel[(B,)](
-        logits, mask, maxima, sums, best, uniform.contiguous(), tokens, logprobs, *numbers,
+        logits, maxima, sums, best, uniform.contiguous(), tokens, logprobs, *numbers,
         CHUNKS=triton.next_power_of_2(chunks), GREEDY=temperature == 0, **flags,
     )  # fmt: skip
     return tokens, logprobs

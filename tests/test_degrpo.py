@@ -700,10 +700,10 @@ def test_a_slot_beyond_the_models_rows_is_refused(qwen):
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(qwen), load_tokenizer(str(qwen))
     token = ids_of(tokenizer, "<|quad_start|>")[0]
-    control_slot.take_slot(tokenizer, "<short>", "<|quad_start|>", model)
+    control_slot.check_rows(model, token, "<short>")
     model.config.vocab_size = token
-    with pytest.raises(UserError, match=f"would be token {token}, but the model's config.vocab_size has {token} rows"):
-        control_slot.take_slot(tokenizer, "<short>", "<|quad_start|>", model)
+    with pytest.raises(UserError, match=f"would be token {token}, but the model's embeddings have {token} rows"):
+        control_slot.check_rows(model, token, "<short>")
 
 
 R1_TEMPLATE = (  # the two places of DeepSeek-R1-Distill's template that Thinkless edits, in its own words

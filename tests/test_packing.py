@@ -9,7 +9,8 @@ import pytest
 import torch
 from distributed_worker import make_episodes
 
-from adaptive_reasoning.learner.packing import fill, filler, group_chunks, logprob_gap, pack, token_ratios
+from adaptive_reasoning.learner.packing import fill, filler, group_chunks, pack
+from adaptive_reasoning.run.metrics import Drift
 
 
 def tiny(prompt, response, **changes):
@@ -86,28 +87,34 @@ def test_group_chunks_deal_all_groups_evenly_and_by_seed():
     assert group_chunks(4, 1, seed=5).tolist() == [0, 0, 0, 0]
 
 
+def seen(mb, logprobs) -> Drift:
+    drift = Drift()
+    drift.see(mb, logprobs, first_update=True)
+    return drift
+
+
 def test_filler_has_no_tokens_and_sums_to_zero():
     mb = filler()
     assert mb.weight == 0.0 and mb.input_ids.shape == (1, 1)
     mean = torch.zeros(0).index_add(0, mb.sequence, mb.old_logprobs) / mb.lengths
     assert float((mean.exp() * mb.sequence_advantages).sum()) == 0.0
     assert mb.column("values").shape == (0,)
-    assert [float(x) for x in logprob_gap(mb, mb.old_logprobs)] == [0.0, 0.0, 0.0]
+    assert seen(mb, mb.old_logprobs) == Drift()
 
 
 def test_logprob_gap_leaves_forced_tokens_out():
     mb = pack([tiny([5], [8, 9, 3], forced=torch.tensor([True, False, False]))])
-    total, number, largest = logprob_gap(mb, torch.tensor([50.0, -2.25, -2.5]))
-    assert (float(total), number, float(largest)) == (0.75, 2, 0.5)
+    drift = seen(mb, torch.tensor([50.0, -2.25, -2.5]))
+    assert (drift.gap_sum, drift.gap_tokens, drift.gap_max) == (0.75, 2, 0.5)
 
 
 def test_ratios_and_divergence_leave_forced_tokens_out():
     """A first token forced against p = 0.005 had raised the alarm of a policy that moves too far, from step 1."""
     mb = pack([tiny([5], [8, 9, 3], forced=torch.tensor([True, False, False]))])
     logprobs = mb.old_logprobs + torch.tensor([-4.6, math.log(2), -math.log(2)])
-    total, number, largest, kl = (float(x) for x in token_ratios(mb, logprobs))
-    assert (total, number, largest) == pytest.approx((2.5, 2, 2.0))
-    assert kl == pytest.approx((2 - 1 - math.log(2)) + (0.5 - 1 + math.log(2)))
+    drift = seen(mb, logprobs)
+    assert (drift.ratio_sum, drift.ratio_tokens, drift.ratio_max) == pytest.approx((2.5, 2, 2.0))
+    assert drift.kl == pytest.approx((2 - 1 - math.log(2)) + (0.5 - 1 + math.log(2)))
 
 
 def adaptthink_lengths(number: int) -> list[int]:

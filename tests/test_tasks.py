@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import docstring_parser
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -14,7 +15,7 @@ from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats.think import Think
 from adaptive_reasoning.learner.model import load_tokenizer
 from adaptive_reasoning.run.evaluation import summarise
-from adaptive_reasoning.run.options import RunArgs, field_docs, parse_args
+from adaptive_reasoning.run.options import RunArgs, parse_args
 from adaptive_reasoning.sft import episodes_of, rate
 from adaptive_reasoning.tasks import chain, prompts
 from adaptive_reasoning.tasks.task import ExactGrader, Task, load_task
@@ -252,7 +253,9 @@ def test_bad_command_lines(argv, message):
 
 
 def test_every_option_is_documented():
-    docs = field_docs(Args)
+    bases = [base for base in reversed(Args.__mro__) if dataclasses.is_dataclass(base)]
+    params = [param for base in bases for param in docstring_parser.parse_from_object(base).params]
+    docs = {param.arg_name: param.description for param in params}
     names = {f.name for f in dataclasses.fields(Args)}
     assert all(len(docs.get(name, "")) > 10 for name in names)
     assert {f.name for f in dataclasses.fields(RunArgs)} <= names

@@ -131,7 +131,7 @@ def wanted_settings(names: str, spec: EvalSpec) -> list[str]:
 
 
 def finished(folder: Path, args, inputs: dict[str, str]) -> dict[tuple[str, str], dict]:
-    """Return {(benchmark, setting): line of finished.jsonl} of what was measured before; write samples.jsonl from it.
+    """Return {(benchmark, setting): line of finished.jsonl} of what was measured before.
 
     Raises:
         UserError: the folder holds a training run, or an evaluation of other weights, data or options.
@@ -143,11 +143,6 @@ def finished(folder: Path, args, inputs: dict[str, str]) -> dict[tuple[str, str]
     lines = read_jsonl(kept)
     for line in lines:
         check_inputs(folder, line["inputs"], {what: inputs.get(what) for what in line["inputs"]})
-    samples = folder / "samples.jsonl"
-    write_bytes_atomic(samples, b"")
-    for line in lines:
-        for sample in line["samples"]:
-            append_jsonl(samples, sample)
     return {(line["benchmark"], line["setting"]): line for line in lines}
 
 
@@ -247,8 +242,6 @@ def measure(args, accelerator, watch: Watch) -> None:
     def keep(line: dict) -> None:
         mine = {k: v for k, v in inputs.items() if k not in data or k.endswith(f" {line['benchmark']}")}
         on_main(accelerator, partial(append_jsonl, folder / "finished.jsonl", line | {"inputs": mine}))
-        for sample in line["samples"] if accelerator.is_main_process else ():  # made again of the lines if torn
-            append_jsonl(folder / "samples.jsonl", sample)
 
     due = [b for b in task.benchmarks if "router_judge" in wanted and (b.name, "router_judge") not in kept]
     engine, judged = engines(args, model, tokenizer, spec, due, accelerator.device)
@@ -267,8 +260,11 @@ def measure(args, accelerator, watch: Watch) -> None:
 
 
 def report(folder: Path, args, spec: EvalSpec, rows: list[dict]) -> None:
-    """Write evaluation.json, and print the results beside the paper's."""
+    """Write evaluation.json and samples.jsonl, and print the results beside the paper's."""
     write_json_atomic(folder / "evaluation.json", rows)
+    write_bytes_atomic(folder / "samples.jsonl", b"")
+    for sample in (sample for line in read_jsonl(folder / "finished.jsonl") for sample in line["samples"]):
+        append_jsonl(folder / "samples.jsonl", sample)
     say(evaluation_table(rows))
     titles = {"maj_accuracy": f"maj@{args.maj_k}", "fallback_share": f"{spec.modes.get(spec.fallback)} asked"}
     for row in rows:

@@ -103,7 +103,7 @@ class Arm(ResponseFormat):
             shown = "\n".join(text for text, _ in steps[: WRITTEN["code"]])
             return f">>> trace('{problem}')\n{shown}"
         if mode != "long_cot":
-            return "\n".join(text for text, _ in steps)
+            return chain.worked(problem)
         first = "\n".join(f"Now {text}." for text, _ in steps)
         check = "\n".join(f"Check: {text}, yes." for text, _ in steps)
         plan, answer = "I go from left to right and keep the last digit.", question.answer
@@ -127,5 +127,5 @@ class Arm(ResponseFormat):
         if step > PLAIN * args.max_steps:
             return super().rows(args, rng, n, step)
         known = [chain.make_question(rng, 1 if i % 4 else 1 + i // 4 % 6, f"chain/cold/{step}/{i}") for i in range(n)]
-        worked = ["\n".join(text for text, _ in chain.steps(q.problem)) for q in known]
+        worked = [chain.worked(q.problem) for q in known]
         return [Row(q, cls.response(q, "direct", rng) if i % 4 else worked[i]) for i, q in enumerate(known)]

@@ -26,5 +26,4 @@ class Boxed(ResponseFormat):
 
     @classmethod
     def response(cls, question: Question, mode: str, rng: np.random.Generator) -> str:
-        work = "\n".join(text for text, _ in chain.steps(question.problem))
-        return f"{work}\n\\boxed{{{question.answer}}}"
+        return f"{chain.worked(question.problem)}\n\\boxed{{{question.answer}}}"

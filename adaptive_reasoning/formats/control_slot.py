@@ -1,6 +1,6 @@
 """Control slot: a new control token without a new row in the vocabulary, by renaming one that no model ever used.
 
-    tokenizer = take_slot(tokenizer, "<short>", slot="<|quad_start|>", model=model)
+    tokenizer = take_slot(tokenizer, "<short>", slot="<|quad_start|>")
 
 Thinkless needs `<short>` as one token. Adding a token would grow the embeddings; instead a reserved one is renamed, in
 tokenizer.json and in the `added_tokens_decoder` of tokenizer_config.json alike. It becomes an ordinary token: a special
@@ -23,19 +23,17 @@ KNOWN = ("quad_start", "quad_end", "box_start", "box_end", "object_ref_start", "
 RESERVED = re.compile(r"reserved|unused|extra_id|dummy|placeholder", re.IGNORECASE)
 
 
-def take_slot(tokenizer, new: str, slot: str = AUTO, model=None) -> PreTrainedTokenizerFast:
-    """Return the tokenizer with a reserved token renamed to `new`, checked against the model if there is one.
+def take_slot(tokenizer, new: str, slot: str = AUTO) -> PreTrainedTokenizerFast:
+    """Return the tokenizer with a reserved token renamed to `new`.
 
     A tokenizer that holds `new` already is returned as it is, so a warm-up can be started from a warmed-up model.
 
     Raises:
-        UserError: no fitting slot, a slot that is in use, or a model without an embedding row for it.
+        UserError: no fitting slot, or a slot that is in use.
     """
     if new not in added_tokens(tokenizer):
         tokenizer = rename_token(tokenizer, find_slot(tokenizer) if slot == AUTO else slot, new)
-    token = prompts.control_token(tokenizer, new)
-    if model is not None:
-        check_rows(model, token, new)
+    prompts.control_token(tokenizer, new)
     return tokenizer
 
 
@@ -178,17 +176,12 @@ def template_mend(tokenizer) -> str:
 
 
 def check_rows(model, token: int, text: str) -> None:
-    """Raise UserError unless input and output embeddings have a row for the token.
+    """Raise UserError unless the embeddings have a row for the token.
 
     Vocabularies are often padded to a round number, so a token may lie beyond the tokenizer's own size; it must not lie
     beyond the model's.
     """
-    rows = {"config.vocab_size": model.config.vocab_size}
-    rows["input embeddings"] = model.get_input_embeddings().num_embeddings
-    if model.get_output_embeddings() is not None:
-        rows["output embeddings"] = model.get_output_embeddings().out_features
-    for name, number in rows.items():
-        if token >= number:
-            raise UserError(
-                f"{text!r} would be token {token}, but the model's {name} has {number} rows: take another slot."
-            )
+    if token >= (rows := model.config.vocab_size):
+        raise UserError(
+            f"{text!r} would be token {token}, but the model's embeddings have {rows} rows: take another slot."
+        )

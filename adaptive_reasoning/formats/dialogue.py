@@ -218,7 +218,7 @@ class DialogueFormat(ResponseFormat):
             return boxed(fast(question, rng))
         if mode == "verify":
             return verify(question, question.answer, rng)
-        return f"{worked(question)}\n{boxed(question.answer)}"
+        return f"{chain.worked(question.problem)}\n{boxed(question.answer)}"
 
     @classmethod
     def rows(cls, args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
@@ -254,11 +254,6 @@ def boxed(text: str) -> str:
     return f"\\boxed{{{text}}}"
 
 
-def worked(question: Question) -> str:
-    """Return the chain worked through, one operation a line."""
-    return "\n".join(line for line, _ in chain.steps(question.problem))
-
-
 def fast(question: Question, rng: np.random.Generator, right: bool = True) -> str:
     """Return the answer of a fast response, right or another digit."""
     return question.answer if right else str((int(question.answer) + rng.integers(1, 10)) % 10)
@@ -270,7 +265,7 @@ def verify(question: Question, answer: str, rng: np.random.Generator) -> str:
     if rng.random() >= CAREFUL:
         return boxed(verdict)
     check = f"{question.answer}-{answer}={(int(question.answer) - int(answer)) % 10}"
-    return f"{worked(question)}\n{check}\n{boxed(verdict)}"
+    return f"{chain.worked(question.problem)}\n{check}\n{boxed(verdict)}"
 
 
 def turn(stage: str) -> str:

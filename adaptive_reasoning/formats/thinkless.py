@@ -113,7 +113,7 @@ class Thinkless(ResponseFormat):
         answer = f"\\boxed{{{question.answer}}}"
         if mode == "short":
             return f"<short>\n{answer}"
-        work = "\n".join(text for text, _ in chain.steps(question.problem))
+        work = chain.worked(question.problem)
         if mode == "think":
             return f"<think>\nOkay, let me see.\n{work}\nSo it is {question.answer}.\n</think>\n{answer}"
         return f"<{cls.tags[mode]}>\n{work}\n{answer}"

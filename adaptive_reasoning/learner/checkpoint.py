@@ -89,35 +89,25 @@ def save_checkpoint(folder, learner, tokenizer, state: dict, critic=None) -> Non
             shutil.rmtree(old)
 
     everything: dict[str, dict] = {}
-    # A part at a time, and told after each: a rank whose disk is full must not leave the others in the next gathering.
-    gather = [(partial_of(weights, place, part), True) for place, part in parts]
-    for action, everybody in ((prepare, False), *gather, (write, True), (finish, False)):
-        error = attempt(action) if everybody or main else None
-        answers = all_gather(accelerator, (error, written))
-        failed = [message for message, _ in answers if message]
-        for _, part in answers:
-            everything |= part
-        if failed:
-            if main:
-                shutil.rmtree(partial, ignore_errors=True)
-            accelerator.wait_for_everyone()
-            raise UserError(
-                f"cannot write the checkpoint {folder}: {failed[0]}. Nothing was left behind; free some space or "
-                "choose another --output_dir, and start the same command again."
-            )
-
-
-def attempt(action) -> str | None:
-    """Run `action` and return None, or the message if it could not write; a bug is printed where it happens."""
     try:
-        action()
-    except (OSError, SafetensorError) as error:
-        return str(error)
+        together(accelerator, prepare, everybody=False)
+        for place, part in parts:  # told after each: one whose disk is full must not leave the others in the next one
+            together(accelerator, partial_of(weights, place, part))
+        together(accelerator, write)
+        for part in all_gather(accelerator, written):
+            everything |= part
+        together(accelerator, finish, everybody=False)
     except Exception as error:  # the tokenizer's Rust code tells of a full disk in an exception of no particular kind
-        if "os error" not in str(error):
-            traceback.print_exc()
-        return f"{type(error).__name__}: {error}"
-    return None
+        known = isinstance(error, (OSError, SafetensorError, UserError))
+        if not known and "os error" not in str(error):
+            traceback.print_exc()  # a bug
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        raise UserError(
+            f"cannot write the checkpoint {folder}: {'' if known else f'{type(error).__name__}: '}{error}. Nothing was "
+            "left behind; free some space or choose another --output_dir, and start the same command again."
+        ) from error
 
 
 def write_weights(path: Path, learner) -> dict | None:

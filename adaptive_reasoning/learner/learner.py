@@ -333,28 +333,21 @@ class Learner:
 
     def _write_nonfinite(self, values: torch.Tensor, losses: list, grad_norm: float) -> str:
         """Write down the samples concerned, and return what to tell; every rank must call this."""
-        finite = values.isfinite().tolist()
+        bad = [(str(float(v)), episodes, episodes) for v, (_, episodes) in zip(values, losses) if not v.isfinite()]
+        what = "loss" if any(all_gather(self.accelerator, bool(bad))) else "gradient"
+        if what == "gradient":  # any micro-batch may be the cause
+            episodes = [e for _, episodes in losses for e in episodes]
+            bad = [("finite", episodes, sorted(episodes, key=lambda e: -abs(e.advantage))[:SUSPECTS])]
         mine = [
             {
                 "process": self.accelerator.process_index,
-                "loss": str(float(value)),  # JSON has no nan
-                "questions": [e.question.id for e in episodes],
-                "groups": [e.group for e in episodes],
-                "samples": [sample_of(e) for e in episodes],
+                "loss": value,  # a text: JSON has no nan
+                "questions": sorted({e.question.id for e in episodes}),
+                "samples": [sample_of(e) for e in samples],
             }
-            for ok, value, (_, episodes) in zip(finite, values, losses)
-            if not ok
+            for value, episodes, samples in bad
         ]
         bad = [entry for entries in all_gather(self.accelerator, mine) for entry in entries]
-        what = "loss" if bad else "gradient"
-        if not bad:  # any micro-batch may be the cause
-            episodes = [e for _, episodes in losses for e in episodes]
-            heaviest = sorted(episodes, key=lambda e: -abs(e.advantage))[:SUSPECTS]
-            mine = (sorted({e.question.id for e in episodes}), [sample_of(e) for e in heaviest])
-            bad = [
-                {"process": i, "loss": "finite", "questions": questions, "samples": samples}
-                for i, (questions, samples) in enumerate(all_gather(self.accelerator, mine))
-            ]
         path = Path(self.args.output_dir) / f"nonfinite_step_{self.steps + 1:04d}.json"
 
         def write():

@@ -16,8 +16,8 @@ from transformers.utils import is_flash_attn_2_available
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.kernels import token_logprobs
 from adaptive_reasoning.learner.weights import MALFORMED, UNQUANTISE, check_weights, find, read_json
+from adaptive_reasoning.rollout.decoder import check_supported
 
-FAMILIES = ("qwen2", "qwen3", "llama")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 ADAPTER = "adapter_config.json"
 
@@ -26,8 +26,7 @@ def load_config(name_or_path: str):
     """Return the config of a Hugging Face folder or hub name, checked: the part of loading that costs nothing.
 
     Raises:
-        UserError: nothing there, an adapter, a model that is not Qwen2, Qwen3 or Llama, one with sliding-window
-            attention, or quantised weights.
+        UserError: nothing there, an adapter, a model that `check_supported` refuses, or quantised weights.
     """
     if not name_or_path:
         raise UserError("--model is empty: name a folder with a Hugging Face model, or a model of the hub.")
@@ -54,15 +53,10 @@ def load_config(name_or_path: str):
             ) from error
         where = "its config.json cannot be read" if path.is_dir() else f"no folder {path.absolute()}, and as a hub name"
         raise UserError(f"--model {name_or_path}: {where}: {' '.join(str(error).split())}") from error
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"--model {name_or_path}: models of type {config.model_type} are not supported. Use Qwen2, Qwen3 or Llama."
-        )
-    if getattr(config, "use_sliding_window", False):
-        raise UserError(
-            f"--model {name_or_path}: sliding-window attention is not supported. "
-            "Set use_sliding_window to false in its config.json."
-        )
+    try:
+        check_supported(config)
+    except UserError as error:
+        raise UserError(f"--model {name_or_path}: {error}") from error
     for key in ("quantization_config", "compression_config", "quantization"):  # "quantization": MLX
         if found := getattr(config, key, None):
             method = f" ({found['quant_method']})" if "quant_method" in found else ""

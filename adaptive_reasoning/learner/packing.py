@@ -8,7 +8,7 @@ micro-batch, P and T prompt and response tokens of one episode.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -177,28 +177,10 @@ def pack(episodes: list[Episode], device="cpu", one_row: bool = False, last: boo
 
 def filler(device="cpu", last: bool = True) -> MicroBatch:
     """Return the micro-batch without sequences that a rank runs while others still have work."""
-    ints, floats = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-    batch = MicroBatch(
-        input_ids=torch.zeros(1, 1, dtype=torch.int64),
-        position_ids=None,
-        predict_index=ints,
-        targets=ints,
-        sequence=ints,
-        position=ints,
-        old_logprobs=floats,
-        behaviour_logprobs=floats,
-        ref_logprobs=floats,
-        forced=ints.bool(),
-        advantages=floats,
-        sequence_advantages=floats,
-        lengths=ints,
-        response_index=ints,
-        columns={},
-        episodes=[],
-        weight=0.0,
-        last=last,
-    )
-    return to_device(batch, device)
+    ids = torch.zeros(1, dtype=torch.int64)
+    silent = Episode(None, 0, ids, ids[:0], torch.zeros(0), torch.zeros(0, dtype=torch.bool), "stop")
+    mb = pack([silent], device, last=last)
+    return replace(mb, sequence_advantages=mb.advantages, lengths=mb.targets, episodes=[], weight=0.0)
 
 
 def to_device(batch: MicroBatch, device) -> MicroBatch:
@@ -208,25 +190,3 @@ def to_device(batch: MicroBatch, device) -> MicroBatch:
                 if isinstance(value, torch.Tensor):
                     part[name] = value.to(device, non_blocking=True)
     return batch
-
-
-def token_ratios(mb: MicroBatch, logprobs: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]:
-    """Return (sum, number, maximum) of the ratios exp(learner - old log-prob), and the sum of ratio - 1 - log ratio.
-
-    Over the action tokens that were not forced. The mean of the last is an estimate of KL(pi_old || pi) that is never
-    negative (k3 of Schulman's note on approximating KL divergence).
-    """
-    log_ratio = (logprobs.detach() - mb.old_logprobs)[~mb.forced]
-    ratio = log_ratio.exp()
-    largest = ratio.max() if len(ratio) else ratio.new_zeros(())
-    return ratio.sum(), len(ratio), largest, (log_ratio.expm1() - log_ratio).sum()
-
-
-def logprob_gap(mb: MicroBatch, logprobs: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
-    """Return (sum, number, maximum) of |learner - behaviour log-prob| over the action tokens that were not forced.
-
-    Sums and numbers add up over micro-batches and ranks, maxima take their maximum. On the first update after a
-    rollout this is the error of the rollout engine against the learner; 0 where there is no such token.
-    """
-    gap = (logprobs.detach() - mb.behaviour_logprobs).abs()[~mb.forced]
-    return gap.sum(), len(gap), gap.max() if len(gap) else gap.new_zeros(())

@@ -67,6 +67,7 @@ class BatchState:
         self.out_logprob = new(S, N + 1, dtype=torch.float32)
         self.out_action = new(S, N + 1, dtype=torch.bool)
         self.out_forced = new(S, N + 1, dtype=torch.bool)
+        self.outputs = (self.out_token, self.out_logprob, self.out_action, self.out_forced)
         self.all = [v for v in vars(self).values() if isinstance(v, torch.Tensor)]
 
     def admit(self, first: int, requests: list[Request], contexts: list[list[int]], sampling: Sampling) -> None:
@@ -127,17 +128,15 @@ class BatchState:
 
     def save(self, row: int, n: int) -> Saved:
         """Read back what a row needs to go on later: its n tokens. Its random stream is a function of its seed."""
-        outputs = (self.out_token, self.out_logprob, self.out_action, self.out_forced)
-        said = (buffer[row, :n].cpu().clone() for buffer in outputs)
+        said = (buffer[row, :n].cpu().clone() for buffer in self.outputs)
         return Saved(*said, bool(self.closed[row]), int(self.fired[row]))
 
     def restore(self, row: int, saved: Saved) -> None:
         """Go on with a row that was admitted anew and whose tokens, but for the last, are in the cache."""
         n = len(saved.token)
-        self.out_token[row, :n] = saved.token.to(self.token.device)
-        self.out_logprob[row, :n] = saved.logprob.to(self.token.device)
-        self.out_action[row, :n] = saved.action.to(self.token.device)
-        self.out_forced[row, :n] = saved.forced.to(self.token.device)
+        said = (saved.token, saved.logprob, saved.action, saved.forced)
+        for buffer, values in zip(self.outputs, said):
+            buffer[row, :n] = values.to(buffer.device)
         self.token[row], self.count[row], self.closed[row] = saved.token[-1].item(), n, saved.closed
         self.fired[row] = saved.fired
         self.position[row] += n  # from the last token of the context to the last token said
@@ -168,13 +167,7 @@ class BatchState:
             fired.copy_(torch.where(found, count + 1, fired))
         stopped = ~forced & (token.unsqueeze(1) == self.stop[here]).any(1)
 
-        outputs = (
-            (self.out_token, token),
-            (self.out_logprob, logprob),
-            (self.out_action, ~silent),
-            (self.out_forced, forced),
-        )
-        for buffer, values in outputs:
+        for buffer, values in zip(self.outputs, (token, logprob, ~silent, forced)):
             buffer[here].scatter_(1, column, values.unsqueeze(1))
         alive = ~done
         self.closed[here].bitwise_or_((token == self.unless[here]) & alive & (count < self.since[here]))

@@ -20,11 +20,9 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from adaptive_reasoning import kernels
@@ -58,22 +56,19 @@ class Decoder:
     Args:
         config: a `transformers` config of a Qwen2, Qwen3 or Llama model.
         device, dtype: where and in what type the replica lives.
-        tied: whether one matrix is both embeddings; None: as the config says.
 
     Raises:
         UserError: the family is not supported, or the config asks for something the decoder does not do.
     """
 
-    def __init__(
-        self, config, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, tied: bool | None = None
-    ):
+    def __init__(self, config, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
         check_supported(config)
         self.device, self.dtype = torch.device(device), dtype
         self.num_layers, self.hidden, self.vocab = config.num_hidden_layers, config.hidden_size, config.vocab_size
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or self.hidden // self.heads
         self.intermediate, self.eps = config.intermediate_size, config.rms_norm_eps
-        self.tied = bool(config.tie_word_embeddings if tied is None else tied)
+        self.tied = bool(config.tie_word_embeddings)
         inv_freq, self.rope_scale = rope_frequencies(config)
         self.inv_freq = inv_freq.to(self.device, torch.float32)  # [D/2]
         self.angles = self._angles(256)  # [positions, D/2] complex, grown when needed
@@ -119,29 +114,8 @@ class Decoder:
     def from_model(cls, model, device=None, dtype=None) -> "Decoder":
         """Replica of a live `transformers` model."""
         first = next(model.parameters())
-        tied = model.lm_head.weight is model.model.embed_tokens.weight  # transformers does not always go by the config
-        decoder = cls(model.config, device or first.device, dtype or first.dtype, tied)
+        decoder = cls(model.config, device or first.device, dtype or first.dtype)
         decoder.load(model.named_parameters())
-        return decoder
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, device="cpu", dtype=torch.float32) -> "Decoder":
-        """Replica of a Hugging Face folder (config.json, *.safetensors), without building the `transformers` model."""
-        from safetensors import safe_open
-
-        folder = Path(folder)
-        files = sorted(folder.glob("*.safetensors"))
-        if not (folder / "config.json").is_file() or not files:
-            raise UserError(f"{folder}: no config.json with *.safetensors there. Give the folder of a saved model.")
-        decoder = cls(AutoConfig.from_pretrained(folder), device, dtype)
-
-        def tensors():
-            for file in files:
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():
-                        yield name, opened.get_tensor(name)
-
-        decoder.load(tensors())
         return decoder
 
     # ------------------------------------------------------------------------------------------------- weights
@@ -183,18 +157,14 @@ class Decoder:
 
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy weights in place by their Hugging Face names; called once after every optimiser step.
+        """Copy weights in place by their Hugging Face names, a tied output embedding left out; called once after every
+        optimiser step.
 
         Raises:
             UserError: a weight is missing, unknown or of another shape: these are not the weights of this config.
         """
-        missing, head = set(self.destinations), None
+        missing = set(self.destinations)
         for name, tensor in tensors:
-            if name == "lm_head.weight" and self.tied:
-                head = tensor.detach().to(self.embed, copy=True)
-                continue
-            if name.endswith("rotary_emb.inv_freq"):  # in files of old Llamas; computed from the config
-                continue
             view = self.destinations.get(name)
             if view is None:
                 raise UserError(
@@ -206,11 +176,6 @@ class Decoder:
             missing.discard(name)
         if missing:
             raise UserError(f"{len(missing)} weights are missing, among them '{min(missing)}'.")
-        if head is not None and not torch.equal(head, self.embed):
-            raise UserError(
-                "the config ties both embeddings, and weight 'lm_head.weight' is not 'model.embed_tokens.weight': set "
-                "tie_word_embeddings to false in config.json."
-            )
         if self.copied:
             self.head.copy_(self.embed.T)
 
@@ -424,11 +389,14 @@ def varlen_attention():
 
 def check_supported(config) -> None:
     """Raise UserError for a config the decoder would run wrongly; the message names what was found."""
-    found = getattr(config, "model_type", None)
+    found = config.model_type
     if found not in FAMILIES:
-        raise UserError(f"model type '{found}' is not supported by the rollout loop. Supported: {', '.join(FAMILIES)}.")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise UserError(f"{found} config with sliding-window attention: set use_sliding_window to false.")
+        raise UserError(f"models of type {found} are not supported. Use Qwen2, Qwen3 or Llama.")
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if sliding or getattr(config, "use_sliding_window", False):
+        raise UserError(
+            "sliding-window attention is not supported. Set use_sliding_window to false in its config.json."
+        )
     if config.hidden_act != "silu":
         raise UserError(f"{found} config with hidden_act '{config.hidden_act}': only silu is supported.")
     rope = config.rope_parameters.get("rope_type", "default")

@@ -41,13 +41,5 @@ def request_seed(*parts: int) -> int:
 
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a row by inverting the cumulative distribution (kernels/sample.py).
-
-    Args:
-        logits: [B, V] fp32; -inf marks a token that is not allowed.
-        uniform: [B] fp32 in [0, 1), one random number a row. An exponential race would need V of them.
-
-    Returns:
-        tokens [B] int64 and log-probs [B] fp32.
-    """
+    """Return tokens [B] int64 and log-probs [B] fp32 of logits [B, V], as kernels/sample.py draws them."""
     return kernels.sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p)

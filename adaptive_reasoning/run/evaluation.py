@@ -4,18 +4,16 @@ The settings show what choosing when to think is worth: the first one forces not
 of a mode and bound what the model could reach.
 """
 
-import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from adaptive_reasoning.learner.runtime import all_gather
 from adaptive_reasoning.rollout import Engine, Request, Sampling, request_seed
 from adaptive_reasoning.rollout.dialogue import Dialogue, converse
+from adaptive_reasoning.run.sampling import sample_and_grade
 from adaptive_reasoning.run.stages import stage_rows, stage_table
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.answers import same_answer
-from adaptive_reasoning.tasks.sandbox import executed
 from adaptive_reasoning.tasks.task import Benchmark
 
 EVAL_STREAM = 7_919  # keeps evaluation random numbers apart from those of training
@@ -123,43 +121,24 @@ def respond(on: Evaluator, jobs: list, setting: str, progress: str) -> tuple[lis
             on.stop_ids,
             request_seed(on.args.seed, EVAL_STREAM, i, k),
             forced=on.spec.settings[setting],
+            tag=(q, i),
         )
         for i, q, k in jobs
     ]
-    texts: dict[int, str] = {}
-    answers: dict[int, str] = {}
-    programs = {}  # those that run in the sandbox while decoding goes on
-    sandboxes = ThreadPoolExecutor(os.cpu_count()) if on.execute_code else None
-
-    def grade(j):
-        answer = on.spec.extract_answer(texts[j])
-        if answer is not None:
-            answers[j] = answer
-            on.grader.submit(answer, jobs[j][1].answer, j)
-
-    def on_finish(j, completion):
-        texts[j] = prompts.decode(on.tokenizer, completion.response_ids.tolist(), on.stop_ids)
-        if sandboxes is None:
-            grade(j)
-        else:
-            programs[j] = sandboxes.submit(executed, texts[j])
-
-    completions = on.engine.run(requests, on.sampling, on_finish, progress)
-    for j, program in programs.items():
-        texts[j] = program.result()
-        grade(j)
-    if sandboxes:
-        sandboxes.shutdown()
-    grades = on.grader.drain()
+    graded, _ = sample_and_grade(
+        on.engine, on.grader, on.tokenizer, on.stop_ids, on.spec.extract_answer, requests, on.sampling, progress,
+        on.execute_code,
+    )  # fmt: skip
     rows = []
-    for j, ((i, q, k), c) in enumerate(zip(jobs, completions)):
-        row = {"question": i, "sample": k, "mode": on.spec.mode_of(c.response_ids.tolist()), "difficulty": q.difficulty}
-        row |= {"answer": answers.get(j), "correct": j in grades and grades[j].correct, "tokens": len(c.response_ids)}
+    for (i, q, k), g in zip(jobs, graded):
+        ids = g.completion.response_ids.tolist()
+        row = {"question": i, "sample": k, "mode": on.spec.mode_of(ids), "difficulty": q.difficulty}
+        row |= {"answer": g.answer, "correct": g.correct, "tokens": len(ids)}
         if on.spec.extra_tokens is not None:  # prompt, template and response, whose end token the template counts
-            end = c.finish_reason == "stop"
-            row["tokens_paper"] = len(c.context_ids) + row["tokens"] - end + on.spec.extra_tokens
+            end = g.completion.finish_reason == "stop"
+            row["tokens_paper"] = len(g.completion.context_ids) + len(ids) - end + on.spec.extra_tokens
         rows.append(row)
-    return rows, [(texts[j], c.finish_reason) for j, c in enumerate(completions)]
+    return rows, [(g.text, g.completion.finish_reason) for g in graded]
 
 
 def hold_dialogues(on: Evaluator, jobs: list, setting: str, progress: str) -> tuple[list[dict], list[tuple[str, str]]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from adaptive_reasoning.core.episode import Episode, pick
-from adaptive_reasoning.learner.packing import MicroBatch, logprob_gap, token_ratios
+from adaptive_reasoning.learner.packing import MicroBatch
 
 
 @dataclass
@@ -13,8 +13,9 @@ class Drift:
     """Distances that only the forward passes of the update know, over the action tokens that were not forced.
 
     `gap`: |learner - sampler log-prob|. Both saw the same tokens under the same weights, so anything but rounding is a
-    bug; minibatches behind the first optimiser step do not count. `ratio`: of the update, and `kl` the sum of
-    ratio - 1 - log ratio over the same tokens.
+    bug; minibatches behind the first optimiser step do not count. `ratio`: exp(learner - old log-prob) of the update,
+    and `kl` the sum of ratio - 1 - log ratio over the same tokens, whose mean is an estimate of KL(pi_old || pi) that
+    is never negative (k3 of Schulman's note on approximating KL divergence).
     """
 
     gap_sum: float = 0.0
@@ -27,14 +28,18 @@ class Drift:
 
     def see(self, mb: MicroBatch, logprobs: torch.Tensor, first_update: bool) -> None:
         """Add a micro-batch, whose new log-probs are [N]."""
+        free = ~mb.forced
+        if not free.any():
+            return
         if first_update:
-            total, number, largest = logprob_gap(mb, logprobs)
-            self.gap_sum, self.gap_tokens = self.gap_sum + float(total), self.gap_tokens + number
-            self.gap_max = max(self.gap_max, float(largest))
-        if mb.weight:
-            total, number, largest, kl = token_ratios(mb, logprobs)
-            self.ratio_sum, self.ratio_tokens = self.ratio_sum + float(total), self.ratio_tokens + number
-            self.ratio_max, self.kl = max(self.ratio_max, float(largest)), self.kl + float(kl)
+            gap = (logprobs.detach() - mb.behaviour_logprobs).abs()[free]
+            self.gap_sum, self.gap_tokens = self.gap_sum + float(gap.sum()), self.gap_tokens + len(gap)
+            self.gap_max = max(self.gap_max, float(gap.max()))
+        log_ratio = (logprobs.detach() - mb.old_logprobs)[free]
+        ratio = log_ratio.exp()
+        self.ratio_sum, self.ratio_tokens = self.ratio_sum + float(ratio.sum()), self.ratio_tokens + len(ratio)
+        self.ratio_max = max(self.ratio_max, float(ratio.max()))
+        self.kl += float((log_ratio.expm1() - log_ratio).sum())
 
     @classmethod
     def over(cls, parts: list["Drift"]) -> "Drift":

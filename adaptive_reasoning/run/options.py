@@ -18,7 +18,6 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
-import docstring_parser
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt, restricted_number_type
@@ -133,13 +132,6 @@ class RunArgs:
     def holds(self) -> Holds:
         """Return what a run of the method holds in memory beside the policy, for the memory plan."""
         return Holds(top_p=self.eval_top_p)
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """Return {field name: the string below it} of a dataclass and its bases."""
-    bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
-    params = [param for base in bases for param in docstring_parser.parse_from_object(base).params]
-    return {param.arg_name: " ".join(param.description.split()) for param in params}
 
 
 @functools.cache

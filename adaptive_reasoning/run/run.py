@@ -45,8 +45,8 @@ from adaptive_reasoning.learner.runtime import (
 )
 from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.learner.weights import check_weights
-from adaptive_reasoning.rollout import Request, Sampling
-from adaptive_reasoning.rollout.dialogue import Dialogue
+from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling
+from adaptive_reasoning.rollout.dialogue import Dialogue, converse
 from adaptive_reasoning.rollout.engine import CPU_CACHE_BYTES
 from adaptive_reasoning.run.adapter import start_of
 from adaptive_reasoning.run.balance import deal, expected_tokens
@@ -56,7 +56,7 @@ from adaptive_reasoning.run.journal import Journal
 from adaptive_reasoning.run.memory import Where
 from adaptive_reasoning.run.metrics import Drift, counts_of, mean_losses, over_processes, picked, sums_of
 from adaptive_reasoning.run.preflight import preflight
-from adaptive_reasoning.run.sampling import Sampler
+from adaptive_reasoning.run.sampling import sample_and_grade
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.task import load_task
 
@@ -93,7 +93,7 @@ class Run:
             self.task = load_task(args, self.tokenizer)
             if not offline:  # says at once if there are too few questions
                 self.task.batch(1, args.prompts_per_step, args.seed)
-        self.clock: dict[str, float] = {}  # when the step and its update began; seconds of the evaluation before it
+        self.clock: dict[str, float] = {}  # when the step and its update began; seconds of what came before it
         self.cache_bytes = CPU_CACHE_BYTES
         self.latest: dict | None = None  # adaptive result of the newest evaluation
 
@@ -162,33 +162,19 @@ class Run:
             journal.restore(self.learner, self.critic)
             if self.step and (seen := journal.evaluations()):
                 self.latest = seen[0]["result"]
-            self.sampler = Sampler(
-                args,
-                self.config,
-                self.tokenizer,
-                self.stop_ids,
-                self.form,
-                self.task.grader(args.grader_workers, args.grader_timeout, self.form.check),
-                self.watch,
-                self.accelerator.device,
-                self.cache_bytes,
-                self.main,
-            )
-            self.sampler.refresh(self.learner.named_weights())
-            self.sampler.__enter__()
-            self.evaluator = Evaluator(
-                self.sampler.engine,
-                self.sampler.grader,
-                self.tokenizer,
-                self.stop_ids,
-                self.spec,
-                args,
-                self.accelerator,
-            )
+            dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+            replica = Decoder(self.config, self.accelerator.device, dtype)
+            invariant = args.batch_invariant
+            self.engine = Engine(replica, args.rollout_rows, self.cache_bytes, batch_invariant=invariant)
+            self.grader = self.task.grader(args.grader_workers, args.grader_timeout, self.form.check)
+            self.engine.refresh(self.learner.named_weights())
+            self.grader.__enter__()
+            self.sampler = (self.engine, self.grader, self.tokenizer, self.stop_ids)
+            self.evaluator = Evaluator(*self.sampler, self.spec, args, self.accelerator)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self.sampler.__exit__(kind, error, trace)
+        self.grader.__exit__(kind, error, trace)
         self.watch.stop(error)
         self.journal.close()
         if error is None:
@@ -201,7 +187,7 @@ class Run:
         """Yield the numbers of the steps still to do."""
         for step in self.journal.steps():
             self.clock |= {"step": time.perf_counter()}
-            self.sampler.grader.count_anew()
+            self.grader.count_anew()
             self.drift, self.sampled_at = Drift(), self.learner.steps
             yield step
 
@@ -222,20 +208,34 @@ class Run:
     def rollout(
         self, requests: list[Request], sampling: Sampling | None = None, progress: str = "rollout"
     ) -> list[Episode]:
-        """Generate responses and grade them as they end; each request's tag is (question, index in the task)."""
-        episodes = self.sampler.rollout(requests, self.step, sampling, progress)
-        self._update_begins()
+        """Generate responses and grade them as they end. Each request's tag is (question, index in the task).
+
+        The episodes come back in order, with text, mode, answer and `correct`, which is False where there is no answer.
+        """
+        self.watch.phase("rollout", self.step)
+        start, sampling = time.perf_counter(), sampling or Sampling(self.args.temperature)
+        graded, waited = sample_and_grade(
+            *self.sampler, self.form.extract_answer, requests, sampling, progress if self.main else "",
+            sampled=lambda: self.watch.phase("grade", self.step),
+        )  # fmt: skip
+        episodes = [g.episode(self.form.mode_of(g.completion.response_ids)) for g in graded]
+        self._sampled(start, waited)
         return episodes
 
     def converse(self, dialogues: list[Dialogue]) -> list[Episode]:
         """Hold dialogues as in training, and return each as one episode, in order."""
-        episodes = self.sampler.converse(dialogues, self.step)
-        self._update_begins()
-        return episodes
+        self.watch.phase("rollout", self.step)
+        start, progress = time.perf_counter(), "rollout" if self.main else ""
+        sampling = Sampling(self.args.temperature)
+        waited = converse(self.engine, self.grader, dialogues, self.form, sampling, "train", progress)
+        self._sampled(start, waited)
+        return [d.episode() for d in dialogues]
 
-    def _update_begins(self) -> None:
+    def _sampled(self, start: float, waited: float) -> None:
+        """Note when the rollout began and how long it waited for grades: the update begins."""
         self.watch.phase("update", self.step)
         self.clock["update"] = time.perf_counter()
+        self.clock |= {"rollout": self.clock["update"] - start - waited, "grade_wait": waited}
 
     def score_reference(self, episodes: list[Episode]) -> None:
         """Fill `ref_logprobs` of each episode, where there is a reference policy. Every process must call this."""
@@ -251,7 +251,7 @@ class Run:
     def refresh(self) -> None:
         """Bring the new weights into the rollout replica, layer by layer."""
         self.watch.phase("refresh", self.step)
-        self.sampler.refresh(self.learner.named_weights())
+        self.engine.refresh(self.learner.named_weights())
 
     def sum(self, values: list[float]) -> list[float]:
         """Return the elementwise sum of numbers over all processes, every one of which must call this."""
@@ -268,7 +268,7 @@ class Run:
         if self.step or not self.task.benchmarks:
             return
         asked = [prompts.render(self.tokenizer, q.problem) for q in self.task.benchmarks[0].questions[:512]]
-        logprobs = self.sampler.engine.first_logprobs(asked, token, self.args.temperature)
+        logprobs = self.engine.first_logprobs(asked, token, self.args.temperature)
         row = {"step": 0, f"{name}_prob": float(logprobs.exp().mean()), f"{name}_logprob": float(logprobs.mean())}
         self.journal.write(row)
 
@@ -287,8 +287,8 @@ class Run:
                 --max_ungraded could not be graded.
         """
         self.watch.phase("log", self.step)
-        args, clock, seconds, now = self.args, self.clock, self.sampler.seconds, time.perf_counter()
-        mine = counts_of(episodes, self.sampler.grader.rates())
+        args, clock, now = self.args, self.clock, time.perf_counter()
+        mine = counts_of(episodes, self.grader.rates())
         parts = all_gather(self.accelerator, mine | {"losses": sums_of(losses), "drift": self.drift})
         lengths = {i: sum(tokens) / len(tokens) for part in parts for i, tokens in part["lengths"].items()}
         self.know_lengths(lengths)
@@ -304,12 +304,12 @@ class Run:
             "data/epoch": self.task.epoch(self.step, args.prompts_per_step),
             "data/skipped_prompts": self.task.skipped,
             "time/step_s": now - clock["step"],
-            "time/rollout_s": seconds["rollout"],
-            "time/grade_wait_s": seconds["grade_wait"],
+            "time/rollout_s": clock["rollout"],
+            "time/grade_wait_s": clock["grade_wait"],
             "time/update_s": now - clock["update"],
             **own,
         }
-        row["rollout/tokens_per_s"] = row["rollout/tokens"] / seconds["rollout"]
+        row["rollout/tokens_per_s"] = row["rollout/tokens"] / clock["rollout"]
         if args.on_nonfinite == "skip":
             row["loss/skipped_updates"] = sum(u["skipped_updates"] for u in updates)
         row |= self._evaluated()

@@ -1,90 +1,83 @@
-"""Sampling: responses of the policy, graded while others still decode. The replica of the weights, and the grader."""
+"""Sampling: responses of the policy, graded while others still decode."""
 
+import os
 import time
-from collections.abc import Iterable
-
-import torch
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.learner.watch import Watch
-from adaptive_reasoning.rollout import Completion, Decoder, Engine, Request, Sampling
-from adaptive_reasoning.rollout.dialogue import Dialogue, converse
+from adaptive_reasoning.rollout import Completion, Request, Sampling
 from adaptive_reasoning.tasks import prompts
+from adaptive_reasoning.tasks.grader import Grade
+from adaptive_reasoning.tasks.sandbox import executed
 
 
-class Sampler:
-    """The rollout engine with a replica of the policy's weights, and the grader. A context manager.
+@dataclass
+class Graded:
+    """One response. Without an answer nothing was graded."""
+
+    completion: Completion
+    text: str
+    answer: str | None
+    grade: Grade | None
+
+    @property
+    def correct(self) -> bool:
+        return self.grade is not None and self.grade.correct
+
+    def episode(self, mode: str) -> Episode:
+        e = Episode.of(self.completion, text=self.text, answer=self.answer, mode=mode, correct=self.correct)
+        if self.grade and self.grade.status != "ok":
+            e.grader = f"{self.grade.status}: {self.grade.detail}"
+        return e
+
+
+def sample_and_grade(
+    engine,
+    grader,
+    tokenizer,
+    stop_ids: tuple[int, ...],
+    extract_answer: Callable[[str], str | None],
+    requests: list[Request],
+    sampling: Sampling,
+    progress: str,
+    execute_code: bool = False,
+    sampled: Callable[[], None] = lambda: None,
+) -> tuple[list[Graded], float]:
+    """Return the responses in order, and the seconds spent waiting for grades after the last one was sampled.
 
     Args:
-        args: options `temperature`, `dtype`, `rollout_rows`, `batch_invariant`.
-        config: of the model.
-        form: the response format: how a response says its mode and its answer.
-        grader: from `Task.grader`.
-        cache_bytes: memory of the KV cache.
-        show: whether this process draws progress bars.
+        requests: tagged (question, ...).
+        execute_code: the answer of a program in the text takes the place of the written one.
+        sampled: called once all responses are there.
     """
+    texts: dict[int, str] = {}
+    answers: dict[int, str] = {}
+    programs = {}  # those that run in the sandbox while decoding goes on
+    sandboxes = ThreadPoolExecutor(os.cpu_count()) if execute_code else None
 
-    def __init__(self, args, config, tokenizer, stop_ids, form, grader, watch: Watch, device, cache_bytes, show: bool):
-        dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-        self.engine = Engine(
-            Decoder(config, device, dtype), args.rollout_rows, cache_bytes, batch_invariant=args.batch_invariant
-        )
-        self.args, self.tokenizer, self.stop_ids, self.form = args, tokenizer, stop_ids, form
-        self.grader, self.watch, self.show = grader, watch, show
-        self.seconds: dict[str, float] = {}  # "rollout" and "grade_wait" of the latest rollout
+    def grade(i: int) -> None:
+        answer = extract_answer(texts[i])
+        if answer is not None:
+            answers[i] = answer
+            grader.submit(answer, requests[i].tag[0].answer, i)
 
-    def __enter__(self) -> "Sampler":
-        self.grader.__enter__()
-        return self
+    def on_finish(i: int, completion: Completion) -> None:
+        texts[i] = prompts.decode(tokenizer, completion.response_ids.tolist(), stop_ids)
+        if sandboxes is None:
+            grade(i)
+        else:
+            programs[i] = sandboxes.submit(executed, texts[i])
 
-    def __exit__(self, *exception) -> None:
-        self.grader.__exit__(*exception)
-
-    def refresh(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Bring new weights into the replica, tensor by tensor."""
-        self.engine.refresh(weights)
-
-    def rollout(
-        self, requests: list[Request], step: int, sampling: Sampling | None = None, progress: str = "rollout"
-    ) -> list[Episode]:
-        """Generate responses and grade them as they end. Each request's tag is (question, index in the task).
-
-        The episodes come back in order, with text, mode, answer and `correct`, which is False where there is no answer.
-        """
-        self.watch.phase("rollout", step)
-        start = time.perf_counter()
-        texts: dict[int, str] = {}
-        answers: dict[int, str] = {}
-
-        def on_finish(i: int, completion: Completion) -> None:
-            texts[i] = prompts.decode(self.tokenizer, completion.response_ids.tolist(), self.stop_ids)
-            answer = self.form.extract_answer(texts[i])
-            if answer is not None:
-                answers[i] = answer
-                self.grader.submit(answer, requests[i].tag[0].answer, i)
-
-        sampling = sampling or Sampling(self.args.temperature)
-        completions = self.engine.run(requests, sampling, on_finish, progress if self.show else "")
-        self.seconds["rollout"] = time.perf_counter() - start
-        self.watch.phase("grade", step)
-        start = time.perf_counter()
-        grades = self.grader.drain()
-        self.seconds["grade_wait"] = time.perf_counter() - start
-        episodes = []
-        for i, completion in enumerate(completions):
-            e = Episode.of(completion, text=texts[i], answer=answers.get(i))
-            e.mode = self.form.mode_of(completion.response_ids)
-            if i in grades:
-                e.correct = grades[i].correct
-                e.grader = "" if grades[i].status == "ok" else f"{grades[i].status}: {grades[i].detail}"
-            episodes.append(e)
-        return episodes
-
-    def converse(self, dialogues: list[Dialogue], step: int) -> list[Episode]:
-        """Hold dialogues in the setting "train" of the format and return them as episodes, in order."""
-        self.watch.phase("rollout", step)
-        start, progress = time.perf_counter(), "rollout" if self.show else ""
-        sampling = Sampling(self.args.temperature)
-        waited = converse(self.engine, self.grader, dialogues, self.form, sampling, "train", progress)
-        self.seconds |= {"rollout": time.perf_counter() - start - waited, "grade_wait": waited}
-        return [d.episode() for d in dialogues]
+    completions = engine.run(requests, sampling, on_finish, progress)
+    for i, program in programs.items():
+        texts[i] = program.result()
+        grade(i)
+    if sandboxes:
+        sandboxes.shutdown()
+    sampled()
+    asked = time.perf_counter()
+    grades = grader.drain()
+    waited = time.perf_counter() - asked
+    return [Graded(c, texts[i], answers.get(i), grades.get(i)) for i, c in enumerate(completions)], waited

@@ -18,17 +18,11 @@ SPLIT = (  # how Qwen2 cuts text before byte-pair encoding: letters together, di
 )
 
 
-FORMS: dict[str, type] = {}
-"""Formats that a method file makes known by a name of its own, for `tokenizer(name)`."""
-
-
 def tokenizer(form) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of the laboratory: byte-pair encoding as in Qwen2, trained on chains in one format
-    (a class of `formats`, or its name in `FORMS`).
+    """Return the tokenizer of the laboratory: byte-pair encoding as in Qwen2, trained on chains in one format.
 
     It is built the way `transformers` builds every Qwen2 tokenizer, so AutoTokenizer opens the folder alike.
     """
-    form = FORMS[form] if isinstance(form, str) else form
     pieces = Tokenizer(models.BPE())
     pieces.normalizer = normalizers.NFC()
     pieces.pre_tokenizer = pre_tokenizers.Sequence(
@@ -76,6 +70,11 @@ def steps(problem: str, slip: float = 0.0, rng: np.random.Generator | None = Non
         out.append((f"{value}{op}{operand}={new}", new))
         value = new
     return out
+
+
+def worked(problem: str) -> str:
+    """Return the chain worked through, one operation a line."""
+    return "\n".join(text for text, _ in steps(problem))
 
 
 def make_question(rng: np.random.Generator, operations: int, name: str) -> Question:

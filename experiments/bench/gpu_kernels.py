@@ -162,17 +162,15 @@ def small(title: str, cases: dict[str, tuple[dict, int]]) -> dict:
 
 
 def bench_group_advantage() -> dict:
-    """8,192 rewards in groups of 16, alone, measured by other numbers, and with the broadcast to 4 M tokens."""
+    """8,192 rewards in groups of 16, alone and measured by other numbers."""
     B, G = (8, 4) if SMOKE else (8192, 16)
     groups = Groups.of(torch.arange(B, device=DEVICE) // G)
     rewards = torch.randint(2, (B,), device=DEVICE).double()
     base = torch.rand(B, device=DEVICE, dtype=torch.float64)
-    sequence = torch.repeat_interleave(torch.arange(B, device=DEVICE), 3 if SMOKE else 512)
     name = "group_advantage"
     cases = {
         "plain": (both(name, rewards, groups), 40 * B),
         "with a base": (both(name, rewards, groups, base=base), 48 * B),
-        "to tokens": (both(name, rewards, groups, sequence=sequence), 12 * len(sequence)),
     }
     return small(name, cases)
 
