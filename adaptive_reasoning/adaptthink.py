@@ -59,6 +59,7 @@ from adaptive_reasoning.run.bank import Bank, free_samples
 from adaptive_reasoning.run.memory import Holds
 from adaptive_reasoning.run.options import Finite, Positive, PositiveShare, RunArgs, check_minibatches, parse_args
 from adaptive_reasoning.run.run import Run
+from adaptive_reasoning.tasks import chain
 
 
 @dataclass
@@ -211,6 +212,7 @@ def plan_rollouts(questions, form: Think, args, stop_ids, step: int) -> list[Req
 
 
 extract_answer = Think.extract_answer  # what is graded: the last box behind the one </think>
+chain.FORMS["adaptthink"] = Think
 
 
 def reward(e: Episode) -> float:

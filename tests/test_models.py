@@ -408,3 +408,18 @@ def test_the_advice_for_a_refused_template_works():
 def test_the_headers_of_a_whole_folder_pass(whole):
     for folder in whole.values():
         check_weights(str(folder), load_config(str(folder)))
+
+
+def test_the_names_that_case_files_are_tried_by():
+    """Programs outside the tree that check public bug reports import these, and call them like this."""
+    from adaptive_reasoning import ada_grpo, adaptthink
+    from adaptive_reasoning.errors import UserError
+    from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling  # noqa: F401
+    from adaptive_reasoning.tasks import chain
+    from adaptive_reasoning.tasks.math import load_questions
+    from adaptive_reasoning.tasks.prompts import render
+
+    assert issubclass(UserError, ValueError) and callable(load_questions)
+    assert adaptthink.extract_answer("I think.</think> \\boxed{7}.") == "7"
+    assert ada_grpo.extract_answer("<COT>I think.</COT>\n<ANSWER>7</ANSWER>") == "7"
+    assert render(chain.tokenizer("adaptthink"), "3*7")

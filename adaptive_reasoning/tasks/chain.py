@@ -18,11 +18,17 @@ SPLIT = (  # how Qwen2 cuts text before byte-pair encoding: letters together, di
 )
 
 
+FORMS: dict[str, type] = {}
+"""Formats that a method file makes known by the method's name, for `tokenizer(name)`."""
+
+
 def tokenizer(form) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of the laboratory: byte-pair encoding as in Qwen2, trained on chains in one format.
+    """Return the tokenizer of the laboratory: byte-pair encoding as in Qwen2, trained on chains in one format
+    (a class of `formats`, or its name in `FORMS`).
 
     It is built the way `transformers` builds every Qwen2 tokenizer, so AutoTokenizer opens the folder alike.
     """
+    form = FORMS[form] if isinstance(form, str) else form
     pieces = Tokenizer(models.BPE())
     pieces.normalizer = normalizers.NFC()
     pieces.pre_tokenizer = pre_tokenizers.Sequence(
