@@ -11,7 +11,7 @@ STYLE = {
     "font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.titlepad": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9aa4af",
     "xtick.color": "#4a5561", "ytick.color": "#4a5561", "axes.labelcolor": "#4a5561", "axes.grid": True,
-    "axes.axisbelow": True, "grid.color": "#e6e9ed", "legend.frameon": False, "legend.fontsize": 8,
+    "axes.axisbelow": True, "grid.color": "#d3d9df", "legend.frameon": False, "legend.fontsize": 8,
     "xtick.major.size": 0, "ytick.major.size": 0,
     "path.simplify_threshold": 0.3, "svg.fonttype": "none", "svg.hashsalt": "",
 }  # fmt: skip

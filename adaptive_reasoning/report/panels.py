@@ -80,11 +80,12 @@ def result_panels(run: Run) -> list[Panel]:
             found = [(step, point) for step, point in found if None not in point]
             colour = INK if setting == ADAPTIVE else colours.get(mode, MUTED)
             lines.append(Line("", [point for _, point in found], colour, faint=True))
+            before = [point for step, point in found[:1] if step == 0]
+            after = [point for step, point in found[-1:] if step > 0]
             label, mark = NAMES.get(setting, setting), MARKS.get(setting, "s")
-            before, after = found[:1] if found and found[0][0] == 0 else [], [e for e in found[-1:] if e[0] > 0]
-            lines.append(Line("" if after else label, [p for _, p in before], colour, "", mark, hollow=True))
-            lines.append(Line(label, [p for _, p in after], colour, "", mark))
-            ends.update((setting, point) for _, point in after)
+            lines.append(Line("" if after else label, before, colour, "", mark, hollow=True))
+            lines.append(Line(label, after, colour, "", mark))
+            ends.update((setting, point) for point in after)
         note = "Up and to the left is better. Hollow marks: before training. Filled marks: after."
         if "never_think" in ends and "always_think" in ends:
             coin = [ends["never_think"], ends["always_think"]]
