@@ -189,6 +189,8 @@ def with_braces(text: str) -> str:
                 return text
             end = argument.end()
             arguments += "{" + (argument[0].strip() if argument[1] is None else argument[1]) + "}"
+        if text[end : end + 1].isdigit() and command[0][0] != "^":
+            return ""  # \sqrt21 and \frac{1}{2}5 may be meant either way, so they are no answers
         text = text[: command.start()] + command[0].strip() + arguments + text[end:]
     return text
 
