@@ -262,7 +262,7 @@ def _equal(a, b) -> bool:
     if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
         return a.shape == b.shape and all(map(_equal, a.flat(), b.flat()))
     if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)) or a == b:
-        return isinstance(a, sympy.Expr) and a == b
+        return isinstance(a, sympy.Expr) and a == b and not a.has(sympy.zoo, sympy.nan)
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     real, agreed = not a.has(sympy.I) and not b.has(sympy.I), False
     points = [(0, 1, 60), (1, 3, 60), (-1, 0, 60), (-60, -50, 60), (50, 60, 60)]

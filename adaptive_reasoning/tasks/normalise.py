@@ -67,7 +67,7 @@ DRESS = [(re.compile(pattern), new) for pattern, new in [
     (r"\\(math[a-z]+|Bbb) ([A-Za-z0-9])", r"\\\1{\2}"),
     *[(rf"\\({FONTS}) ?{BRACED}", _unwrapped)] * 3,
     (r"\\operatorname\*? ?\{([a-z]+)\}", r"\\\1 "),
-    (r"^ ?(?:R|(?:\\text\{)? ?[Aa]ll real numbers ?\}?) ?$", r"\\mathbb{R}"),
+    (r"^ ?(?:R|(?:\\text\{)? ?[Aa]ll real numbers ?\}?) ?\.? ?$", r"\\mathbb{R}"),
     (r"\\begin ?\{cases\}(.*?)(?:\\\\ ?)?\\end ?\{cases\}", lambda m: m[1].replace("\\\\", ",").replace("&", "")),
     (r"(\\\\ ?)+(?=$|\\end)|\\ ?$|^ ?(?:\\\\ ?|\\therefore|\\approx|=)", ""),
     (r"\\([A-Za-z]+) ?", lambda m: COMMANDS.get(m[1], m[0])), (r"(\\[A-Za-z]+) +(?![A-Za-z])", r"\1"),
@@ -189,6 +189,8 @@ def with_braces(text: str) -> str:
                 return text
             end = argument.end()
             arguments += "{" + (argument[0].strip() if argument[1] is None else argument[1]) + "}"
+        if text[end : end + 1].isdigit() and command[0][0] != "^":
+            return ""  # \sqrt21 and \frac{1}{2}5 may be meant either way, so they are no answers
         text = text[: command.start()] + command[0].strip() + arguments + text[end:]
     return text
 
