@@ -293,7 +293,7 @@ def run_module(module: str, *options: str, fails: str = "") -> str:
     """Run `python -m adaptive_reasoning.<module>` on the CPU; return what it printed."""
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", f"adaptive_reasoning.{module}", *options]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == (2 if fails else 0), done.stderr[-3000:]
     assert fails in done.stderr
     return done.stdout

@@ -96,7 +96,7 @@ def test_two_ranks_equal_one(kind, tmp_path):
     (tmp_path / "two").mkdir()
     done = subprocess.run(
         [*launch, str(HERE / "critic_worker.py"), str(tmp_path / "two")],
-        env=environment, capture_output=True, text=True, timeout=240,
+        env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     found = torch.load(tmp_path / "two" / "result.pt", weights_only=True)

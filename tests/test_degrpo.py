@@ -919,7 +919,7 @@ def run_module(module: str, *args: str):
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     python = ROOT / ".venv/bin/python"
     command = [str(python) if python.exists() else "python3", "-m", f"adaptive_reasoning.{module}", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")

@@ -191,7 +191,7 @@ def test_every_diff_trains_two_steps(patched, tmp_path, monkeypatch, name, base,
         command += ["--ref_cache", str(tmp_path / "reference")]
     path = os.pathsep.join([str(ROOT), str(tmp_path)])
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
-    done = subprocess.run([*command, *options.split()], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*command, *options.split()], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 2
     assert "declared nowhere" not in done.stdout + done.stderr

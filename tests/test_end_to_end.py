@@ -28,7 +28,7 @@ def make(target: str, cwd=ROOT, check=True, **variables):
     """Run `make target NAME=value ...` as a user does; return the finished process."""
     command = ["make", target, *(f"{k}={v}" for k, v in variables.items())]
     env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "ADAPTIVE_REASONING_DATA": ""}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -44,7 +44,7 @@ def run_module(module: str, *options: str):
     command = [str(ROOT / ".venv/bin/python"), "-m", f"adaptive_reasoning.{module}", *options]
     if not Path(command[0]).exists():
         command[0] = "python3"
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_a_full_disk_while_a_checkpoint_is_written(small, tmp_path):
     command += ["--dtype", "fp32", "--eval_data", "", "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
     command += ["--ref_cache", str(tmp_path / "ref"), *SMALL.split()]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "cannot write the checkpoint" in done.stderr and "Traceback" not in done.stderr
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
@@ -241,7 +241,7 @@ def test_a_run_whose_answers_cannot_be_graded_stops(laboratory, tmp_path):
     command = [sys.executable, "-c", script, "--config", "experiments/toy_adaptthink.yaml", *CHAIN.split()]
     command += ["--model", str(laboratory), "--ref_cache", str(tmp_path / "ref"), "--output_dir", str(tmp_path / "run")]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
     assert "step 1: 40% of the answers could not be graded (timeouts 30%, errors 10%)" in done.stderr
     assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["grader/timeout_rate"] == 0.3

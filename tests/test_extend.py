@@ -124,7 +124,7 @@ def train(folder: Path, form: str, *command: str) -> tuple[Path, str]:
     options = [*SHORT.split(), "--model", "model", "--output_dir", "run", "--answer_format", form]
     done = subprocess.run(
         [sys.executable, *command[:2], *options, *command[2:]], cwd=folder, env=env, capture_output=True, text=True,
-        timeout=300,
+        timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return folder / "run", done.stdout

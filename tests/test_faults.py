@@ -315,7 +315,7 @@ def test_ctrl_c_in_a_run_and_the_same_command_again(model, tmp_path, presses):
     assert run.returncode == 130 and "Traceback" not in error
     done = max(int(p.name[5:]) for p in (tmp_path / "run" / "checkpoints").glob("step_??????"))
     again = subprocess.run(
-        [*command, "--max_steps", str(done + 1)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
+        [*command, "--max_steps", str(done + 1)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
     )
     assert again.returncode == 0 and f"after step {done}" in again.stdout, again.stderr[-2000:]
     assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == list(range(done + 2))

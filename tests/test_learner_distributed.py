@@ -50,7 +50,7 @@ def two_ranks(request, tmp_path_factory):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return kind, folder, torch.load(folder / "result.pt", weights_only=True)

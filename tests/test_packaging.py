@@ -62,7 +62,7 @@ def wheel(source, tmp_path_factory):
 
 
 def run(command, **options) -> str:
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300, **options)
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=600, **options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
