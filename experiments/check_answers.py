@@ -118,7 +118,7 @@ def references(folder: Path, n: int) -> list[str]:
         if not path.is_file():
             raise UserError(f"{path} is missing. Name the folder of the data sets with --data.")
         rows = [str(json.loads(line)["answer"]) for line in path.read_text(encoding="utf-8").splitlines()]
-        share = n - len(golds) if name == "math_train" else n // 5
+        share = max(0, n - len(golds)) if name == "math_train" else n // 5
         golds += random.Random(0).sample(rows, min(len(rows), share))
     return golds
 

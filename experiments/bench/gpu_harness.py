@@ -68,7 +68,8 @@ def stand_in_for(*names: str) -> None:
             sys.modules[name].__spec__, sys.modules[name].__path__ = ModuleSpec(name, None), []
 
 
-stand_in_for("math_verify", "latex2sympy2_extended")  # the method files import them; nothing here is mathematics
+# The method files import them; nothing here is mathematics,
+stand_in_for("math_verify", "latex2sympy2_extended", "latex2sympy2_extended.latex2sympy2")
 stand_in_for("jsonargparse", "jsonargparse.typing", "docstring_parser")  # nor reads a command line by them
 
 
