@@ -146,7 +146,7 @@ def test_thinker_with_its_two_templates(base, tmp_path):
     model, data = base
     for target in ("train-thinker-q1.5b", "train-thinker-r1.5b"):
         trained(target, model, data, tmp_path / target, f"{BUDGETS} --max_new_tokens 64")
-    known = tmp_path / "gsm8k.jsonl"  # a name that the paper's table has
+    known = tmp_path / "math500.jsonl"  # a name that the paper's table has
     known.write_bytes(data.read_bytes())
     few = f"--eval_data {known} --eval_limit 3 --eval_samples 1 --max_new_tokens 64 {BUDGETS.partition('2 ')[2]}"
     out = make("eval-thinker-q1.5b", MODEL=model, NUM_GPUS=0, OUT=tmp_path / "eval", ARGS=few).stdout
