@@ -222,7 +222,6 @@ laboratory: $(COLD_STARTS)  ## all algorithms and their baselines on chains, thr
 	    --seed $$seed $(ARGS); \
 	done
 	@$(PY) experiments/laboratory.py "$(LABORATORY)"
-	@$(MAKE) --no-print-directory pareto OUT="$(LABORATORY)/pareto" SEEDS="$(SEEDS)" ARGS="$(ARGS)"
 
 # The second laboratory: methods that can start from one model do, the one whose thinking varies in length.
 PARETO = $(or $(OUT),runs/pareto)
