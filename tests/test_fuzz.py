@@ -95,8 +95,8 @@ def test_answers_are_found_or_not(text):
 @given(responses)
 def test_presentation_is_removed_once(text):
     """Removing presentation ends, and what it writes for a character ("\u2205" is \\emptyset) is short."""
-    bare = presentation_free(text)
-    assert isinstance(bare, str) and len(bare) <= 12 * len(text)
+    bare, unit = presentation_free(text)
+    assert isinstance(bare, str) and len(bare) <= 12 * len(text) and isinstance(unit, str)
 
 
 @FAST
