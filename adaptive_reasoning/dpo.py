@@ -30,7 +30,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from torch.nn.functional import logsigmoid
@@ -42,6 +41,7 @@ from adaptive_reasoning.core.metric import Metric
 from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.formats.attempts import cut, outcome_efficiency, split_attempts, thinking_of
 from adaptive_reasoning.formats.think import ThinkArgs
+from adaptive_reasoning.learner.packing import draw
 from adaptive_reasoning.learner.runtime import on_main
 from adaptive_reasoning.rollout import Request, Sampling, request_seed
 from adaptive_reasoning.run.bank import Bank, free_samples
@@ -266,7 +266,10 @@ def measure_efficiency(run: Run, args) -> dict[str, float]:
     ]  # fmt: skip
     episodes = run.rollout(requests, Sampling(args.temperature, args.eval_top_p), "outcome efficiency")
     values = [
-        outcome_efficiency([len(run.tokenizer.encode(text)) for text, _ in attempts], [ok for _, ok in attempts])
+        outcome_efficiency(
+            [len(run.tokenizer.encode(text, add_special_tokens=False)) for text, _ in attempts],
+            [ok for _, ok in attempts],
+        )
         for attempts in graded_attempts(run, episodes)
     ]
     total, number = run.sum([sum(values), len(values)])
@@ -275,13 +278,6 @@ def measure_efficiency(run: Run, args) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------------- the learning
-
-
-def batch_of(number: int, step: int, args) -> list[int]:
-    """Return the pairs of step 1, 2, ...: every epoch a new permutation of all of them, one behind the other."""
-    places = range((step - 1) * args.pairs_per_step, step * args.pairs_per_step)
-    orders = {e: np.random.default_rng([args.seed, e]).permutation(number) for e in {p // number for p in places}}
-    return [int(orders[p // number][p % number]) for p in places]
 
 
 def rate(args, step: int) -> float:
@@ -419,7 +415,7 @@ def main() -> None:
 
         for step in run.steps():
             # --- the pairs of the step, and what each of their tokens is worth
-            numbers = batch_of(len(pairs), step, args)[run.rank :: run.ranks]
+            numbers = draw(len(pairs), args.pairs_per_step, step, args.seed)[run.rank :: run.ranks]
             episodes = episodes_of(bank, pairs, numbers)
             tokens = torch.tensor([e.num_tokens for e in episodes]).view(-1, 2)
             logp = sums(run, episodes, args)

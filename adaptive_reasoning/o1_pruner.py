@@ -45,7 +45,7 @@ from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.metric import Metric
 from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.formats.think import ThinkArgs
-from adaptive_reasoning.learner.packing import Counts, MicroBatch
+from adaptive_reasoning.learner.packing import Counts, MicroBatch, draw
 from adaptive_reasoning.rollout import Sampling
 from adaptive_reasoning.run.bank import Bank, free_samples
 from adaptive_reasoning.run.memory import Holds
@@ -164,16 +164,6 @@ def weights(values: list[float], args) -> list[float]:
     return ((w - w.mean()) / w.std() if args.normalise == "zscore" else w).tolist()
 
 
-def batch_of(number: int, step: int, args) -> list[int]:
-    """Return the answers of step 1, 2, ...: every epoch a new permutation of all of them, one behind the other."""
-    first, out = (step - 1) * args.rows_per_step, []
-    while len(out) < args.rows_per_step:
-        epoch, at = divmod(first + len(out), number)
-        order = np.random.default_rng([args.seed, epoch]).permutation(number)
-        out += order[at:][: args.rows_per_step - len(out)].tolist()
-    return out
-
-
 def rate(args, step: int) -> float:
     """Return the learning rate of step 1, 2, ...: a linear warm-up, then the cosine to zero."""
     warmup = round(args.warmup_share * args.max_steps)
@@ -279,7 +269,7 @@ def main() -> None:
 
         for step in run.steps():
             # --- the answers of the step, and what the starting model thinks of them
-            numbers = batch_of(len(rows), step, args)[run.rank :: run.ranks]
+            numbers = draw(len(rows), args.rows_per_step, step, args.seed)[run.rank :: run.ranks]
             episodes = episodes_of(bank, rows, numbers)
             for e, n in zip(episodes, numbers):
                 e.old_logprobs = reference(key_of(rows[n]))

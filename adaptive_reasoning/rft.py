@@ -27,7 +27,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
@@ -36,7 +35,7 @@ from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.metric import Metric
 from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.formats.think import ThinkArgs
-from adaptive_reasoning.learner.packing import Counts, MicroBatch
+from adaptive_reasoning.learner.packing import Counts, MicroBatch, draw
 from adaptive_reasoning.rollout import Request, Sampling
 from adaptive_reasoning.run.bank import Bank, free_samples
 from adaptive_reasoning.run.memory import Holds
@@ -136,15 +135,6 @@ def select(thinking: list[dict], nothinking: list[dict], args) -> list[dict]:
     rates = [len(right(rows)) / max(len(rows), 1) for rows in (thinking, nothinking)]
     rows = right(nothinking if rates[1] >= rates[0] else thinking)
     return rows[: args.rows_per_question or None]
-
-
-def batch_of(number: int, step: int, args) -> list[int]:
-    """Return the rows of step 1, 2, ...: every epoch a new permutation of all of them, one behind the other."""
-    first, out = (step - 1) * args.batch_size, []
-    while len(out) < args.batch_size:
-        epoch, at = divmod(first + len(out), number)
-        out += np.random.default_rng([args.seed, epoch]).permutation(number)[at:][: args.batch_size - len(out)].tolist()
-    return out
 
 
 def rate(args, step: int) -> float:
@@ -261,7 +251,7 @@ def main() -> None:
 
         for step in run.steps():
             # --- the rows of the step
-            numbers = batch_of(len(rows), step, args)[run.rank :: run.ranks]
+            numbers = draw(len(rows), args.batch_size, step, args.seed)[run.rank :: run.ranks]
             episodes = episodes_of(banks, [rows[n] for n in numbers])
             own = {"data/epoch": step * args.batch_size / len(rows), **mode_shares(run, episodes)}
 

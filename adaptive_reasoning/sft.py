@@ -8,9 +8,9 @@ itself: a short row then weighs more, and with it its mode. Rows may be held out
 them kept. It runs on the same learner as reinforcement: same packing, same log-probs, same checkpoints, and the same
 command continues a run that was killed, to the same weights. LoRA through peft on request, merged into full weights.
 
-Training rows come from a file (JSONL or Parquet with `problem` and `response`), or, for the laboratory, from arithmetic
-chains made by code. A row's mode token is supervised like any other, except where the recipe of its method says
-otherwise (`tasks/formats`).
+Training rows come from a file (JSONL, CSV or Parquet with `problem` and `response`), or, for the laboratory, from
+arithmetic chains made by code. A row's mode token is supervised like any other, except where the recipe of its method
+says otherwise (`formats`).
 """
 
 import math
@@ -126,7 +126,7 @@ class Args(RunArgs):
         if self.task == "math" and not self.model:
             raise UserError("--model is empty: name the model to fine-tune.")
         if self.task == "math" and not self.data:
-            raise UserError("--data is empty: name JSONL or Parquet files with `problem` and `response`.")
+            raise UserError("--data is empty: name files (JSONL, CSV, Parquet) with `problem` and `response`.")
         if self.slip and not self.checks:
             raise UserError("--slip goes with --checks: name the shares of the rows with 0, 1, ... checks.")
         if self.task == "chain" and self.validation_share:

@@ -108,7 +108,7 @@ class Args(DialogueArgs, RunArgs):
     logprob_coef: NonNegative = 1e-3
     """c: weight of the log-prob term in the Summary's reward."""
     summary_logprob: Literal["gated_sum", "ungated_sum", "gated_mean", "off"] = "gated_sum"
-    """"gated_sum": g (1 + c L), default, as remembered of the paper (U2). "ungated_sum": g + c L. "gated_mean":
+    """"gated_sum": g (1 + c L), default, our reading of the paper. "ungated_sum": g + c L. "gated_mean":
     g (1 + c L / T), c 0.1 to 0.3. "off": g."""
     accuracy_window: PositiveInt = 10
     """Iterations over which p, the accuracy of Fast, is taken."""

@@ -15,7 +15,7 @@ from small_model import make_tokenizer
 from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.files import read_jsonl
-from adaptive_reasoning.dpo import Args, batch_of, kept_attempts, loss, pairs_dast, pairs_shortest, rate, scores, widest
+from adaptive_reasoning.dpo import Args, kept_attempts, loss, pairs_dast, pairs_shortest, rate, scores, widest
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats.attempts import cut, outcome_efficiency, split_attempts, thinking_of
 from adaptive_reasoning.learner.packing import pack
@@ -264,13 +264,6 @@ def test_the_smallest_margins_go(inputs, want):
 
 
 # --- the loop
-
-
-def test_batches_are_epochs_one_behind_the_other():
-    args = SimpleNamespace(pairs_per_step=4, seed=0)
-    drawn = [n for step in range(1, 6) for n in batch_of(10, step, args)]
-    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
-    assert len(batch_of(3, 1, args)) == 4, "fewer pairs than a step needs: some come twice"
 
 
 def test_the_learning_rate():

@@ -226,22 +226,26 @@ def test_nonfinite_stops_before_the_update(models, tmp_path, where):
     assert set(entry["samples"][0]) >= {"text", "behaviour_logprobs", "reward", "advantage", "group"}
 
 
-def test_nonfinite_update_is_skipped_where_asked(models, tmp_path):
-    """As verl does: the two steps around it are those of a run without it, bit for bit, and the samples are there."""
+def test_nonfinite_update_is_skipped_where_asked(models, tmp_path, capsys):
+    """As verl does: the two steps around them are those of a run without them, bit for bit; each is said and kept."""
     stats, moved = {}, {}
     for name in ("whole", "skips"):
         learner = make_learner(models["tied"], make_args(tmp_path / name, on_nonfinite="skip", warmup_steps=3))
         stats[name] = train(learner, make_episodes(), 1)
         if name == "skips":
-            (minibatch,) = learner.minibatches(make_episodes(), 1, seed=0)
-            for mb in minibatch:
-                learner.backward(toy_loss(learner.score(mb)[0], mb, minibatch.counts) * float("nan"))
-            assert learner.step(1e-3)["skipped_updates"] == 1 and learner.steps == 1
+            for _ in range(2):
+                (minibatch,) = learner.minibatches(make_episodes(), 1, seed=0)
+                for mb in minibatch:
+                    learner.backward(toy_loss(learner.score(mb)[0], mb, minibatch.counts) * float("nan"))
+                assert learner.step(1e-3)["skipped_updates"] == 1 and learner.steps == 1
         stats[name] += train(learner, make_episodes(), 1, first=1)
         moved[name] = weights(learner)
     assert stats["whole"] == stats["skips"] and [s["skipped_updates"] for s in stats["skips"]] == [0, 0]
     assert all(torch.equal(a, b) for a, b in zip(moved["whole"].values(), moved["skips"].values()))
-    assert (tmp_path / "skips" / "nonfinite_step_0002.json").is_file()
+    for name in ("nonfinite_step_0002.json", "nonfinite_step_0002_2.json"):
+        assert (tmp_path / "skips" / name).is_file()
+    said = capsys.readouterr().out
+    assert said.count("skipped: the loss of optimiser step 2 is not finite") == 2 and "_2.json" in said
 
 
 def test_resume_is_bit_exact(models, tmp_path):

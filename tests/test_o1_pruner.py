@@ -16,7 +16,7 @@ import yaml
 from adaptive_reasoning.core.files import read_jsonl
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.packing import Counts
-from adaptive_reasoning.o1_pruner import Args, batch_of, choose, key_of, loss, rate, rewards, weights
+from adaptive_reasoning.o1_pruner import Args, choose, key_of, loss, rate, rewards, weights
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "o1_pruner.json").read_text())
@@ -170,11 +170,7 @@ def test_two_answers_of_each_question_are_drawn():
         drawn(room=10)
 
 
-def test_batches_and_the_learning_rate():
-    args = SimpleNamespace(rows_per_step=4, seed=0)
-    seen = [n for step in range(1, 6) for n in batch_of(10, step, args)]
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
-    assert len(batch_of(3, 1, args)) == 4, "fewer answers than a step needs: some come twice"
+def test_the_learning_rate():
     args = SimpleNamespace(max_steps=100, warmup_share=0.1, learning_rate=2.0, lr_schedule="cosine")
     assert [rate(args, step) for step in (1, 10, 11)] == [0.2, 2.0, 2.0]
     assert rate(args, 56) == pytest.approx(1.0) and 0 < rate(args, 100) < 0.01

@@ -9,7 +9,7 @@ import pytest
 import torch
 from distributed_worker import make_episodes
 
-from adaptive_reasoning.learner.packing import fill, filler, group_chunks, pack
+from adaptive_reasoning.learner.packing import draw, fill, filler, group_chunks, pack
 from adaptive_reasoning.run.metrics import Drift
 
 
@@ -134,3 +134,10 @@ def test_padding_of_rows_sorted_by_length_is_small(number, most):
     assert all(len(batch) * max(batch) <= 32_768 for batch in lengths)
     assert 1 - sum(map(sum, lengths)) / computed < most
     assert len(batches) <= len(fill(episodes, 32_768, one_row=True)) + max(3, 0.1 * len(batches))
+
+
+def test_what_is_drawn_is_epochs_one_behind_the_other():
+    drawn = [n for step in range(1, 6) for n in draw(10, 4, step, seed=0)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
+    assert drawn[:10] != [n for step in range(1, 6) for n in draw(10, 4, step, seed=1)][:10]
+    assert len(draw(3, 4, 1, seed=0)) == 4, "fewer than a step needs: some come twice"

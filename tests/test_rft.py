@@ -10,7 +10,7 @@ from distributed_worker import make_episodes
 from adaptive_reasoning import formats
 from adaptive_reasoning.core.files import read_jsonl
 from adaptive_reasoning.learner.packing import Counts, pack
-from adaptive_reasoning.rft import Args, batch_of, choose, loss, rate, select, skipping_samples
+from adaptive_reasoning.rft import Args, choose, loss, rate, select, skipping_samples
 from adaptive_reasoning.tasks import chain
 
 
@@ -112,12 +112,8 @@ def test_the_loss_by_hand():
     assert value.item() == pytest.approx((4 + 2) / 2)
 
 
-def test_batches_and_the_learning_rate():
-    args = SimpleNamespace(
-        batch_size=4, seed=0, max_steps=100, warmup_share=0.1, learning_rate=2.0, lr_schedule="cosine"
-    )
-    drawn = [n for step in range(1, 6) for n in batch_of(10, step, args)]
-    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
+def test_the_learning_rate():
+    args = SimpleNamespace(max_steps=100, warmup_share=0.1, learning_rate=2.0, lr_schedule="cosine")
     assert [rate(args, step) for step in (1, 10, 11)] == [0.2, 2.0, 2.0]
     assert rate(args, 56) == pytest.approx(1.0) and 0 < rate(args, 100) < 0.01
 

@@ -9,6 +9,7 @@ from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats import Row
+from adaptive_reasoning.learner.packing import draw
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.math import read_rows
 
@@ -16,7 +17,7 @@ HELD_OUT = 104_729  # keeps the draw of the rows held out apart from the order o
 
 
 def load_rows(path: str) -> list[Row]:
-    """Return the rows of a JSONL or Parquet file with `problem` and `response`.
+    """Return the rows of a file (JSONL, CSV, Parquet) with `problem` and `response`.
 
     Raises:
         UserError: the file is missing or empty, or a row lacks a field; the message names file and row.
@@ -54,17 +55,10 @@ def held_out(rows: list[Row], args) -> tuple[list[Row], list[Row]]:
 
 
 def batch_of(rows: list[Row], step: int, args) -> list[Row]:
-    """Return the rows of step 1, 2, ...: an epoch is a permutation of the rows, or of the pairs, and they follow on.
-
-    The batch across the end of an epoch takes its rest from the beginning of the next, so that every row comes exactly
-    once an epoch.
-    """
+    """Return the rows of step 1, 2, ...: an epoch is a permutation of the rows, or of the pairs."""
     unit = 2 if args.pairs else 1
-    size, number = args.batch_size // unit, len(rows) // unit
-    epoch, first = divmod((step - 1) * size, number)
-    epochs = (epoch, epoch + 1) if first + size > number else (epoch,)
-    order = np.concatenate([np.random.default_rng([args.seed, e]).permutation(number) for e in epochs])
-    return [rows[unit * i + j] for i in order[first : first + size] for j in range(unit)]
+    picked = draw(len(rows) // unit, args.batch_size // unit, step, args.seed)
+    return [rows[unit * i + j] for i in picked for j in range(unit)]
 
 
 def share_of(rows: list[Row], args, accelerator) -> list[Row]:

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.files import write_json_atomic
-from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.errors import UserError, say
 from adaptive_reasoning.learner.model import Policy
 from adaptive_reasoning.learner.packing import Counts, MicroBatch, Minibatch, fill, group_chunks, pack
 from adaptive_reasoning.learner.runtime import all_gather, all_reduce, is_zero3, on_main
@@ -70,6 +70,7 @@ class Learner:
         self.zero3 = is_zero3(accelerator)
         self.model, self.decay_vectors = model, decay_vectors
         self.steps = 0  # optimiser steps taken
+        self.skipped = 0  # updates that were not finite since the last step
         self.optimizer = None
         self._scored = None  # (micro-batch, its log-probs, entropy or None) between score and backward
         self._losses = []  # (loss, episodes) of the micro-batches of the step so far
@@ -304,11 +305,13 @@ class Learner:
         if flags[0] > 0 or not flags[1].isfinite():
             told = self._write_nonfinite(values, losses, float(grad_norm))
             if self.args.on_nonfinite == "stop":
-                raise NonFiniteError(told)
+                raise NonFiniteError(f"{told} The same command continues from the newest checkpoint.")
+            on_main(self.accelerator, lambda: say(f"skipped: {told}"))
             if self.zero3:
                 self.optimizer._overflow_clean_up(None)  # what DeepSpeed does with an overflow in fp16
             else:
                 self.optimizer.zero_grad(set_to_none=True)
+            self.skipped += 1
             return stats | {"skipped_updates": 1}
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -318,6 +321,7 @@ class Learner:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
+        self.skipped = 0
         return stats
 
     def _clip_gradient(self) -> torch.Tensor:
@@ -348,7 +352,8 @@ class Learner:
             for value, episodes, samples in bad
         ]
         bad = [entry for entries in all_gather(self.accelerator, mine) for entry in entries]
-        path = Path(self.args.output_dir) / f"nonfinite_step_{self.steps + 1:04d}.json"
+        again = f"_{self.skipped + 1}" if self.skipped else ""  # a skipped update is no step: the number stays
+        path = Path(self.args.output_dir) / f"nonfinite_step_{self.steps + 1:04d}{again}.json"
 
         def write():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -359,8 +364,7 @@ class Learner:
         return (
             f"the {what} of optimiser step {self.steps + 1} is not finite; nothing was updated on any process. The "
             f"samples concerned, with their token ids, are in {path}: look for the one that is unlike the others. "
-            f"Lower --learning_rate or --max_grad_norm if the steps before it were growing; the same command "
-            f"continues from the newest checkpoint."
+            f"Lower --learning_rate or --max_grad_norm if the steps before it were growing."
         )
 
     # --- weights

@@ -85,6 +85,17 @@ def group_chunks(groups: int, minibatches: int, seed: int) -> np.ndarray:
     return chunk
 
 
+def draw(number: int, size: int, step: int, seed: int) -> list[int]:
+    """Return which `size` of `number` rows, pairs or answers step 1, 2, ... takes.
+
+    Every epoch is a new permutation of all of them, and they follow on each other: the batch across the end of an epoch
+    takes its rest from the beginning of the next. A function of its arguments alone.
+    """
+    places = range((step - 1) * size, step * size)
+    orders = {e: np.random.default_rng([seed, e]).permutation(number) for e in {p // number for p in places}}
+    return [int(orders[p // number][p % number]) for p in places]
+
+
 def fill(episodes: list[Episode], budget: int, one_row: bool) -> list[list[Episode]]:
     """Return the episodes in micro-batches of at most `budget` tokens, padding included, longest first.
 

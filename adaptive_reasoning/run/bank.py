@@ -50,7 +50,7 @@ class Bank:
         self, run, needed: list[int], make_requests: Callable[[int], list[Request]], sampling: Sampling, folder: str
     ):
         about = {
-            "model": digest("\1".join(weights_of(run.args.model))),
+            "model": digest("\1".join(weights_of(run.model))),
             "questions": digest("\0".join(f"{q.problem}\0{q.answer}" for q in run.task.questions)),
             "prompts": digest(repr(run.task.prompts)),  # the chat template is in them
             "requests": digest(repr([describe(r) for r in make_requests(0)])),
