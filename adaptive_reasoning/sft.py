@@ -61,10 +61,10 @@ class Args(RunArgs):
 
     model: str = ""
     """Model to start from; empty with task "chain": a new small one."""
-    task: Literal["math", "chain"] = "chain"
-    """"chain": rows made by code. "math": rows from --data, with `problem` and `response`."""
+    task: Literal["math", "chain", "words"] = "chain"
+    """"chain", "words": rows made by code, arithmetic or stories. "math": rows of --data: `problem` and `response`."""
     chain_mix: str = "0.2,0.2,0.15,0.15,0.15,0.15"
-    """Share of the rows with 1, 2, ... operations (task "chain")."""
+    """Share of the rows with 1, 2, ... operations (tasks "chain" and "words")."""
     max_steps: PositiveInt = 314
     """Training steps: one batch of rows each."""
     temperature: Positive = 1.0
@@ -75,7 +75,7 @@ class Args(RunArgs):
     """AdamW learning rate at its peak."""
 
     formats: str = "think"
-    """Response format of chain rows: "think", "arm", "thinkless", "boxed", "dialogue", or your own as module.Class."""
+    """Format of rows made by code: "think", "arm", "thinkless", "boxed", "dialogue", or your own as module.Class."""
     batch_size: PositiveInt = 128
     """Rows per optimiser step, over all processes."""
     rows_per_mean: NonNegativeInt = 0
@@ -95,7 +95,7 @@ class Args(RunArgs):
     keep: Literal["last", "best"] = "last"
     """The model that is written: of the "last" step, or of the scored one with the lowest loss on the rows held out."""
     nothinking_rows: ClosedUnitInterval = 0.5
-    """Share of the chain rows that are answered at once."""
+    """Share of the rows made by code that are answered at once."""
     nothinking_supervised: ClosedUnitInterval = 0.05
     """Share of those rows in which the choice to answer at once is supervised too."""
     checks: str = ""
@@ -123,14 +123,16 @@ class Args(RunArgs):
     """Share of the steps over which the learning rate rises from zero, instead of --warmup_steps (0: that counts)."""
 
     def __post_init__(self):
-        if self.task == "math" and not self.model:
+        if self.task != "chain" and not self.model:
             raise UserError("--model is empty: name the model to fine-tune.")
         if self.task == "math" and not self.data:
             raise UserError("--data is empty: name files (JSONL, CSV, Parquet) with `problem` and `response`.")
+        if self.slip and self.task != "chain":
+            raise UserError("--slip goes with --task chain: no other task works on from a wrong value.")
         if self.slip and not self.checks:
             raise UserError("--slip goes with --checks: name the shares of the rows with 0, 1, ... checks.")
-        if self.task == "chain" and self.validation_share:
-            raise UserError("--validation_share: rows of --data are held out; chains are new in every step.")
+        if self.task != "math" and self.validation_share:
+            raise UserError("--validation_share: rows of --data are held out; code makes new ones in every step.")
         if self.keep == "best":
             if not self.validation_share:
                 raise UserError("--keep best: needs rows to compare by, --validation_share 0.1 for example.")
@@ -320,9 +322,9 @@ def main() -> None:
 
 
 def train(args, file_rows: list[Row], validation_rows: list[Row], accelerator, watch: Watch) -> Learner:
-    """Train from the newest checkpoint, or from the start, and write the model; `file_rows` is empty for chains."""
+    """Train from the newest checkpoint or the start, and write the model; without `file_rows` code makes the rows."""
 
-    def chain_rows(step: int) -> list[Row]:
+    def made_rows(step: int) -> list[Row]:
         rng = np.random.default_rng([args.seed, step])
         rows = load(args.formats).rows(args, rng, args.batch_size, step)
         # The modes of a chain follow on each other; rows of a file are in random order.
@@ -334,7 +336,7 @@ def train(args, file_rows: list[Row], validation_rows: list[Row], accelerator, w
 
     everything = [*file_rows, *validation_rows]
     name = start_of(args, accelerator)
-    tokenizer = start_tokenizer(args, name, everything or chain_rows(args.max_steps))
+    tokenizer = start_tokenizer(args, name, everything or made_rows(args.max_steps))
     model = start_model(args, name, tokenizer)
     data = {f"the training data {args.data}": [f"{r.question.problem}\0{r.response}" for r in everything]}
     frozen = args.model if args.lora_rank else None  # whose weights are read again
@@ -348,7 +350,7 @@ def train(args, file_rows: list[Row], validation_rows: list[Row], accelerator, w
 
     for step in journal.steps():
         watch.phase("train", step)
-        rows = batch_of(file_rows, step, args) if file_rows else chain_rows(step)
+        rows = batch_of(file_rows, step, args) if file_rows else made_rows(step)
         (minibatch,) = learner.minibatches(episodes(rows), 1, step)
         total = 0.0
         for mb in minibatch:

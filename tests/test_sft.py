@@ -117,7 +117,7 @@ def test_held_out_rows():
     "options, message",
     [
         ({"keep": "best"}, "--keep best: needs rows to compare by"),
-        ({"task": "chain", "validation_share": 0.1}, "chains are new in every step"),
+        ({"task": "chain", "validation_share": 0.1}, "code makes new ones in every step"),
         (
             {"keep": "best", "validation_share": 0.1, "eval_every": 15},
             "--eval_every 15 is no multiple of --save_every 10",

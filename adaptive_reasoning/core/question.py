@@ -9,6 +9,7 @@ class Question:
 
     `id` is unique within its data set and stable between runs (reference accuracies and samples are keyed by it).
     `difficulty` is a short label used for tables ("1" ... "6", a MATH level, a task of BBH), None if there is none.
+    `work` is the operations worked out, one by one, where the question is made by code.
     """
 
     id: str
@@ -16,6 +17,7 @@ class Question:
     answer: str
     difficulty: str | None = None
     source: str = ""
+    work: tuple[str, ...] = ()
 
 
 @dataclass

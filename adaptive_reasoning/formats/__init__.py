@@ -25,10 +25,11 @@ from adaptive_reasoning.core.named import named
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.run.evaluation import EvalSpec
-from adaptive_reasoning.tasks import chain
+from adaptive_reasoning.tasks import chain, words
 from adaptive_reasoning.tasks.answers import same_answer
 
 NAMES = {"think": "Think", "arm": "Arm", "thinkless": "Thinkless", "boxed": "Boxed", "dialogue": "DialogueFormat"}
+MAKERS = {"chain": chain.make_question, "words": words.make_question}  # questions of a cold start
 
 
 @dataclass
@@ -129,7 +130,7 @@ class ResponseFormat(ABC):
         """Return what published tables add to the tokens of prompt and response; None: they count responses alone."""
         return None
 
-    # ------------------------------------------------------------------------------- cold start, on arithmetic chains
+    # ----------------------------------------------------------------------------- cold start, on chains or stories
 
     @classmethod
     def cold_start_modes(cls) -> tuple[str, ...]:
@@ -138,21 +139,22 @@ class ResponseFormat(ABC):
 
     @classmethod
     def response(cls, question: Question, mode: str, rng: np.random.Generator) -> str:
-        """Return a correct response to a chain in a mode, without the end token."""
-        raise UserError(f"{cls.__name__} has no cold start on chains: give it a method `response`.")
+        """Return a correct response to a question made by code in a mode, without the end token."""
+        raise UserError(f"{cls.__name__} has no cold start: give it a method `response`.")
 
     @classmethod
     def rows(cls, args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
-        """Return n rows of a step of the cold start: every chain once in each mode, all in the same batch.
+        """Return n rows of a step of the cold start: every question once in each mode, all in the same batch.
 
         So the model starts with equal shares on every question, and the style of the text follows its first token.
         """
         shares, modes = chain.parse_mix(args.chain_mix), cls.cold_start_modes()
+        make = MAKERS[args.task]
         out = []
         for i in range(n):
             if i % len(modes) == 0:
                 operations = int(rng.choice(len(shares), p=shares)) + 1
-                question = chain.make_question(rng, operations, f"chain/cold/{step}/{i}")
+                question = make(rng, operations, f"{args.task}/cold/{step}/{i}")
             out.append(Row(question, cls.response(question, modes[i % len(modes)], rng)))
         return out
 

@@ -1,6 +1,6 @@
 """ARM's four formats: a tag opens the rationale, and the answer stands in <ANSWER>. Tags are ordinary text.
 
-On chains, the cheaper a mode, the more of a long chain it has to do in its head:
+On chains and stories, the cheaper a mode, the more of a long one it has to do in its head:
 
     direct      no rationale: all operations in the head
     cot         the first two operations worked out, the others in the head
@@ -96,17 +96,17 @@ class Arm(ResponseFormat):
     @classmethod
     def rationale(cls, question: Question, mode: str) -> str:
         """Return what stands between the tags of a mode."""
-        problem, steps = question.problem, chain.steps(question.problem)
         if mode == "cot":
-            return " ".join(text for text, _ in steps[: WRITTEN["cot"]])
+            return " ".join(question.work[: WRITTEN["cot"]])
         if mode == "code":
-            shown = "\n".join(text for text, _ in steps[: WRITTEN["code"]])
-            return f">>> trace('{problem}')\n{shown}"
+            asked = repr(question.problem) if question.source == "chain" else "story"
+            return "\n".join([f">>> trace({asked})", *question.work[: WRITTEN["code"]]])
         if mode != "long_cot":
-            return chain.worked(problem)
-        first = "\n".join(f"Now {text}." for text, _ in steps)
-        check = "\n".join(f"Check: {text}, yes." for text, _ in steps)
-        plan, answer = "I go from left to right and keep the last digit.", question.answer
+            return "\n".join(question.work)
+        first = "\n".join(f"Now {text}." for text in question.work)
+        check = "\n".join(f"Check: {text}, yes." for text in question.work)
+        plan = "keep the last digit" if question.source == "chain" else "write down what is there"
+        plan, answer = f"I go from left to right and {plan}.", question.answer
         return (
             f"Okay, let me see. {plan}\n{first}\nWait, let me check. {plan}\n{check}\n"
             f"So it is {answer}. Wait, is it {answer}? Yes, it is {answer}."
@@ -121,11 +121,10 @@ class Arm(ResponseFormat):
     def rows(cls, args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
         """Return chains, each in all modes, as in the paper: nothing in the prompt says which to use.
 
-        The paper starts from a base model that can calculate. Ours starts from nothing, so it first learns to answer
-        single operations and to work chains out.
+        The paper starts from a base model that can calculate. Without --model ours starts from nothing, so it first
+        learns to answer single operations and to work chains out.
         """
-        if step > PLAIN * args.max_steps:
+        if args.model or step > PLAIN * args.max_steps:
             return super().rows(args, rng, n, step)
         known = [chain.make_question(rng, 1 if i % 4 else 1 + i // 4 % 6, f"chain/cold/{step}/{i}") for i in range(n)]
-        worked = [chain.worked(q.problem) for q in known]
-        return [Row(q, cls.response(q, "direct", rng) if i % 4 else worked[i]) for i, q in enumerate(known)]
+        return [Row(q, cls.response(q, "direct", rng) if i % 4 else "\n".join(q.work)) for i, q in enumerate(known)]

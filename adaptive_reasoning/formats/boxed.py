@@ -4,7 +4,6 @@ import numpy as np
 
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.formats import ResponseFormat
-from adaptive_reasoning.tasks import chain
 from adaptive_reasoning.tasks.answers import boxed_answer, verified_answer
 
 
@@ -26,4 +25,4 @@ class Boxed(ResponseFormat):
 
     @classmethod
     def response(cls, question: Question, mode: str, rng: np.random.Generator) -> str:
-        return f"{chain.worked(question.problem)}\n\\boxed{{{question.answer}}}"
+        return "\n".join([*question.work, f"\\boxed{{{question.answer}}}"])

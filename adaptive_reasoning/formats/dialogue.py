@@ -218,7 +218,7 @@ class DialogueFormat(ResponseFormat):
             return boxed(fast(question, rng))
         if mode == "verify":
             return verify(question, question.answer, rng)
-        return f"{chain.worked(question.problem)}\n{boxed(question.answer)}"
+        return "\n".join([*question.work, boxed(question.answer)])
 
     @classmethod
     def rows(cls, args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
@@ -265,7 +265,7 @@ def verify(question: Question, answer: str, rng: np.random.Generator) -> str:
     if rng.random() >= CAREFUL:
         return boxed(verdict)
     check = f"{question.answer}-{answer}={(int(question.answer) - int(answer)) % 10}"
-    return f"{chain.worked(question.problem)}\n{check}\n{boxed(verdict)}"
+    return "\n".join([*question.work, check, boxed(verdict)])
 
 
 def turn(stage: str) -> str:

@@ -4,7 +4,7 @@ The prompt ends in an opened thinking block (R1's template). A response that sta
 other one is "thinking".
 
 On chains the thinking is as wordy as that of the models the paper starts from: it opens with a phrase, works step by
-step, and checks itself once more before it answers.
+step, and checks itself once more before it answers. On stories, whose tokens are dearer, it does not check.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import numpy as np
 
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.formats import ResponseFormat, Row
+from adaptive_reasoning.formats import MAKERS, ResponseFormat, Row
 from adaptive_reasoning.tasks import chain, prompts
 from adaptive_reasoning.tasks.answers import boxed_answer
 
@@ -74,26 +74,28 @@ class Think(ResponseFormat):
         if mode == "nothinking":
             return f"</think>\n\\boxed{{{question.answer}}}"
         assert mode == "thinking", f"there is no mode {mode!r}"
-        return cls.thinking(question, rng)
+        return cls.thinking(question, rng, checks=int(question.source == "chain"))
 
     @classmethod
-    def thinking(cls, question: Question, rng: np.random.Generator, checks: int = 1, slip: float = 0.0) -> str:
-        """Return a response that thinks: a first pass over the chain, then `checks` passes that check it.
+    def thinking(cls, question: Question, rng: np.random.Generator, checks: int, slip: float = 0.0) -> str:
+        """Return a response that thinks: a first pass over the question, then `checks` passes that check it.
 
         Args:
-            slip: probability that an operation of the first pass is off by one and the work goes on from it. In a
-                check it is a quarter of that. The answer is that of the last pass, right or wrong.
+            slip: of a chain: probability that an operation of the first pass is off by one and the work goes on from
+                it. In a check it is a quarter of that. The answer is that of the last pass, right or wrong.
         """
         words, shares = zip(*OPENERS)
         opener = rng.choice(words, p=shares)
-        passes = [chain.steps(question.problem, slip / (4 if i else 1), rng) for i in range(checks + 1)]
-        work = "Wait, let me check.\n".join("".join(f"{text}\n" for text, _ in steps) for steps in passes)
-        answer = passes[-1][-1][1]
+        passes, answer = [question.work] * (checks + 1), question.answer
+        if slip:
+            slipped = [chain.steps(question.problem, slip / (4 if i else 1), rng) for i in range(checks + 1)]
+            passes, answer = [[text for text, _ in steps] for steps in slipped], slipped[-1][-1][1]
+        work = "Wait, let me check.\n".join("".join(f"{text}\n" for text in lines) for lines in passes)
         return f"{opener}, let me see.\n{work}So it is {answer}.\n</think>\n\\boxed{{{answer}}}"
 
     @classmethod
     def rows(cls, args, rng: np.random.Generator, n: int, step: int) -> list[Row]:
-        """Return chains answered in both modes.
+        """Return chains or stories answered in both modes.
 
         Half are answered after thinking, half at once. Models such as R1 hardly ever choose to skip their thinking, and
         learning to is the point of the method, so `</think>` as a first token is supervised in a few of the direct rows
@@ -103,11 +105,11 @@ class Think(ResponseFormat):
         """
         shares = chain.parse_mix(args.chain_mix)
         checks = chain.parse_mix(args.checks, "--checks", "0, 1, ... checks") if args.checks else None
-        out = []
+        make, out = MAKERS[args.task], []
         for i in range(n):
             mode = "nothinking" if rng.random() < args.nothinking_rows else "thinking"
             operations = int(rng.choice(len(shares), p=shares)) + 1
-            question = chain.make_question(rng, operations, f"chain/cold/{step}/{i}")
+            question = make(rng, operations, f"{args.task}/cold/{step}/{i}")
             masked = mode == "nothinking" and rng.random() >= args.nothinking_supervised
             if checks and mode == "thinking":
                 response = cls.thinking(question, rng, int(rng.choice(len(checks), p=checks)), args.slip)

@@ -16,7 +16,7 @@ import numpy as np
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats import ResponseFormat, control_slot
-from adaptive_reasoning.tasks import chain, prompts
+from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.answers import boxed_answer
 
 SLOT = "<|quad_start|>"
@@ -113,7 +113,7 @@ class Thinkless(ResponseFormat):
         answer = f"\\boxed{{{question.answer}}}"
         if mode == "short":
             return f"<short>\n{answer}"
-        work = chain.worked(question.problem)
+        work = "\n".join(question.work)
         if mode == "think":
             return f"<think>\nOkay, let me see.\n{work}\nSo it is {question.answer}.\n</think>\n{answer}"
         return f"<{cls.tags[mode]}>\n{work}\n{answer}"

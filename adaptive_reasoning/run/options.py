@@ -48,7 +48,7 @@ class RunArgs:
     output_dir: str = "runs/unnamed"
     """Folder of the run. The same command again continues the run found there."""
     task: str = "math"
-    """Questions: "math" (data files or data sets), "chain" (arithmetic made by code), or your own "module.function"."""
+    """Questions: "math" (data files or data sets), "chain", "words" (made by code), or your own "module.function"."""
     data: str = ""
     """Training questions, comma separated: JSONL, CSV, Parquet with `problem` and `answer`, or hub data sets."""
     train_limit: NonNegativeInt = 0
@@ -60,11 +60,11 @@ class RunArgs:
     eval_samples: PositiveInt = 1
     """Responses per evaluation question (the built-in AIME benchmarks always take 16)."""
     chain_mix: str = "0.6,0.1,0.1,0.1,0.05,0.05"
-    """Share of the questions with 1, 2, ... operations (task "chain")."""
+    """Share of the questions with 1, 2, ... operations (tasks "chain" and "words")."""
     chain_questions: PositiveInt = 960
-    """Number of training questions (task "chain")."""
+    """Number of training questions (tasks "chain" and "words")."""
     chain_eval_questions: PositiveInt = 600
-    """Number of evaluation questions (task "chain")."""
+    """Number of evaluation questions (tasks "chain" and "words")."""
 
     # --- how long
     seed: NonNegativeInt = 0

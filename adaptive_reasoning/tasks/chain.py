@@ -78,17 +78,13 @@ def steps(problem: str, slip: float = 0.0, rng: np.random.Generator | None = Non
     return out
 
 
-def worked(problem: str) -> str:
-    """Return the chain worked through, one operation a line."""
-    return "\n".join(text for text, _ in steps(problem))
-
-
 def make_question(rng: np.random.Generator, operations: int, name: str) -> Question:
     """Return a random chain with the given number of operations."""
     digits = rng.integers(0, 10, operations + 1)
     ops = rng.choice(list("+-*"), operations)
     problem = str(digits[0]) + "".join(f"{op}{digit}" for op, digit in zip(ops, digits[1:]))
-    return Question(name, problem, str(steps(problem)[-1][1]), str(operations), "chain")
+    work = steps(problem)
+    return Question(name, problem, str(work[-1][1]), str(operations), "chain", tuple(text for text, _ in work))
 
 
 def parse_mix(mix: str, option: str = "--chain_mix", of: str = "1, 2, ... operations") -> list[float]:
@@ -106,14 +102,18 @@ def parse_mix(mix: str, option: str = "--chain_mix", of: str = "1, 2, ... operat
     return [share / sum(shares) for share in shares]
 
 
-def questions(n: int, mix: str, seed: int, name: str) -> list[Question]:
-    """Return n questions whose difficulties hold the shares of `mix` exactly (up to rounding), in random order."""
+def questions(n: int, mix: str, seed: int, name: str, make=make_question) -> list[Question]:
+    """Return n questions whose difficulties hold the shares of `mix` exactly (up to rounding), in random order.
+
+    Args:
+        make: (rng, operations, name) -> question.
+    """
     shares = parse_mix(mix)
     rng = np.random.default_rng([seed, n])
     edges = np.round(np.cumsum(shares) * n).astype(int)
     operations = np.searchsorted(edges, np.arange(n), side="right") + 1
     rng.shuffle(operations)
-    return [make_question(rng, int(ops), f"{name}/{i}") for i, ops in enumerate(operations)]
+    return [make(rng, int(ops), f"{name}/{i}") for i, ops in enumerate(operations)]
 
 
 def tiny_model(tok: PreTrainedTokenizerFast, hidden: int = 96, layers: int = 3, seed: int = 0):

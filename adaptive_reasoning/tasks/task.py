@@ -84,6 +84,7 @@ class ExactGrader:
 TASKS = {  # a task is a function of (options, whether training questions are wanted) that returns a Source
     "math": "adaptive_reasoning.tasks.math.source",
     "chain": "adaptive_reasoning.tasks.chain.source",
+    "words": "adaptive_reasoning.tasks.words.source",
 }
 
 
