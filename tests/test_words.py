@@ -41,8 +41,8 @@ def test_a_story_says_what_is_worked_out(operations):
         assert told(q.problem) == int(q.answer) and q.difficulty == str(len(q.work)) == str(operations)
         values = [q.problem.split()[2]]
         for text in q.work:
-            left, new = text.split(" = ")
-            assert left.split()[0] == values[-1] and eval(left) == int(new)
+            left, new = text.split("=")
+            assert re.match(r"\d+", left)[0] == values[-1] and eval(left) == int(new)
             values.append(new)
         assert values[-1] == q.answer
 

@@ -57,7 +57,7 @@ def story(rng: np.random.Generator, operations: int) -> tuple[str, tuple[str, ..
         op, n, new = operation(rng, value)
         sentence = str(rng.choice(SENTENCES[op]))
         told.append(sentence.format(who=who, name=name, other=other, things=things, n=n))
-        work.append(f"{value} {op} {n} = {new}")
+        work.append(f"{value}{op}{n}={new}")
         value = new
     return " ".join([*told, f"How many {things} does {name} have now?"]), tuple(work), str(value)
 
