@@ -4,8 +4,8 @@
 
 reads the finished runs <name>-seed<k> found there, and evaluations of merged models, merge-w<weight>; prints two
 tables, the second one by difficulty, and writes pareto.png and pareto.md. The starting model and its forced modes are
-the bounds. AES is O1-Pruner's accuracy-efficiency score (arXiv 2501.12570) against the starting model: the share of tokens
-saved, plus 3 times the relative gain in accuracy, or minus 5 times the loss.
+the bounds. AES is O1-Pruner's accuracy-efficiency score (arXiv 2501.12570) against the starting model: the share of
+tokens saved, plus 3 times the relative gain in accuracy, or minus 5 times the loss.
 """
 
 import argparse

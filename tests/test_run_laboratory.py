@@ -33,7 +33,8 @@ def test_commands_carry_the_seed_and_what_is_common_and_later_options_win(tmp_pa
     assert step.folder == tmp_path / "here" / "adaptthink-seed0"
     assert step.command == [
         "adaptive_reasoning.adaptthink", "--config", "experiments/toy_adaptthink.yaml", "--model",
-        "runs/cold-start-checks/model", "--temperature", "1.0", "--max_new_tokens", "192", "--seed", "0", "--max_steps", "2",
+        "runs/cold-start-checks/model", "--temperature", "1.0", "--max_new_tokens", "192", "--seed", "0",
+        "--max_steps", "2",
     ]  # fmt: skip
     assert once[1].command[-4:] == ["--other", f"{tmp_path}/here/direct/model", "--weight", "0.2"]
     assert len(jobs(tmp_path)) == 2 * len(LISTED["second"]["runs"]) + 1
