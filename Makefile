@@ -76,7 +76,6 @@ PRECISION ?=
 # Options from the command line of make; what is not given stays as the YAML file has it. ARGS comes last and wins.
 WHAT = $(strip $(PRECISION) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)"))
 ABLATION = $(or $(OUT),runs/toy-ablation)
-LABORATORY = $(or $(OUT),runs/laboratory)
 
 # Folder and YAML file of a run follow from the name of its target: train-adaptthink-1.5b writes runs/adaptthink-1.5b and
 # reads experiments/adaptthink_1_5b.yaml.
@@ -206,54 +205,24 @@ toy-ablation: $(call cold,adaptthink)  ## toy-adaptthink for all DELTAS="0 0.05 
 	done; done
 	@$(PY) experiments/compare_seeds.py "$(ABLATION)"/delta*-seed* --by delta --plot "$(ABLATION)/ablation.png"
 
-# Every algorithm and its baseline. Runs that are finished are not run again: the same command continues.
+# Runs that are finished are not run again: the same command continues. JOBS= runs at a time, one on each core.
+laboratories = @$(PY) experiments/run_laboratory.py $(1) --seeds "$(SEEDS)" $(if $(JOBS),--jobs $(JOBS)) \
+  $(if $(OUT),--root "$(OUT)") $(if $(ARGS),-- $(ARGS))
+
 .PHONY: laboratory
 laboratory: SEEDS = 0 1 2
-laboratory: $(COLD_STARTS)  ## all algorithms and their baselines on chains, three seeds, one page (CPU)
-	@for seed in $(SEEDS); do \
-	  $(call toy,adaptthink,adaptthink,toy-adaptthink,$(LABORATORY)/adaptthink-seed$$seed) --seed $$seed $(ARGS); \
-	  $(call toy,grpo,arm,toy-grpo,$(LABORATORY)/grpo-seed$$seed) --seed $$seed $(ARGS); \
-	  $(call toy,ada_grpo,arm,toy-ada-grpo,$(LABORATORY)/ada-grpo-seed$$seed) --seed $$seed $(ARGS); \
-	  $(call toy,degrpo,thinkless,toy-degrpo,$(LABORATORY)/degrpo-seed$$seed) --seed $$seed $(ARGS); \
-	  $(call toy,degrpo,thinkless,toy-degrpo,$(LABORATORY)/degrpo-vanilla-seed$$seed) --aggregation vanilla \
-	    --seed $$seed $(ARGS); \
-	  $(call toy,thinker,thinker,toy-thinker,$(LABORATORY)/thinker-seed$$seed) --seed $$seed $(ARGS); \
-	  $(call toy,thinker,thinker,toy-thinker,$(LABORATORY)/thinker-qa-seed$$seed) --environment qa \
-	    --seed $$seed $(ARGS); \
-	done
-	@$(PY) experiments/laboratory.py "$(LABORATORY)"
+laboratory: $(COLD_STARTS)  ## all algorithms and their baselines on chains, three seeds, two pages (CPU); says how long it takes
+	$(call laboratories,first second)
 
-# The second laboratory: methods that can start from one model do, the one whose thinking varies in length.
-PARETO = $(or $(OUT),runs/pareto)
-# $(call from_one,NAME,MODULE,YAML,MORE): a run of it.
-from_one = $(call toy,$(2),checks,$(3),$(PARETO)/$(1)-seed$$seed) --temperature 1.0 --max_new_tokens 192 --seed $$seed $(4)
-# ModelMerging's other model: the same one, trained on to answer everything at once.
-WEIGHTS ?= 0.2 0.4 0.6 0.8
 .PHONY: pareto
 pareto: SEEDS = 0 1 2
-pareto: $(call cold,checks)  ## AdaptThink and Table 1's baselines from one model: accuracy against tokens, three seeds (CPU)
-	@for seed in $(SEEDS); do \
-	  $(call from_one,adaptthink,adaptthink,toy-adaptthink) $(ARGS); \
-	  $(call from_one,grpo,grpo,toy-grpo,--answer_format think) $(ARGS); \
-	  $(call from_one,tlmre,tlmre,toy-tlmre) $(ARGS); \
-	  $(call from_one,tlmre-alpha0.4,tlmre,toy-tlmre,--alpha 0.4) $(ARGS); \
-	  $(call from_one,o1-pruner,o1_pruner,toy-o1-pruner) $(ARGS); \
-	  $(call from_one,o1-pruner-lam5,o1_pruner,toy-o1-pruner,--lam 5) $(ARGS); \
-	  $(call from_one,dpo-shortest,dpo,toy-dpo) $(ARGS); \
-	  $(call from_one,overthink,dpo,toy-overthink) $(ARGS); \
-	  $(call from_one,overthink-fcs,dpo,toy-overthink,--positive fcs) $(ARGS); \
-	  $(call from_one,dast,dpo,toy-dast) $(ARGS); \
-	  $(call from_one,rft-mixthinking,rft,toy-rft-mixthinking) $(ARGS); \
-	done
-	@$(ON_CPU) $(PY) -m adaptive_reasoning.sft --config experiments/cold_start_direct.yaml --output_dir "$(PARETO)/direct"
-	@$(PY) -m adaptive_reasoning.merge --model runs/cold-start-checks/model --other "$(PARETO)/direct/model" \
-	  --weight $(subst $() $(),$(comma),$(WEIGHTS)) --output_dir "$(PARETO)/merged"
-	@for w in $(WEIGHTS); do \
-	  $(ON_CPU) $(PY) -m adaptive_reasoning.benchmark --task chain --model "$(PARETO)/merged/w$$w" --settings adaptive \
-	    --temperature 1.0 --eval_top_p 1.0 --max_new_tokens 192 --rollout_rows 512 --dtype fp32 \
-	    --output_dir "$(PARETO)/merge-w$$w"; \
-	done
-	@$(PY) experiments/pareto.py "$(PARETO)"
+pareto: $(call cold,checks)  ## its second half: AdaptThink and Table 1's baselines from one model, accuracy against tokens
+	$(call laboratories,second)
+
+.PHONY: pareto-sweeps
+pareto-sweeps: SEEDS = 0 1 2
+pareto-sweeps: $(call cold,checks)  ## what TLMRE's alpha, O1-Pruner's lambda and DAST's delta do there
+	$(call laboratories,sweeps)
 
 # --- the papers' runs
 

@@ -2,10 +2,10 @@
 
     python experiments/pareto.py runs/second-laboratory
 
-reads the finished runs <name>-seed<k> found there, and evaluations of merged models, merge-w<weight>; prints one table
-and writes pareto.png and pareto.md. The starting model and its forced modes are the bounds. AES is O1-Pruner's
-accuracy-efficiency score (arXiv 2501.12570) against the starting model: the share of tokens saved, plus 3 times the
-relative gain in accuracy, or minus 5 times the loss.
+reads the finished runs <name>-seed<k> found there, and evaluations of merged models, merge-w<weight>; prints two
+tables, the second one by difficulty, and writes pareto.png and pareto.md. The starting model and its forced modes are
+the bounds. AES is O1-Pruner's accuracy-efficiency score (arXiv 2501.12570) against the starting model: the share of
+tokens saved, plus 3 times the relative gain in accuracy, or minus 5 times the loss.
 """
 
 import argparse
@@ -40,15 +40,15 @@ def bounds(run: Run) -> dict[str, dict]:
     return {START if setting == ADAPTIVE else f"{START}, {setting}": e for setting, e in found.items() if e}
 
 
-def check_one_start(runs: Runs) -> dict[str, dict]:
-    """Return the bounds, the same for every run.
+def starts(runs: Runs) -> dict[str, list[dict]]:
+    """Return {setting: one E of the starting model for every seed}; the random numbers of an evaluation are its seed's.
 
     Raises:
-        UserError: two runs did not begin from the same evaluation.
+        UserError: two runs of one seed did not begin from the same evaluation.
     """
-    every = [run for members in runs.values() for run in members]
-    first = max(every, key=lambda run: len(bounds(run)))
-    for run in every:
+    by_seed: dict[int, Run] = {}
+    for run in (run for members in runs.values() for run in members):
+        first = by_seed.setdefault(run.summary["seed"], run)
         mine, its = result_of(first, "before"), result_of(run, "before")
         if any(mine[key] != its[key] for key in ("accuracy", "mean_tokens")):
             raise UserError(
@@ -56,7 +56,23 @@ def check_one_start(runs: Runs) -> dict[str, dict]:
                 f"training are {mine['accuracy']}, {mine['mean_tokens']} and {its['accuracy']}, {its['mean_tokens']}. "
                 "Give runs of one starting model, sampler and number of questions."
             )
-    return bounds(first)
+        if len(bounds(run)) > len(bounds(first)):
+            by_seed[run.summary["seed"]] = run
+    found: dict[str, list[dict]] = {}
+    for run in by_seed.values():
+        for name, e in bounds(run).items():
+            found.setdefault(name, []).append(e)
+    return found
+
+
+def mean_of(results: list[dict]) -> dict:
+    """Return accuracy and tokens of an evaluation, whole and by difficulty, as means over several."""
+
+    def mean(parts: list[dict]) -> dict:
+        return {key: sum(part[key] for part in parts) / len(parts) for key in ("accuracy", "mean_tokens")}
+
+    levels = results[0]["by_difficulty"]
+    return {**mean(results), "by_difficulty": {x: mean([e["by_difficulty"][x] for e in results]) for x in levels}}
 
 
 def merged(folder: Path) -> dict[str, dict]:
@@ -66,8 +82,9 @@ def merged(folder: Path) -> dict[str, dict]:
     return {name: row["result"] for name, row in rows.items()}
 
 
-def numbers(results: list[dict], start: dict, hard: str, easy: str, by_level: list[dict]) -> list[Spread | None]:
+def numbers(results: list[dict], start: dict, hard: str, easy: str) -> list[Spread | None]:
     """Return accuracy, tokens, AES, tokens of the easiest and hardest level, their accuracy and the share skipped."""
+    by_level = [e["by_difficulty"] for e in results]
     return [
         spread([r["accuracy"] for r in results]),
         spread([r["mean_tokens"] for r in results]),
@@ -78,23 +95,38 @@ def numbers(results: list[dict], start: dict, hard: str, easy: str, by_level: li
     ]
 
 
+def levels_table(runs: Runs, merges: dict[str, dict]) -> list[list[str]]:
+    """Return accuracy and tokens by difficulty, means over the seeds: a header, the starting model, the methods."""
+    starting = starts(runs)[START]
+    start, levels = mean_of(starting), levels_of([run for members in runs.values() for run in members])
+    after = {name: [run.summary["after"] for run in members] for name, members in runs.items()}
+    every = {START: starting, **after, **{name: [e] for name, e in merges.items()}}
+
+    def cell(results: list[dict], level: str) -> str:
+        part, its = (e["by_difficulty"][level] for e in (mean_of(results), start))
+        return f"{part['accuracy']:.3f} at {part['mean_tokens']:.1f} ({part['mean_tokens'] / its['mean_tokens']:.2f})"
+
+    return [
+        ["accuracy at tokens (of the starting model's)", *levels],
+        *([name, *(cell(results, level) for level in levels)] for name, results in every.items()),
+    ]
+
+
 DECIMALS = (3, 1, 2, 1, 1, 3, 3, 2)
 
 
 def rows_of(runs: Runs, merges: dict[str, dict]) -> tuple[list[str], list[tuple[str, list[Spread | None]]]]:
     """Return (header, rows): the starting model and its forced modes, then the methods by their AES."""
-    limits = check_one_start(runs)
+    limits = starts(runs)
     levels = levels_of([run for members in runs.values() for run in members])
     easy, hard = levels[0], levels[-1]
     header = ["", "accuracy", "tokens", "AES", f"tokens, {easy}", f"tokens, {hard}", f"accuracy, {easy}",
               f"accuracy, {hard}", "NoThinking"]  # fmt: skip
-    start = limits[START]
-    rows = [(name, numbers([e], start, hard, easy, [e["by_difficulty"]])) for name, e in limits.items()]
-    found = []
-    for name, members in runs.items():
-        after = [run.summary["after"] for run in members]
-        found.append((name, numbers(after, start, hard, easy, [e["by_difficulty"] for e in after])))
-    found += [(name, numbers([e], start, hard, easy, [e["by_difficulty"]])) for name, e in merges.items()]
+    start = mean_of(limits[START])
+    rows = [(name, numbers(results, start, hard, easy)) for name, results in limits.items()]
+    after = {name: [run.summary["after"] for run in members] for name, members in runs.items()}
+    after |= {name: [e] for name, e in merges.items()}
+    found = [(name, numbers(results, start, hard, easy)) for name, results in after.items()]
     return header, rows + sorted(found, key=lambda row: -row[1][2].mean)
 
 
@@ -139,6 +171,11 @@ def picture(runs: Runs, merges: dict[str, dict], rows: list[tuple[str, list[Spre
     return out.getvalue()
 
 
+def marked(table: list[list[str]]) -> list[list[str]]:
+    """Return a table with the rule of Markdown under its header."""
+    return [table[0], ["---"] * len(table[0]), *table[1:]]
+
+
 def write_pareto(folder: Path) -> str:
     """Write pareto.png and pareto.md into the folder and return the table as text.
 
@@ -150,10 +187,10 @@ def write_pareto(folder: Path) -> str:
     header, rows = rows_of(runs, merges)
     lines = [[name, *(s.text(d) if s else "-" for s, d in zip(values, DECIMALS))] for name, values in rows]
     write_bytes_atomic(Path(folder) / "pareto.png", picture(runs, merges, rows))
-    marks = [header, ["---"] * len(header), *lines]
-    table = "".join("| " + " | ".join(cells) + " |\n" for cells in marks)
-    write_text_atomic(Path(folder) / "pareto.md", table)
-    return "\n".join([aligned([header, *lines]), *left_out])
+    tables = [[header, *lines], levels_table(runs, merges)]
+    text = "\n".join("".join("| " + " | ".join(row) + " |\n" for row in marked(table)) for table in tables)
+    write_text_atomic(Path(folder) / "pareto.md", text)
+    return "\n\n".join([*map(aligned, tables), *left_out])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -49,14 +49,24 @@ def test_the_table_has_the_bounds_and_the_methods_by_their_score(folder):
     rows = [{"setting": "adaptive", "benchmark": "chain", "step": 0, "result": result(0.8, 40, thinking=1.0)}]
     (folder / "merge-w0.7" / "evaluation.json").write_text(json.dumps(rows))
     text = pareto.write_pareto(folder)
-    names = [re.split("  +", line.strip())[0] for line in text.splitlines()[1:]]
+    whole, by_level = text.split("\n\n")
+    names = [re.split("  +", line.strip())[0] for line in whole.splitlines()[1:]]
     bounds = ["starting model", "starting model, always_think", "starting model, never_think"]
     assert names[-6:] == [*bounds, "adaptthink", "merge-w0.7", "dpo"]
     assert "20.5 (20.0..21.0, sd 0.7)" in text
     dpo = (50 - 25) / 50 - 5 * 0.25
-    assert f"{dpo:.2f}" in text.splitlines()[-1]
+    assert f"{dpo:.2f}" in whole.splitlines()[-1]
+    assert any("dpo" in line and "0.600 at 25.0 (0.50)" in line for line in by_level.splitlines())
     assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    assert (folder / "pareto.md").read_text().count("\n") == 8
+    assert (folder / "pareto.md").read_text().count("\n") == 8 + 1 + 6
+
+
+def test_each_seed_draws_its_own_evaluation_of_the_start(folder):
+    """Random numbers of an evaluation are its seed's: the start is the mean, and has a spread like the methods."""
+    write_run(folder / "dpo-seed2", 2, result(0.6, 25, thinking=1.0), before=result(0.83, 44, thinking=1.0))
+    runs, _ = pareto.load_laboratory(folder)
+    assert [e["mean_tokens"] for e in pareto.starts(runs)["starting model"]] == [50, 50, 44]
+    assert "0.810 (0.800..0.830" in pareto.write_pareto(folder)
 
 
 def test_runs_of_two_starting_models_are_refused(folder):
