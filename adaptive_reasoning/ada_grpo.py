@@ -223,8 +223,9 @@ def metrics(episodes: list[Episode], form, run) -> dict[str, float | None]:
 
 def main() -> None:
     args = parse_args(Args)
-    run = Run(args, "ada_grpo", reference=args.kl_coef > 0)
-    form = formats.load(args.answer_format)(run.tokenizer, args)
+    kind = formats.load(args.answer_format)
+    run = Run(args, "ada_grpo", kind, reference=args.kl_coef > 0)
+    form = kind(run.tokenizer, args)
     with run.start(form, METRICS | mode_metrics(form)):
         learner = run.learner
         run.evaluate_if_due()

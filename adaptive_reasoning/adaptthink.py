@@ -76,8 +76,6 @@ class Args(ThinkArgs, RunArgs):
     """Sampling temperature of training and evaluation; log-probs are taken at the same temperature."""
     eval_top_p: PositiveShare = 0.95
     """Nucleus of the evaluation sampler (training always samples from the whole distribution)."""
-    max_prompt_tokens: PositiveInt = 1024
-    """Questions with a longer prompt are left out of training, and counted."""
     max_new_tokens: PositiveInt = 16384
     """Longest response in tokens, EOS included."""
     learning_rate: Positive = 2e-6
@@ -399,8 +397,9 @@ def read_authors_table(path: str, questions: dict[int, Question]) -> dict[int, f
 
 def main() -> None:
     args = parse_args(Args)
-    run = Run(args, "adaptthink")
-    form = formats.load(args.answer_format, Think)(run.tokenizer, args)
+    kind = formats.load(args.answer_format, Think)
+    run = Run(args, "adaptthink", kind)
+    form = kind(run.tokenizer, args)
     with run.start(form, METRICS):
         learner = run.learner
         reference = reference_accuracy(run, args)

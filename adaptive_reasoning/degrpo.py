@@ -260,8 +260,9 @@ def metrics(episodes: list[Episode], form: Thinkless, run) -> dict[str, float | 
 def main() -> None:
     args = parse_args(Args)
     gammas = parse_schedule("gamma_schedule", args.gamma_schedule or f"0:{args.gamma}", below=1.0)
-    run = Run(args, "degrpo", reference=args.kl_coef > 0)
-    form = formats.load(args.answer_format, Thinkless)(run.tokenizer, args)
+    kind = formats.load(args.answer_format, Thinkless)
+    run = Run(args, "degrpo", kind, reference=args.kl_coef > 0)
+    form = kind(run.tokenizer, args)
     with run.start(form, METRICS | mode_metrics(form) | numbers(form)):
         learner = run.learner
         run.log_first_token("degrpo/first_think", form.tokens["think"])

@@ -391,8 +391,9 @@ def reference_sums(run: Run, bank: Bank, pairs: list[Pair], args) -> dict[str, t
 
 def main() -> None:
     args = parse_args(Args)
-    run = Run(args, "dpo", offline=True)
-    form = formats.load(args.answer_format)(run.tokenizer, args)
+    kind = formats.load(args.answer_format)
+    run = Run(args, "dpo", kind, offline=True)
+    form = kind(run.tokenizer, args)
     if args.pairs == "overthink":
         prompts.control_token(run.tokenizer, "</think>")  # says at once where there is none
     with run.start(form, METRICS):

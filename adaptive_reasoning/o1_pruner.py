@@ -256,8 +256,9 @@ def reference_logprobs(run: Run, bank: Bank, rows: list[dict], args) -> dict[str
 
 def main() -> None:
     args = parse_args(Args)
-    run = Run(args, "o1_pruner", offline=True)
-    form = formats.load(args.answer_format)(run.tokenizer, args)
+    kind = formats.load(args.answer_format)
+    run = Run(args, "o1_pruner", kind, offline=True)
+    form = kind(run.tokenizer, args)
     with run.start(form, METRICS):
         learner, needed = run.learner, list(range(len(run.task.questions)))
         bank = Bank(

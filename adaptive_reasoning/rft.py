@@ -234,8 +234,9 @@ def mode_shares(run: Run, episodes: list[Episode]) -> dict[str, float]:
 
 def main() -> None:
     args = parse_args(Args)
-    run = Run(args, "rft", offline=True)
-    form = formats.load(args.answer_format)(run.tokenizer, args)
+    kind = formats.load(args.answer_format)
+    run = Run(args, "rft", kind, offline=True)
+    form = kind(run.tokenizer, args)
     if not set(MODES) <= set(form.modes):
         raise UserError(
             f"--answer_format {args.answer_format}: its modes are {', '.join(form.modes)}, not {' and '.join(MODES)}."

@@ -30,18 +30,18 @@ from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.metric import Metric
 from adaptive_reasoning.errors import UserError, run_cli, say
-from adaptive_reasoning.formats import Row, control_slot, load
+from adaptive_reasoning.formats import Row, load
 from adaptive_reasoning.formats.rows import batch_of, check_pairs, episodes_of, held_out, load_rows, share_of
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import load_model, load_tokenizer
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.learner.runtime import all_reduce, end, make_accelerator, on_main
 from adaptive_reasoning.learner.watch import Watch
-from adaptive_reasoning.run.adapter import start_of
 from adaptive_reasoning.run.folder import MAY_CHANGE, check_same, inputs_of, read_config
 from adaptive_reasoning.run.journal import Journal
 from adaptive_reasoning.run.memory import Holds
 from adaptive_reasoning.run.options import NonNegative, Positive, RunArgs, ShareBelowOne, parse_args
+from adaptive_reasoning.run.start import start_of
 from adaptive_reasoning.tasks import chain, prompts
 
 SHOW_EVERY = 50  # steps
@@ -52,7 +52,6 @@ METRICS = {
         "falls; where it rises again the rows are learnt by heart",
         panel="Validation loss | Rows that are held out."),
 }  # fmt: skip
-TEMPLATES = {"arm": load("arm").TEMPLATE}
 
 
 @dataclass
@@ -104,8 +103,6 @@ class Args(RunArgs):
     """With --checks: probability that an operation of the first pass goes wrong; a quarter of it in a check."""
     pairs: bool = False
     """Rows of --data come in pairs, one question answered in both modes; both rows of a pair go into the same batch."""
-    short_slot: str = ""
-    """Thinkless: reserved token that becomes `<short>`, e.g. "<|quad_start|>"; "auto" finds one (empty: none)."""
     hidden_size: PositiveInt = 96
     """Width of the laboratory's model (task "chain" with an empty --model)."""
     layers: PositiveInt = 3
@@ -114,9 +111,6 @@ class Args(RunArgs):
     """Rank of LoRA on all linear layers (0: train all weights)."""
     lora_alpha: PositiveInt = 16
     """Scale of LoRA."""
-    chat_template: Literal[("", *TEMPLATES, "thinkless")] = ""
-    """Chat template to train with and to save: "" keeps the model's own, "arm" is "Human: {question}\\nAssistant:",
-    "thinkless" is the model's own, but ends at the assistant's mark and keeps the thinking of finished answers."""
     epochs: NonNegativeInt = 0
     """Passes over the rows of --data, instead of --max_steps (0: --max_steps counts)."""
     warmup_share: ClosedUnitInterval = 0.0
@@ -208,37 +202,27 @@ def rate(args, step: int) -> float:
     return low + (args.learning_rate - low) * 0.5 * (1 + math.cos(angle))
 
 
-def start_tokenizer(args, model: str, rows: list[Row]):
+def needed_tokens(args, rows: list[Row]) -> tuple[str, ...]:
+    """Return the control tokens that the rows have in front or behind their thinking, and those of the template."""
+    written = {
+        "<think>": any(row.response.startswith("<think>") for row in rows),
+        "</think>": any("</think>" in row.response for row in rows),
+        "<short>": any(row.response.startswith("<short>") for row in rows),
+    }
+    thinkless = args.chat_template.endswith("thinkless")
+    think = args.chat_template.endswith("think") or thinkless or written["<think>"]
+    return tuple(tag for tag in written if written[tag] or (thinkless if tag == "<short>" else think))
+
+
+def start_tokenizer(args, model: str, needed: tuple[str, ...]):
     """Return the tokenizer to train with and to save, of a model or of the laboratory.
 
     Raises:
-        UserError: it does not hold a control token of `rows` as one token, so that no method or evaluation would take
-            the trained model.
+        UserError: a control token is split, so that no method or evaluation would take the trained model.
     """
-    if not model:
-        tokenizer = formats.tokenizer(args.formats)
-    else:
-        tokenizer = load_tokenizer(model)
-        if args.short_slot:
-            if args.lora_rank:
-                raise UserError("--short_slot: LoRA leaves the embedding of `<short>` untrained. Set --lora_rank 0.")
-            tokenizer = control_slot.take_slot(tokenizer, "<short>", args.short_slot)
-    if args.chat_template == "thinkless":
-        tokenizer.chat_template = control_slot.thinkless_template(tokenizer)
-    elif args.chat_template:
-        tokenizer.chat_template = TEMPLATES[args.chat_template]
-    think = args.chat_template == "thinkless" or any(r.response.startswith("<think>") for r in rows)
-    needed = {
-        "<think>": think,
-        "</think>": think or any("</think>" in r.response for r in rows),
-        "<short>": args.chat_template == "thinkless" or any(r.response.startswith("<short>") for r in rows),
-    }
-    for text in (text for text in needed if needed[text]):
-        try:
-            prompts.control_token(tokenizer, text)
-        except UserError as error:
-            mend = "Give --short_slot auto: a reserved token becomes `<short>`." if text == "<short>" else ""
-            raise UserError(f"the rows have the control token {text}, and {error} {mend}".rstrip()) from error
+    tokenizer = load_tokenizer(model) if model else formats.tokenizer(args.formats)
+    for text in needed:
+        prompts.control_token(tokenizer, text)
     return tokenizer
 
 
@@ -246,8 +230,6 @@ def start_model(args, name: str, tokenizer):
     """Return the model to train."""
     if name:
         model, _ = load_model(name, args)
-        if args.short_slot:
-            control_slot.check_rows(model, prompts.control_token(tokenizer, "<short>"), "<short>")
     else:
         model = chain.tiny_model(tokenizer, args.hidden_size, args.layers, args.seed)
     if not args.lora_rank:
@@ -335,8 +317,9 @@ def train(args, file_rows: list[Row], validation_rows: list[Row], accelerator, w
         return weigh(mine, len(rows), args) if args.rows_per_mean else mine
 
     everything = [*file_rows, *validation_rows]
-    name = start_of(args, accelerator)
-    tokenizer = start_tokenizer(args, name, everything or made_rows(args.max_steps))
+    needed = needed_tokens(args, everything or made_rows(args.max_steps))
+    name = start_of(args, accelerator, needed)
+    tokenizer = start_tokenizer(args, name, needed)
     model = start_model(args, name, tokenizer)
     data = {f"the training data {args.data}": [f"{r.question.problem}\0{r.response}" for r in everything]}
     frozen = args.model if args.lora_rank else None  # whose weights are read again

@@ -353,8 +353,9 @@ def metrics(rows: list[dict], p: float) -> dict[str, float | None]:
 
 def main() -> None:
     args = parse_args(Args)
-    run = Run(args, "thinker" if args.environment == "dialogue" else "thinker-qa", critic=True)
-    form = formats.load(args.answer_format, DialogueFormat)(run.tokenizer, args, next_stage)
+    kind = formats.load(args.answer_format, DialogueFormat)
+    run = Run(args, "thinker" if args.environment == "dialogue" else "thinker-qa", kind, critic=True)
+    form = kind(run.tokenizer, args, next_stage)
     with run.start(form, METRICS):
         learner, critic = run.learner, run.critic
         run.evaluate_if_due()

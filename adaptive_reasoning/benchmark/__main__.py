@@ -33,10 +33,10 @@ from adaptive_reasoning.learner.runtime import all_gather, end, make_accelerator
 from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.report.console import evaluation_table
 from adaptive_reasoning.rollout import Decoder, Engine
-from adaptive_reasoning.run.adapter import start_of
 from adaptive_reasoning.run.evaluation import EvalSpec, Evaluator, evaluate, summarise
 from adaptive_reasoning.run.folder import MAY_CHANGE, check_inputs, data_of, inputs_of, open_folder
 from adaptive_reasoning.run.options import NonNegative, PositiveShare, RunArgs, parse_args
+from adaptive_reasoning.run.start import start_of
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.task import Benchmark, load_task
 
@@ -49,7 +49,7 @@ class Args(DialogueArgs, ThinkArgs, ThinklessArgs, RunArgs):
     """Options of a stand-alone evaluation."""
 
     model: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
-    """Model to evaluate: a Hugging Face folder or a hub name (Qwen2, Qwen3 or Llama)."""
+    """Model to evaluate: a Hugging Face folder, a hub name, or a GGUF file (Qwen2, Qwen3 or Llama)."""
     eval_data: str = "gsm8k,math500,aime24"
     """Evaluation questions, comma separated: files, hub data sets, or the names of the built-in benchmarks."""
     temperature: NonNegative = 0.6
@@ -230,7 +230,8 @@ def measure_benchmark(
 def measure(args, accelerator, watch: Watch) -> None:
     """Measure every benchmark in every setting; keep each as it is finished, and write evaluation.json."""
     watch.phase("load")
-    model, tokenizer = load_model(start_of(args, accelerator), args)
+    needed = formats.load(args.answer_format).needed_tokens()
+    model, tokenizer = load_model(start_of(args, accelerator, needed), args)
     spec = spec_of(tokenizer, args)
     wanted = wanted_settings(args.settings, spec)
     task, folder = load_task(args, tokenizer, train=False), Path(args.output_dir)

@@ -92,6 +92,11 @@ class ResponseFormat(ABC):
         inherits = isinstance(args, self.Options)
         self.options = self.Options(**{f.name: vars(args)[f.name] for f in fields(self.Options)} if inherits else {})
 
+    @classmethod
+    def needed_tokens(cls) -> tuple[str, ...]:
+        """Return the texts that have to be one token each, which --control_tokens gives a model that lacks them."""
+        return ()
+
     @abstractmethod
     def mode_of(self, response_ids) -> str:
         """Return the mode of a response from its own first tokens [T]."""

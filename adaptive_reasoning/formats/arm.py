@@ -14,8 +14,8 @@ import re
 import numpy as np
 
 from adaptive_reasoning.core.question import Question
-from adaptive_reasoning.formats import ResponseFormat, Row, control_slot
-from adaptive_reasoning.tasks import chain, prompts
+from adaptive_reasoning.formats import ResponseFormat, Row
+from adaptive_reasoning.tasks import chain, chat_template, prompts
 from adaptive_reasoning.tasks.answers import verified_answer
 
 WRITTEN = {"cot": 2, "code": 4}  # operations that are worked out in writing; the others are done in the head
@@ -37,18 +37,13 @@ class Arm(ResponseFormat):
     check = staticmethod(verified_answer)
     consensus, fallback = ("direct", "cot", "code"), "long_cot"
 
-    # LLaMA-Factory's template "default", which ARM is trained with: EOS and a newline follow a finished answer.
-    TEMPLATE = (
-        "{% for message in messages %}{% if message['role'] == 'user' %}Human: {{ message['content'] }}\n"
-        "{% else %}Assistant:{{ message['content'] }}{{ eos_token }}\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}Assistant:{% endif %}"
-    )
+    TEMPLATE = chat_template.ARM
     SPECIAL = ("<|begin|>", "<|end|>")
     TOKENS = ("Human:", "Assistant:")
 
     def __init__(self, tokenizer, args):
         super().__init__(tokenizer, args)
-        self.prompt_end = prompts.check_ends_at_assistant(tokenizer, control_slot.template_mend)
+        self.prompt_end = prompts.check_ends_at_assistant(tokenizer, chat_template.template_mend)
 
     @classmethod
     def format_of(cls, response: str) -> str:

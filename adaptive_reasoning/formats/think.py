@@ -45,6 +45,10 @@ class Think(ResponseFormat):
             raise UserError(f"--first_word {self.options.first_word!r} has no token.")
         self.eot = prompts.control_token(tokenizer, "</think>")
 
+    @classmethod
+    def needed_tokens(cls) -> tuple[str, ...]:
+        return ("<think>", "</think>")
+
     def mode_of(self, response_ids) -> str:
         return "nothinking" if response_ids[0] == self.eot else "thinking"
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.formats import ResponseFormat, control_slot
-from adaptive_reasoning.tasks import prompts
+from adaptive_reasoning.formats import ResponseFormat
+from adaptive_reasoning.tasks import chat_template, control_tokens, prompts
 from adaptive_reasoning.tasks.answers import boxed_answer
 
 SLOT = "<|quad_start|>"
@@ -54,9 +54,13 @@ class Thinkless(ResponseFormat):
                 "--mode_rule substring: the official code's rule tells <think> and <short> apart and no other mode. "
                 "Take first_token."
             )
-        prompts.check_ends_at_assistant(tokenizer, control_slot.template_mend)
+        prompts.check_ends_at_assistant(tokenizer, chat_template.template_mend)
         self.tokens = {mode: prompts.control_token(tokenizer, f"<{tag}>") for mode, tag in self.tags.items()}
         prompts.control_token(tokenizer, "</think>")
+
+    @classmethod
+    def needed_tokens(cls) -> tuple[str, ...]:
+        return ("</think>", *(f"<{tag}>" for tag in cls.tags.values()))
 
     @classmethod
     def format_of(cls, response: str) -> str:
@@ -106,7 +110,7 @@ class Thinkless(ResponseFormat):
     @classmethod
     def finish(cls, tokenizer):
         """Return the tokenizer with the reserved token renamed to `<short>`."""
-        return control_slot.rename_token(tokenizer, SLOT, "<short>")
+        return control_tokens.rename_token(tokenizer, SLOT, "<short>")
 
     @classmethod
     def response(cls, question: Question, mode: str, rng: np.random.Generator) -> str:

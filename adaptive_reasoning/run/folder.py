@@ -39,8 +39,11 @@ def lock_folder(folder: Path) -> None:
         UserError: another process holds it, and did for LOCK_SECONDS.
     """
     path = folder.resolve() / LOCK
-    if earlier := _locks.pop(path, None):  # of another run in this process, which is over
-        earlier.close()
+    if earlier := _locks.pop(path, None):
+        if path.exists() and os.path.samestat(os.fstat(earlier.fileno()), path.stat()):  # this process has it already
+            _locks[path] = earlier
+            return
+        earlier.close()  # of a folder that was deleted since
     file, end, told = open(path, "a+", encoding="utf-8"), time.monotonic() + LOCK_SECONDS, False
     while True:
         try:
@@ -68,6 +71,19 @@ def lock_folder(folder: Path) -> None:
     _locks[path] = file
 
 
+def take_folder(folder: Path) -> None:
+    """Create a folder and take its lock.
+
+    Raises:
+        UserError: another process writes it, or it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(folder)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot write there: {error}") from error
+
+
 def open_folder(folder: Path, algorithm: str, args, begun: bool | None = None, may_change=MAY_CHANGE) -> None:
     """Create the folder of a run with its config.yaml, or check that what is in it is this run; take its lock.
 
@@ -81,20 +97,16 @@ def open_folder(folder: Path, algorithm: str, args, begun: bool | None = None, m
             its config.yaml is damaged, another process writes it, or it cannot be written to.
     """
     path, config = folder / "config.yaml", dataclasses.asdict(args)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock_folder(folder)
-        if begun is None:
-            begun = newest_checkpoint(folder / "checkpoints") is not None
-            if not begun and (folder / "summary.json").is_file():
-                raise UserError(
-                    f"{folder} holds a finished run without any checkpoint, which cannot be continued; a new one would "
-                    "replace its results. Choose another --output_dir, or delete the folder."
-                )
-        if path.is_file() and begun:
-            check_same(folder, read_config(path), algorithm, config, may_change)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot write there: {error}") from error
+    take_folder(folder)
+    if begun is None:
+        begun = newest_checkpoint(folder / "checkpoints") is not None
+        if not begun and (folder / "summary.json").is_file():
+            raise UserError(
+                f"{folder} holds a finished run without any checkpoint, which cannot be continued; a new one would "
+                "replace its results. Choose another --output_dir, or delete the folder."
+            )
+    if path.is_file() and begun:
+        check_same(folder, read_config(path), algorithm, config, may_change)
     write_text_atomic(path, yaml.safe_dump({"algorithm": algorithm, **config}, sort_keys=False))
 
 
@@ -177,12 +189,14 @@ def check_reached(checkpoint: Path, max_steps: int) -> None:
 
 
 def weights_of(model: str) -> list[str]:
-    """Return texts that differ where the weights of a model do, in no time at any size; a hub's name is its own.
+    """Return texts that differ where the weights of a folder or file do, in no time at any size; a hub name is its own.
 
     Of every file its size and 64 blocks spread over it, which training changes even where single layers are frozen.
     """
-    texts = [] if Path(model).is_dir() else [model]
-    for path in sorted(p for p in Path(model).glob("*") if p.suffix in (".safetensors", ".bin")):
+    place = Path(model).expanduser()
+    files = [place] if place.is_file() else place.glob("*")
+    texts = [] if place.exists() else [model]
+    for path in sorted(p for p in files if p.suffix in (".safetensors", ".bin", ".gguf")):
         size, state = path.stat().st_size, hashlib.sha256()
         with open(path, "rb") as file:
             for i in range(BLOCKS):

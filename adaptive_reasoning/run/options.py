@@ -42,9 +42,16 @@ class RunArgs:
 
     # --- where
     model: str = ""
-    """Model to start from: a Hugging Face folder or a hub name (Qwen2, Qwen3 or Llama)."""
+    """Model to start from: a Hugging Face folder, a hub name, or a GGUF file (Qwen2, Qwen3 or Llama)."""
     merge_adapter: bool = False
-    """--model is an adapter (peft): merge it into its base once, at <output_dir>/merged, and start from that."""
+    """--model is an adapter (peft): merge it into its base once, at <output_dir>/start, and start from that."""
+    control_tokens: str = "model"
+    """Control tokens that the response format needs: "model": they have to be there; "reserved": reserved slots of the
+    vocabulary are renamed; "add": new rows; or each by itself, "<think>=add,<short>=<|quad_start|>"."""
+    chat_template: str = ""
+    """Chat template to run with and to save: "" the model's own; "think": its own, but the prompt ends in `<think>`;
+    "thinkless": its own, ending at the assistant's mark, thinking kept; "plain": its turn marks without a system text;
+    "arm": "Human: {question}\\nAssistant:"; a Jinja file. Two of them as in "plain+think"."""
     output_dir: str = "runs/unnamed"
     """Folder of the run. The same command again continues the run found there."""
     task: str = "math"

@@ -3,8 +3,9 @@
 A method file decides what to sample, what it is worth and what to minimise; a run carries that out. Nothing here knows
 any method: what a run needs besides the policy, a frozen reference or a critic, is said by the method.
 
-    run = Run(args, "grpo", reference=args.kl_coef > 0)
-    form = ResponseFormat(run.tokenizer)
+    kind = formats.load(args.answer_format)
+    run = Run(args, "grpo", kind, reference=args.kl_coef > 0)
+    form = kind(run.tokenizer, args)
     with run.start(form, METRICS):
         run.evaluate_if_due()
         for step in run.steps():
@@ -48,7 +49,6 @@ from adaptive_reasoning.learner.weights import check_weights
 from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling
 from adaptive_reasoning.rollout.dialogue import Dialogue, converse
 from adaptive_reasoning.rollout.engine import CPU_CACHE_BYTES
-from adaptive_reasoning.run.adapter import start_of
 from adaptive_reasoning.run.balance import deal, expected_tokens
 from adaptive_reasoning.run.evaluation import Evaluator, evaluate
 from adaptive_reasoning.run.folder import data_of, inputs_of
@@ -57,6 +57,7 @@ from adaptive_reasoning.run.memory import Where
 from adaptive_reasoning.run.metrics import Drift, counts_of, mean_losses, over_processes, picked, sums_of
 from adaptive_reasoning.run.preflight import preflight
 from adaptive_reasoning.run.sampling import sample_and_grade
+from adaptive_reasoning.run.start import start_of
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.task import load_task
 
@@ -67,6 +68,7 @@ class Run:
     Args:
         args: the method's options (RunArgs and its own).
         algorithm: name for config.yaml and summary.json.
+        kind: class of the response format: which control tokens the model has to have.
         reference: keep a frozen copy of the starting model, for `score_reference`.
         critic: have a critic beside the policy.
         offline: the method learns from answers of the starting model, not from rollouts of its own steps.
@@ -75,7 +77,7 @@ class Run:
         UserError: whatever is wrong with model, data or folder, before anything heavy starts.
     """
 
-    def __init__(self, args, algorithm: str, reference: bool = False, critic: bool = False, offline: bool = False):
+    def __init__(self, args, algorithm: str, kind, reference=False, critic=False, offline=False):
         self.args, self.has_reference, self.has_critic = args, reference, critic
         assert (reference, critic) == (args.holds().reference, args.holds().critic), "what the memory plan counts"
         self.accelerator = make_accelerator(args)
@@ -84,7 +86,7 @@ class Run:
         self.watch = Watch(self.accelerator, args.patience)
         self.journal = Journal(args, algorithm, self.accelerator)
         with self.watch.telling():
-            self.model = start_of(args, self.accelerator)
+            self.model = start_of(args, self.accelerator, kind.needed_tokens())
             self.config = load_config(self.model)
             check_weights(self.model, self.config)
             self.tokenizer = load_tokenizer(self.model)

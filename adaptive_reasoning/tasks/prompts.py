@@ -27,12 +27,17 @@ def prompt_text(tokenizer, problem: str) -> str:
 def chat_text(tokenizer, messages: list[dict], **options) -> str:
     """Return messages as the chat template writes them; raises as `prompt_text`."""
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template. Add one to its folder.")
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: give one with "
+            "--chat_template, arm or the path of a Jinja file."
+        )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except (TemplateError, ValueError, TypeError) as error:  # the latter from Python's methods, which templates call
         what = f"the chat template of {tokenizer.name_or_path!r} cannot be rendered"
-        raise UserError(f"{what}: {str(error).rstrip('.')}. Mend it in its folder.") from error
+        raise UserError(
+            f"{what}: {str(error).rstrip('.')}. Mend it in its folder, or give another with --chat_template."
+        ) from error
 
 
 def check_opens_thinking(tokenizer) -> str:
@@ -46,8 +51,8 @@ def check_opens_thinking(tokenizer) -> str:
     if not text.endswith(THINK_OPEN + "\n"):
         raise UserError(
             f"the chat template of {tokenizer.name_or_path!r} must end in {THINK_OPEN + chr(10)!r} with "
-            f"add_generation_prompt; found {text[-40:]!r}. Change the end of chat_template in the tokenizer's "
-            "folder; no command does it yet."
+            f"add_generation_prompt; found {text[-40:]!r}. --chat_template think makes it so, or "
+            "plain+think where the template cannot be edited."
         )
     return text.rpartition("1+1")[2]
 
@@ -70,8 +75,7 @@ def check_ends_at_assistant(tokenizer, mend: Callable[..., str] = lambda tokeniz
         raise UserError(
             f"the chat template of {tokenizer.name_or_path!r} must end right at the assistant's mark with "
             f"add_generation_prompt, without {THINK_OPEN!r} or a newline, as it stands before an answer "
-            f"({finished[-40:]!r}); found {text[-40:]!r}. Change chat_template in the tokenizer's folder."
-            f"{mend(tokenizer)}"
+            f"({finished[-40:]!r}); found {text[-40:]!r}.{mend(tokenizer)}"
         )
     return text.rpartition("1+1")[2]
 
@@ -93,7 +97,7 @@ def control_token(tokenizer, text: str) -> int:
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path!r} does not hold {text!r} as one token; it reads it as "
-            f"{tokenizer.convert_ids_to_tokens(ids)}. Use a model whose vocabulary has it, or add it as a token."
+            f"{tokenizer.convert_ids_to_tokens(ids)}. --control_tokens add gives it a row of the vocabulary."
         )
     return ids[0]
 

@@ -1,10 +1,11 @@
-"""Control slot: a new control token without a new row in the vocabulary, by renaming one that no model ever used.
+"""Control tokens: `<think>`, `</think>`, `<short>` in a vocabulary that lacks them.
 
-    tokenizer = take_slot(tokenizer, "<short>", slot="<|quad_start|>")
+    tokenizer = take(tokenizer, {"<think>": "add", "<short>": "<|quad_start|>"})
 
-Thinkless needs `<short>` as one token. Adding a token would grow the embeddings; instead a reserved one is renamed, in
-tokenizer.json and in the `added_tokens_decoder` of tokenizer_config.json alike. It becomes an ordinary token: a special
-one is dropped by `skip_special_tokens=True`, and the mode with it.
+A new token takes a new row ("add"), or a reserved one is renamed, in tokenizer.json and in the `added_tokens_decoder`
+of tokenizer_config.json alike. It is an ordinary token either way: a special one is dropped by
+`skip_special_tokens=True`, and the mode with it. Its row starts as the mean of those of words that say what it does
+(`words`); what a reserved row holds was never trained.
 """
 
 import json
@@ -12,29 +13,80 @@ import re
 import tempfile
 from pathlib import Path
 
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.tasks import prompts
 
-AUTO = "auto"  # find a slot
+MODEL, RESERVED, ADD = "model", "reserved", "add"  # what --control_tokens takes beside a mapping
+WORDS = {"<think>": "think", "</think>": "end of thinking", "<short>": "short"}
 # Tokens that text models have and do not use: Qwen2's grounding marks, then reserved slots by any name.
 KNOWN = ("quad_start", "quad_end", "box_start", "box_end", "object_ref_start", "object_ref_end")
-RESERVED = re.compile(r"reserved|unused|extra_id|dummy|placeholder", re.IGNORECASE)
+SLOT = re.compile(r"reserved|unused|extra_id|dummy|placeholder", re.IGNORECASE)
 
 
-def take_slot(tokenizer, new: str, slot: str = AUTO) -> PreTrainedTokenizerFast:
-    """Return the tokenizer with a reserved token renamed to `new`.
+def wanted(option: str, needed: tuple[str, ...]) -> dict[str, str]:
+    """Return {control token: slot, "reserved" or "add"} of --control_tokens.
 
-    A tokenizer that holds `new` already is returned as it is, so a warm-up can be started from a warmed-up model.
+    Args:
+        needed: tokens of the response format.
 
     Raises:
-        UserError: no fitting slot, or a slot that is in use.
+        UserError: neither one of the three words nor such a mapping.
     """
-    if new not in added_tokens(tokenizer):
-        tokenizer = rename_token(tokenizer, find_slot(tokenizer) if slot == AUTO else slot, new)
-    prompts.control_token(tokenizer, new)
+    if option in (MODEL, RESERVED, ADD):
+        return {} if option == MODEL else dict.fromkeys(needed, option)
+    pairs = [part.partition("=")[::2] for part in option.split(",")]
+    if not all(new and slot for new, slot in pairs) or len(dict(pairs)) < len(pairs):
+        raise UserError(
+            f"--control_tokens {option!r}: takes model, reserved, add, or pairs TOKEN=SLOT such as "
+            "'<think>=add,</think>=add,<short>=<|quad_start|>', each token once."
+        )
+    return dict(pairs)
+
+
+def take(tokenizer, how: dict[str, str]) -> PreTrainedTokenizerFast:
+    """Return the tokenizer with control tokens added, or reserved tokens renamed to them.
+
+    One that the tokenizer holds already stays, so a warm-up can be started from a warmed-up model.
+
+    Args:
+        how: as from `wanted`.
+
+    Raises:
+        UserError: no fitting slot, a slot that is in use, or a text that cannot be a token.
+    """
+    for new, slot in how.items():
+        if is_token(tokenizer, new):
+            continue
+        if not new or new != new.strip():
+            raise UserError(f"{new!r} cannot be the name of a control token.")
+        if slot == ADD:
+            tokenizer.add_tokens([AddedToken(new, normalized=False, special=False)])
+        else:
+            tokenizer = rename_token(tokenizer, find_slot(tokenizer) if slot == RESERVED else slot, new)
+        prompts.control_token(tokenizer, new)
     return tokenizer
+
+
+def is_token(tokenizer, text: str) -> bool:
+    """Return whether the tokenizer holds a text as one token."""
+    try:
+        return bool(text) and prompts.control_token(tokenizer, text) >= 0
+    except UserError:
+        return False
+
+
+def words(tokenizer, token: str) -> list[int]:
+    """Return the tokens of the words that a control token's row starts from.
+
+    "think", "end of thinking" and "short"; of another tag its name, `</COT>` as "end of cot".
+    """
+    name = re.sub(r"[\W_]+", " ", token).strip().lower()
+    text = WORDS.get(token) or (f"end of {name}" if token.startswith("</") else name) or token
+    # As inside a sentence: with the space in front where that is a part of the words' own tokens.
+    return min((tokenizer.encode(t, add_special_tokens=False) for t in (f" {text}", text)), key=len)
 
 
 def added_tokens(tokenizer) -> dict[str, int]:
@@ -56,12 +108,13 @@ def find_slot(tokenizer) -> str:
     template, used = str(tokenizer.chat_template or ""), named_uses(tokenizer)
     free = [text for text in added_tokens(tokenizer) if text not in used and text not in template]
     known = [f"<|{name}|>" for name in KNOWN if f"<|{name}|>" in free]
-    found = known + [text for text in free if RESERVED.search(text)]
+    found = known + [text for text in free if SLOT.search(text)]
     if not found:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no reserved token that could be renamed (looked for "
-            f"Qwen2's <|quad_start|> and the like, and for names with 'reserved' or 'unused'). Name one of its added "
-            f"tokens that the model never used: {', '.join(free) or 'none is free'}."
+            "Qwen2's <|quad_start|> and the like, and for names with 'reserved' or 'unused'). --control_tokens add "
+            "gives every token a new row, and --control_tokens '<short>=...' takes an added token that the model never "
+            f"used: {', '.join(free) or 'none is free'}."
         )
     return found[0]
 
@@ -82,8 +135,6 @@ def rename_token(tokenizer, old: str, new: str) -> PreTrainedTokenizerFast:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path!r} holds {new!r} already: there is nothing to rename."
         )
-    if not new or new != new.strip():
-        raise UserError(f"{new!r} cannot be the name of a control token.")
     role = named_uses(tokenizer).get(old) or ("chat_template" if old in str(tokenizer.chat_template or "") else None)
     if role:
         raise UserError(f"{old!r} is in use as {role}: rename a token that is not.")
@@ -130,58 +181,3 @@ def rename_in_config(content: dict, old: str, new: str) -> dict:
         if isinstance(value, list):  # additional_special_tokens: left there, it would come back as one more token
             content[key] = [text for text in value if (text.get("content") if isinstance(text, dict) else text) != old]
     return {new if key == old else key: value for key, value in content.items()}
-
-
-BLOCK = re.compile(r"<think>(?:(?:\\n|\n)*</think>(?:\\n|\n)*|(?:\\n|\n)?)")  # an empty block, or one opened
-CUT = re.compile(  # R1's template drops the thinking of finished answers
-    r"\{%-?\s*if '</think>' in content\s*-?%\}\s*\{%-?\s*set content = content\.split\('</think>'\)\[-1\]\s*-?%\}\s*"
-    r"\{%-?\s*endif\s*-?%\}"
-)
-
-
-def thinkless_template(tokenizer) -> str:
-    """Return the tokenizer's chat template with Thinkless' two edits: no `<think>` prefilled, no thinking cut away.
-
-    Raises:
-        UserError: the edits do not lead to a prompt that ends at the assistant's mark, or answers are still cut.
-    """
-    edited = CUT.sub("", BLOCK.sub("", str(tokenizer.chat_template or "")))
-    old, tokenizer.chat_template = tokenizer.chat_template, edited
-    try:
-        prompts.check_ends_at_assistant(tokenizer)
-        answer = "<think>\na\n</think>\nb"
-        messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": answer}]
-        if answer not in prompts.chat_text(tokenizer, messages):
-            raise UserError("Finished answers are changed (thinking is cut away).")
-    except UserError as error:
-        if not old:
-            raise
-        raise UserError(
-            f"--chat_template thinkless cannot edit the chat template of {tokenizer.name_or_path!r}: without its "
-            "<think> it still does not fit. Take --chat_template arm, which replaces it by a plain one, or write your "
-            f"own. What is wrong with the edited one: {error}"
-        ) from error
-    finally:
-        tokenizer.chat_template = old
-    return edited
-
-
-def template_mend(tokenizer) -> str:
-    """Return what gives a tokenizer a chat template that ends at the assistant's mark."""
-    try:
-        thinkless_template(tokenizer)
-    except UserError:
-        return " A supervised start with --chat_template arm replaces it by a plain one that fits."
-    return " A supervised start with --chat_template thinkless, or arm, does it."
-
-
-def check_rows(model, token: int, text: str) -> None:
-    """Raise UserError unless the embeddings have a row for the token.
-
-    Vocabularies are often padded to a round number, so a token may lie beyond the tokenizer's own size; it must not lie
-    beyond the model's.
-    """
-    if token >= (rows := model.config.vocab_size):
-        raise UserError(
-            f"{text!r} would be token {token}, but the model's embeddings have {rows} rows: take another slot."
-        )
