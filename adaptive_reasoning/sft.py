@@ -43,6 +43,8 @@ from adaptive_reasoning.run.memory import Holds
 from adaptive_reasoning.run.options import NonNegative, Positive, RunArgs, ShareBelowOne, parse_args
 from adaptive_reasoning.run.start import start_of
 from adaptive_reasoning.tasks import chain, prompts
+from adaptive_reasoning.tasks.chat_template import ENDS
+from adaptive_reasoning.tasks.control_tokens import WORDS
 
 SHOW_EVERY = 50  # steps
 CONTINUES = MAY_CHANGE - {"max_steps"}  # the schedule of the learning rate and the rows depend on how long it is
@@ -203,15 +205,11 @@ def rate(args, step: int) -> float:
 
 
 def needed_tokens(args, rows: list[Row]) -> tuple[str, ...]:
-    """Return the control tokens that the rows have in front or behind their thinking, and those of the template."""
-    written = {
-        "<think>": any(row.response.startswith("<think>") for row in rows),
-        "</think>": any("</think>" in row.response for row in rows),
-        "<short>": any(row.response.startswith("<short>") for row in rows),
-    }
-    thinkless = args.chat_template.endswith("thinkless")
-    think = args.chat_template.endswith("think") or thinkless or written["<think>"]
-    return tuple(tag for tag in written if written[tag] or (thinkless if tag == "<short>" else think))
+    """Return the control tokens that the rows hold, and those of the formats that chains and template are made for."""
+    end = args.chat_template.rpartition("+")[2]
+    kinds = [end] * (end in ENDS) + [args.formats] * (args.task == "chain")
+    needed = [tag for kind in kinds for tag in load(kind).needed_tokens()]
+    return tuple(dict.fromkeys(needed + [tag for tag in WORDS if any(tag in row.response for row in rows)]))
 
 
 def start_tokenizer(args, model: str, needed: tuple[str, ...]):
@@ -317,7 +315,7 @@ def train(args, file_rows: list[Row], validation_rows: list[Row], accelerator, w
         return weigh(mine, len(rows), args) if args.rows_per_mean else mine
 
     everything = [*file_rows, *validation_rows]
-    needed = needed_tokens(args, everything or made_rows(args.max_steps))
+    needed = needed_tokens(args, everything)
     name = start_of(args, accelerator, needed)
     tokenizer = start_tokenizer(args, name, needed)
     model = start_model(args, name, tokenizer)

@@ -12,8 +12,8 @@ from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import is_tied, load_model
 from adaptive_reasoning.learner.runtime import make_accelerator
 from adaptive_reasoning.rollout import Decoder
-from adaptive_reasoning.run.adapter import start_of
 from adaptive_reasoning.run.options import RunArgs
+from adaptive_reasoning.run.start import start_of
 
 
 def main(folder: Path) -> None:

@@ -24,7 +24,7 @@ from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.run.options import parse_args
-from adaptive_reasoning.sft import TEMPLATES, merged
+from adaptive_reasoning.sft import merged
 from adaptive_reasoning.tasks.answers import verified_answer
 
 ROOT = Path(__file__).parent.parent
@@ -368,7 +368,7 @@ def arm_model(tmp_path_factory):
     """A small model folder with ARM's chat template."""
     folder = tmp_path_factory.mktemp("small") / "model"
     make_folder(folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATES["arm"])
+    (folder / "chat_template.jinja").write_text(Arm.TEMPLATE)
     return folder
 
 

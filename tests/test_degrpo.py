@@ -12,8 +12,7 @@ import numpy as np
 import plot_modes
 import pytest
 import torch
-from small_model import make_folder
-from transformers import AutoTokenizer
+from small_model import qwen_folder
 
 from adaptive_reasoning import formats
 from adaptive_reasoning.benchmark import routers as router
@@ -26,7 +25,6 @@ from adaptive_reasoning.core.files import read_jsonl
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.degrpo import Args, advantages, loss, metrics, plan_rollouts, reward
 from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.formats import control_slot
 from adaptive_reasoning.formats.thinkless import Thinkless
 from adaptive_reasoning.learner.model import load_tokenizer
 from adaptive_reasoning.learner.packing import Counts, pack
@@ -589,154 +587,6 @@ def test_rows_of_the_laboratory_are_pairs_with_the_control_token_supervised():
     rows = Thinkless.rows(SftArgs(formats="thinkless"), np.random.default_rng(0), 40, 1)
     check_pairs(rows, 40)
     assert all(row.start == 0 for row in rows)
-
-
-# --- the control slot
-
-QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|quad_start|>", "<|quad_end|>")
-
-
-def qwen_folder(folder: Path) -> Path:
-    """A small model folder with tokenizer files in Qwen2's layout: slots are special tokens, listed in both files."""
-    make_folder(folder)
-    pieces = json.loads((folder / "tokenizer.json").read_text())
-    start = max(t["id"] for t in pieces["added_tokens"]) + 1
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    pieces["added_tokens"] += [{"id": start + i, "content": text, **flags} for i, text in enumerate(QWEN)]
-    (folder / "tokenizer.json").write_text(json.dumps(pieces))
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config["added_tokens_decoder"] = {
-        str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in pieces["added_tokens"]
-    }
-    config["additional_special_tokens"] = list(QWEN[1:])
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    model_config = AutoConfig.from_pretrained(folder)
-    model_config.vocab_size = start + len(QWEN) + 5  # padded, as vocabularies are
-    AutoModelForCausalLM.from_config(model_config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    return qwen_folder(tmp_path_factory.mktemp("qwen") / "model")
-
-
-def ids_of(tokenizer, text):
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def test_the_slot_is_renamed_in_both_files(qwen, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(qwen, folder)
-    before = load_tokenizer(str(folder))
-    (slot,) = ids_of(before, "<|quad_start|>")
-    control_slot.rename_in_folder(folder, "<|quad_start|>", "<short>")
-    pieces = {t["id"]: t for t in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]}
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    for entry in (pieces[slot], config["added_tokens_decoder"][str(slot)]):
-        assert entry["content"] == "<short>" and entry["special"] is False
-    assert "<|quad_start|>" not in config["additional_special_tokens"]
-    for after in (load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)):
-        assert ids_of(after, "<short>") == [slot] and len(after) == len(before)
-        assert after.decode([slot], skip_special_tokens=True) == "<short>"
-    text = "Ann has 3 boxes<think>"
-    assert ids_of(load_tokenizer(str(folder)), text) == ids_of(before, text)
-
-
-def test_the_renamed_tokenizer_survives_saving(qwen, tmp_path):
-    tokenizer = control_slot.take_slot(load_tokenizer(str(qwen)), "<short>", "<|quad_start|>")
-    (slot,) = ids_of(tokenizer, "<short>")
-    tokenizer.save_pretrained(tmp_path)
-    again = load_tokenizer(str(tmp_path))
-    assert ids_of(again, "<short>\n")[0] == slot and len(again) == len(tokenizer)
-    assert again.decode([slot], skip_special_tokens=True) == "<short>"
-    assert len(ids_of(again, "<|quad_start|>")) > 1
-
-
-def test_a_fitting_slot_is_found(qwen):
-    tokenizer = load_tokenizer(str(qwen))
-    assert control_slot.find_slot(tokenizer) == "<|quad_start|>"
-    (slot,) = ids_of(tokenizer, "<|quad_start|>")
-    taken = control_slot.take_slot(tokenizer, "<short>")
-    assert ids_of(taken, "<short>") == [slot]
-    assert control_slot.take_slot(taken, "<short>") is taken  # a warmed-up model has it already
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|reserved_special_token_7|>"]})
-    for name in QWEN:
-        tokenizer = tokenizer if name == QWEN[0] else without(tokenizer, name)
-    assert control_slot.find_slot(tokenizer) == "<|reserved_special_token_7|>"
-
-
-def without(tokenizer, name):
-    return control_slot.rename_token(tokenizer, name, f"<used{QWEN.index(name)}>")
-
-
-def test_a_tokenizer_without_a_slot(tmp_path):
-    make_folder(tmp_path / "model")
-    with pytest.raises(UserError, match="no reserved token that could be renamed"):
-        control_slot.take_slot(load_tokenizer(str(tmp_path / "model")), "<short>")
-
-
-@pytest.mark.parametrize(
-    "old, new, message",
-    [
-        ("<|nothing|>", "<short>", "has no added token '<|nothing|>'"),
-        ("<|quad_start|>", "<think>", "holds '<think>' already"),
-        ("<\uff5cend\u2581of\u2581sentence\uff5c>", "<short>", "is in use as"),
-        ("<\uff5cUser\uff5c>", "<short>", "is in use as chat_template"),
-        ("<|quad_start|>", " <short>", "cannot be the name"),
-    ],
-)
-def test_slots_that_cannot_be_taken(qwen, old, new, message):
-    import re
-
-    with pytest.raises(UserError, match=re.escape(message)):
-        control_slot.rename_token(load_tokenizer(str(qwen)), old, new)
-
-
-def test_a_slot_beyond_the_models_rows_is_refused(qwen):
-    from transformers import AutoModelForCausalLM
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(qwen), load_tokenizer(str(qwen))
-    token = ids_of(tokenizer, "<|quad_start|>")[0]
-    control_slot.check_rows(model, token, "<short>")
-    model.config.vocab_size = token
-    with pytest.raises(UserError, match=f"would be token {token}, but the model's embeddings have {token} rows"):
-        control_slot.check_rows(model, token, "<short>")
-
-
-R1_TEMPLATE = (  # the two places of DeepSeek-R1-Distill's template that Thinkless edits, in its own words
-    "{{bos_token}}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{'<\uff5cUser\uff5c>' + message['content']}}"
-    "{% endif %}{% if message['role'] == 'assistant' %}{% set content = message['content'] %}"
-    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
-    "{{'<\uff5cAssistant\uff5c>' + content + '<\uff5cend\u2581of\u2581sentence\uff5c>'}}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{'<\uff5cAssistant\uff5c><think>\\n'}}{% endif %}"
-)
-
-
-def test_the_two_edits_of_the_template(qwen):
-    tokenizer = load_tokenizer(str(qwen))
-    for template in (R1_TEMPLATE, tokenizer.chat_template):
-        tokenizer.chat_template = template
-        edited = control_slot.thinkless_template(tokenizer)
-        assert tokenizer.chat_template == template
-        tokenizer.chat_template = edited
-        assert prompts.prompt_text(tokenizer, "1+1").endswith("1+1<\uff5cAssistant\uff5c>")
-        answer = "<think>\na\n</think>\nb"
-        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
-        assert answer in tokenizer.apply_chat_template(turns, tokenize=False)
-
-
-def test_a_template_that_cannot_be_edited(qwen):
-    tokenizer = load_tokenizer(str(qwen))
-    tokenizer.chat_template = R1_TEMPLATE.replace("content.split('</think>')[-1]", "content.split('</think>')|last")
-    with pytest.raises(UserError, match="thinking is cut away"):
-        control_slot.thinkless_template(tokenizer)
-    tokenizer.chat_template = None
-    with pytest.raises(UserError, match="no chat template"):
-        control_slot.thinkless_template(tokenizer)
 
 
 # --- warm-up rows

@@ -284,14 +284,16 @@ def test_ctrl_c_while_the_interpreter_ends():
 
 def test_an_error_before_the_folder_is_opened_is_told(tmp_path, monkeypatch):
     from adaptive_reasoning import adaptthink
+    from adaptive_reasoning.formats.think import Think
     from adaptive_reasoning.learner.watch import Watch
     from adaptive_reasoning.run.options import parse_args
     from adaptive_reasoning.run.run import Run
 
     told = []
     monkeypatch.setattr(Watch, "stop", lambda self, error=None: told.append(error))
+    args = parse_args(adaptthink.Args, ["--model", str(tmp_path / "no model"), "--dtype", "fp32"])
     with pytest.raises(Exception) as raised:
-        Run(parse_args(adaptthink.Args, ["--model", str(tmp_path / "no model"), "--dtype", "fp32"]), "adaptthink")
+        Run(args, "adaptthink", Think)
     assert told == [raised.value]
 
 

@@ -21,14 +21,13 @@ from adaptive_reasoning.adaptthink import read_authors_table
 from adaptive_reasoning.benchmark.lenient import NUMBER, aime_answer, lenient_answer, lenient_same
 from adaptive_reasoning.core.files import load_json, read_jsonl, truncate_jsonl
 from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.formats import control_slot
 from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.formats.dialogue import STAGES, DialogueFormat
 from adaptive_reasoning.formats.think import Think
 from adaptive_reasoning.formats.thinkless import Thinkless
 from adaptive_reasoning.run.folder import read_config
 from adaptive_reasoning.run.options import parse_args, parse_schedule, read_yaml
-from adaptive_reasoning.tasks import math
+from adaptive_reasoning.tasks import control_tokens, math
 from adaptive_reasoning.tasks.answers import MAX_ANSWER, boxed_answer, same_answer
 from adaptive_reasoning.tasks.chain import parse_mix
 from adaptive_reasoning.tasks.normalise import presentation_free, written_number
@@ -308,7 +307,7 @@ def test_a_control_slot_is_renamed_whole_or_refused(slot, new):
     """Same ids as before apart from the name, whatever that is, or one message."""
     before = slot_tokenizer()
     try:
-        after = control_slot.take_slot(before, new, slot)
+        after = control_tokens.take(before, {new: slot})
     except UserError:
         return
     assert len(after) == len(before) and len(after.encode(new, add_special_tokens=False)) == 1

@@ -18,16 +18,13 @@ from safetensors.torch import load_file, save_file
 from small_model import make_folder
 from test_learner_distributed import ENVIRONMENTS
 
-from adaptive_reasoning import formats
 from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.formats import control_slot
-from adaptive_reasoning.formats.thinkless import Thinkless
 from adaptive_reasoning.learner.critic import load_critic
 from adaptive_reasoning.learner.model import generation_config, is_tied, load_config, load_model
 from adaptive_reasoning.learner.weights import check_weights
 from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling
-from adaptive_reasoning.run.adapter import start_of
-from adaptive_reasoning.sft import TEMPLATES
+from adaptive_reasoning.run.options import RunArgs
+from adaptive_reasoning.run.start import start_of
 
 ROOT = Path(__file__).parent.parent
 FP32 = SimpleNamespace(dtype="fp32")
@@ -260,7 +257,7 @@ def test_an_adapter_is_merged_once(whole, tmp_path):
     wanted = write_adapter(whole[True], adapter)
     with pytest.raises(UserError, match=f"{adapter}: it is an adapter of {whole[True]} .* --merge_adapter merges it"):
         load_config(str(adapter))
-    args = SimpleNamespace(model=str(adapter), output_dir=str(tmp_path / "out"), merge_adapter=False, dtype="fp32")
+    args = RunArgs(model=str(adapter), output_dir=str(tmp_path / "out"), dtype="fp32")
     assert start_of(args, accelerator) == args.model
     args.merge_adapter = True
     folder = start_of(args, accelerator)
@@ -272,7 +269,7 @@ def test_an_adapter_is_merged_once(whole, tmp_path):
     assert (Path(folder) / "model.safetensors").stat().st_mtime_ns == written, "a second start finds it"
     assert not list((tmp_path / "out").glob("*.partial"))
     write_adapter(whole[False], adapter)
-    with pytest.raises(UserError, match="was not merged from the adapter --model .* as it is now"):
+    with pytest.raises(UserError, match="was not made from --model .* as it is now"):
         start_of(args, accelerator)
 
 
@@ -285,7 +282,7 @@ def test_an_adapter_whose_base_is_not_at_hand(whole, tmp_path, go):
     assert code == 2 and f"the base of {tmp_path}/adapter is {tmp_path}/gone" in error and "no such folder" in error
     code, error = go("benchmark.__main__", *options[2:], "--model", whole[True])
     assert code == 2 and f"--model {whole[True]} is no adapter" in error
-    assert not (tmp_path / "out" / "merged").exists()
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------------ what the commands say
@@ -362,47 +359,6 @@ def test_a_gap_in_the_first_step_stops_the_run(tmp_path, go, monkeypatch):
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["check/logprob_gap_mean"] > 1e-3, "the row that shows it is written"
     assert not list((tmp_path / "run").glob("checkpoints/*"))
-
-
-# ------------------------------------------------------------------------------------------------------ chat templates
-
-HYBRID = (  # what hybrid templates such as Qwen3's do, in our words
-    "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}<|Assistant|>"
-    "{% set c = m.content %}{% set r = '' %}{% if '</think>' in c %}"
-    "{% set r = c.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}"
-    "{% set c = c.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
-    "{{ '<think>\\n' + r + '\\n</think>\\n\\n' + c }}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|Assistant|>"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
-    "{% endif %}"
-)
-
-
-def test_an_empty_block_is_taken_out_whole():
-    tokenizer = formats.tokenizer("thinkless")
-    for end in ("<think>\n\n</think>\n\n", "{{ '<think>\\n\\n</think>\\n\\n' }}", "<think>\n", "{{ '<think>\\n' }}"):
-        tokenizer.chat_template = Thinkless.TEMPLATE.replace(
-            "<|Assistant|>{% endif %}", "<|Assistant|>" + end + "{% endif %}"
-        )
-        assert control_slot.thinkless_template(tokenizer).replace("{{ '' }}", "") == Thinkless.TEMPLATE
-
-
-def test_the_advice_for_a_refused_template_works():
-    tokenizer = formats.tokenizer("thinkless")
-    Thinkless(tokenizer, None)
-    kept, tokenizer.chat_template = tokenizer.chat_template, HYBRID
-    with pytest.raises(UserError, match="start with --chat_template arm") as refused:
-        Thinkless(tokenizer, None)
-    assert "--chat_template thinkless" not in str(refused.value), "which refuses this template"
-    with pytest.raises(UserError, match="thinkless cannot edit .* Take --chat_template arm, which replaces it"):
-        control_slot.thinkless_template(tokenizer)
-    tokenizer.chat_template = TEMPLATES["arm"]
-    Thinkless(tokenizer, None)
-    tokenizer.chat_template = kept.replace("<|Assistant|>{% endif %}", "<|Assistant|><think>\n{% endif %}")
-    with pytest.raises(UserError, match="start with --chat_template thinkless"):
-        Thinkless(tokenizer, None)
-    tokenizer.chat_template = control_slot.thinkless_template(tokenizer)
-    Thinkless(tokenizer, None)
 
 
 def test_the_headers_of_a_whole_folder_pass(whole):

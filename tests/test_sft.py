@@ -21,7 +21,7 @@ from adaptive_reasoning.formats.rows import batch_of, held_out, share_of
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.packing import Counts, fill, pack
 from adaptive_reasoning.learner.runtime import make_accelerator
-from adaptive_reasoning.sft import Args, loss, rate, start_tokenizer, weigh
+from adaptive_reasoning.sft import Args, loss, needed_tokens, rate, start_tokenizer, weigh
 
 
 def rows(n: int) -> list[Row]:
@@ -201,25 +201,27 @@ def test_norms_and_biases_without_weight_decay(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "response, options, message",
+    "response, options, needed",
     [
-        ("<short>\n\\boxed{1}", {}, r"control token <short>, .* Give --short_slot auto"),
-        ("<think>\na\n</think>\nb", {}, r"control token <think>, .* reads it as \["),
-        ("a\n</think>\nb", {}, r"control token </think>, "),
-        ("<ANSWER>1</ANSWER>", {"chat_template": "thinkless"}, r"control token <think>, "),
-        ("<ANSWER>1</ANSWER>", {}, ""),
+        ("<short>\n\\boxed{1}", {}, ["<short>"]),
+        ("<think>\na\n</think>\nb", {}, ["<think>", "</think>"]),
+        ("a\n</think>\nb", {}, ["</think>"]),
+        ("a\n</think>\nb", {"chat_template": "plain+think"}, ["<think>", "</think>"]),
+        ("<ANSWER>1</ANSWER>", {"chat_template": "thinkless"}, ["</think>", "<think>", "<short>"]),
+        ("<ANSWER>1</ANSWER>", {}, []),
     ],
 )
-def test_rows_whose_control_tokens_would_be_split(tmp_path, response, options, message):
+def test_rows_whose_control_tokens_would_be_split(tmp_path, response, options, needed):
     """Training would go well, and the method or evaluation that is given the model would refuse it."""
     formats.tokenizer("arm").save_pretrained(tmp_path)
     args = Args(task="math", model=str(tmp_path), data="rows.jsonl", **options)
-    data = [Row(Question("a", "1+1", ""), response)]
-    if not message:
-        assert start_tokenizer(args, args.model, data)
+    found = needed_tokens(args, [Row(Question("a", "1+1", ""), response)])
+    assert list(found) == needed
+    if not needed:
+        assert start_tokenizer(args, args.model, found)
         return
-    with pytest.raises(UserError, match=message):
-        start_tokenizer(args, args.model, data)
+    with pytest.raises(UserError, match=f"{needed[0]}' as one token; it reads it as .* --control_tokens add"):
+        start_tokenizer(args, args.model, found)
 
 
 def test_a_laboratory_format_is_refused_before_it_is_trained(go, tmp_path):
@@ -227,4 +229,4 @@ def test_a_laboratory_format_is_refused_before_it_is_trained(go, tmp_path):
     make_folder(tmp_path / "base")
     code, error = go("sft", "--formats", "thinkless", "--model", tmp_path / "base", "--output_dir", tmp_path / "out",
                      "--dtype", "fp32")  # fmt: skip
-    assert code == 2 and "--short_slot auto" in error and not (tmp_path / "out").exists()
+    assert code == 2 and "--control_tokens add" in error and not (tmp_path / "out").exists()

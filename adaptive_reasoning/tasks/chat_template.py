@@ -85,7 +85,8 @@ def plain_template(tokenizer) -> str:
     start, _, between, header = found.groups() if found else [""] * 4
     end = finished.rpartition(words[1])[2]
     user = between.removeprefix(end)
-    if not end or not user or not start.endswith(user) or not between.startswith(end):
+    marked = text != prompts.chat_text(tokenizer, messages)  # an assistant's mark asks for the answer
+    if not (marked and end and user and start.endswith(user) and between.startswith(end)):
         raise UserError(
             f"--chat_template plain: the chat template of {tokenizer.name_or_path!r} does not show the marks of its "
             f"turns: a probe gave {text!r}. Take --chat_template arm, or the path of a Jinja file."
@@ -107,7 +108,8 @@ def think_template(tokenizer) -> str:
     if tail.endswith(prompts.THINK_OPEN + "\n"):
         return template
     messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "7"}]
-    if not tail or "think" in tail or not prompts.chat_text(tokenizer, messages).startswith(text):
+    asked, finished = (prompts.chat_text(tokenizer, messages[:n]) for n in (1, 2))
+    if text == asked or "think" in tail or not finished.startswith(text):
         raise UserError(
             f"--chat_template think cannot edit the chat template of {tokenizer.name_or_path!r}: its prompt ends in "
             f"{tail[-40:]!r}, which is not the assistant's mark. Take --chat_template plain+think, which keeps its "

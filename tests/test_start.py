@@ -1,0 +1,375 @@
+"""The model folder that a run starts from: control tokens, chat templates, GGUF files (adapters: test_models.py)."""
+
+import fcntl
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from small_model import CHATML, QWEN, make_folder, plain_folder, qwen_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adaptive_reasoning import formats
+from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.formats.think import Think
+from adaptive_reasoning.formats.thinkless import Thinkless
+from adaptive_reasoning.learner.model import is_tied, load_tokenizer
+from adaptive_reasoning.run import start
+from adaptive_reasoning.run.options import RunArgs
+from adaptive_reasoning.run.start import start_of
+from adaptive_reasoning.tasks import chat_template, control_tokens, prompts
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Folders of models that know no thinking, by family."""
+    tmp = tmp_path_factory.mktemp("plain")
+    return {family: plain_folder(tmp / family, family) for family in ("llama", "qwen")}
+
+
+def made(folder: Path, tmp_path: Path, needed=(), **options) -> Path:
+    """Return the folder that a run with these options starts from."""
+    args = RunArgs(model=str(folder), output_dir=str(tmp_path / "out"), **options)
+    return Path(start_of(args, Accelerator(cpu=True), needed))
+
+
+def weights_in(folder: Path):
+    """Return (model, input embedding, output embedding) in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
+
+
+# --- rows
+
+
+@pytest.mark.parametrize("family, how", [("llama", "add"), ("qwen", "add"), ("qwen", "reserved")])
+def test_a_new_token_starts_from_its_words_and_changes_no_other(plain, tmp_path, family, how):
+    """Old tokens keep their logits bit for bit; the folder opens in plain transformers."""
+    needed = Thinkless.needed_tokens()
+    folder = made(plain[family], tmp_path, needed, control_tokens=how)
+    old, old_in, old_out = weights_in(plain[family])
+    new, new_in, new_out = weights_in(folder)
+    before, tokenizer = load_tokenizer(str(plain[family])), AutoTokenizer.from_pretrained(folder)
+    rows = {}
+    for text, words in (("<think>", "think"), ("</think>", "end of thinking"), ("<short>", "short")):
+        (row,) = ids_of(tokenizer, text)
+        assert tokenizer.decode([row], skip_special_tokens=True) == text, "an ordinary token"
+        assert ids_of(tokenizer, f"7{text}\n")[-2] == row
+        rows[row] = min(ids_of(before, f" {words}"), ids_of(before, words), key=len)
+    for old_weight, new_weight in ((old_in, new_in), (old_out, new_out)):
+        for row, words in rows.items():
+            torch.testing.assert_close(new_weight[row], old_weight[words].mean(0), rtol=0, atol=1e-6)
+    grown = family == "llama"  # Qwen2's vocabulary has rows that are no token's
+    assert new.config.vocab_size == len(new_in) == (len(old_in) // 64 + 1) * 64 if grown else len(old_in)
+    assert is_tied(new) == is_tied(old) == (family == "llama")
+    if grown:
+        torch.testing.assert_close(new_in[-1], old_in.mean(0), rtol=0, atol=1e-6)
+    ids = torch.tensor([ids_of(before, "Ann has 3 boxes.")])
+    kept = [i for i in range(len(old_in)) if i not in rows]
+    assert torch.equal(old(ids).logits[..., kept], new(ids).logits[..., kept])
+    for opened in (load_tokenizer, AutoTokenizer.from_pretrained):
+        one, other = (ids_of(opened(str(place)), "Ann has 3 boxes.") for place in (plain[family], folder))
+        assert one == other
+
+
+def test_a_mapping_gives_each_token_its_own_way(plain, tmp_path):
+    mapping = "<think>=add,</think>=reserved,<short>=<|box_start|>"
+    tokenizer = load_tokenizer(str(made(plain["qwen"], tmp_path, ("<think>",), control_tokens=mapping)))
+    old = load_tokenizer(str(plain["qwen"]))
+    names = {old.convert_ids_to_tokens(ids_of(tokenizer, text)[0]) for text in ("</think>", "<short>")}
+    assert names == {"<|quad_start|>", "<|box_start|>"} and ids_of(tokenizer, "<think>") == [len(old)]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"control_tokens": "reserve"}, "takes model, reserved, add, or pairs TOKEN=SLOT"),
+        ({"control_tokens": "<think>=add,<think>=add"}, "each token once"),
+        ({"control_tokens": "<think>=<|none|>"}, "has no added token '<|none|>' to rename"),
+        ({"control_tokens": " <think>=add"}, "' <think>' cannot be the name of a control token"),
+        ({"control_tokens": "<think>=add"}, "does not hold '</think>' as one token"),
+        ({"control_tokens": "reserved"}, "--control_tokens add gives every token a new row"),
+        ({"chat_template": "plain"}, "does not hold '<think>' as one token; .* --control_tokens add"),
+        ({"chat_template": "thoughtful"}, "--chat_template thoughtful: no such file"),
+        ({"model": "", "control_tokens": "add"}, "name one with --model"),
+        ({"model": "m.gguf"}, "--model m.gguf: no such file"),
+    ],
+)
+def test_what_cannot_be_made(plain, tmp_path, options, message):
+    """Said before anything is written."""
+    args = RunArgs(**{"model": str(plain["llama"]), "output_dir": str(tmp_path / "out"), **options})
+    with pytest.raises(UserError, match=message):
+        start_of(args, Accelerator(cpu=True), Think.needed_tokens())
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_is_made_once_and_from_one_thing(plain, tmp_path, monkeypatch):
+    options = {"needed": Think.needed_tokens(), "control_tokens": "add", "chat_template": "think"}
+    folder = made(plain["llama"], tmp_path, **options)
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert made(plain["llama"], tmp_path, **options) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    for other in ({"chat_template": "plain+think"}, {"control_tokens": "<think>=add,</think>=add,<short>=add"}):
+        with pytest.raises(UserError, match="was not made from --model .* Delete that folder"):
+            made(plain["llama"], tmp_path, **{**options, **other})
+    with pytest.raises(UserError, match="was not made from --model"):
+        made(plain["qwen"], tmp_path, **options)
+
+
+def test_a_template_alone_copies_no_weights(plain, tmp_path):
+    folder = made(plain["qwen"], tmp_path, chat_template="plain")
+    assert (folder / "model.safetensors").is_symlink()
+    for old, new in zip(weights_in(plain["qwen"])[1:], weights_in(folder)[1:]):
+        assert torch.equal(old, new)
+    assert made(plain["qwen"], tmp_path, chat_template="plain") == folder
+
+
+def test_a_folder_that_another_process_writes_is_left_alone(plain, tmp_path, monkeypatch):
+    """The adapter was merged before the folder was locked: two commands on one folder could both write."""
+    monkeypatch.setattr("adaptive_reasoning.run.folder.LOCK_SECONDS", 0.2)
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / ".lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is being written by"):
+            made(plain["llama"], tmp_path, chat_template="plain")
+    assert not list((tmp_path / "out").glob("start*"))
+    assert made(plain["llama"], tmp_path, chat_template="plain").is_dir()
+
+
+def test_what_a_killed_command_left_is_made_anew(plain, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(start, "check_weights", lambda name, *_, **__: killed() if name.endswith("partial") else None)
+        with pytest.raises(KeyboardInterrupt):
+            made(plain["llama"], tmp_path, chat_template="plain")
+    assert [p.name for p in (tmp_path / "out").glob("start*")] == ["start.partial"]
+    assert made(plain["llama"], tmp_path, chat_template="plain").is_dir()
+    assert [p.name for p in (tmp_path / "out").glob("start*")] == ["start"]
+
+
+# --- reserved tokens
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    return qwen_folder(tmp_path_factory.mktemp("qwen") / "model")
+
+
+def ids_of(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_the_slot_is_renamed_in_both_files(qwen, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(qwen, folder)
+    before = load_tokenizer(str(folder))
+    (slot,) = ids_of(before, "<|quad_start|>")
+    control_tokens.rename_in_folder(folder, "<|quad_start|>", "<short>")
+    pieces = {t["id"]: t for t in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]}
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for entry in (pieces[slot], config["added_tokens_decoder"][str(slot)]):
+        assert entry["content"] == "<short>" and entry["special"] is False
+    assert "<|quad_start|>" not in config["additional_special_tokens"]
+    for after in (load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)):
+        assert ids_of(after, "<short>") == [slot] and len(after) == len(before)
+        assert after.decode([slot], skip_special_tokens=True) == "<short>"
+    text = "Ann has 3 boxes<think>"
+    assert ids_of(load_tokenizer(str(folder)), text) == ids_of(before, text)
+
+
+def test_the_renamed_tokenizer_survives_saving(qwen, tmp_path):
+    tokenizer = control_tokens.take(load_tokenizer(str(qwen)), {"<short>": "<|quad_start|>"})
+    (slot,) = ids_of(tokenizer, "<short>")
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    assert ids_of(again, "<short>\n")[0] == slot and len(again) == len(tokenizer)
+    assert again.decode([slot], skip_special_tokens=True) == "<short>"
+    assert len(ids_of(again, "<|quad_start|>")) > 1
+
+
+def test_a_fitting_slot_is_found(qwen):
+    tokenizer = load_tokenizer(str(qwen))
+    assert control_tokens.find_slot(tokenizer) == "<|quad_start|>"
+    (slot,) = ids_of(tokenizer, "<|quad_start|>")
+    taken = control_tokens.take(tokenizer, {"<short>": "reserved"})
+    assert ids_of(taken, "<short>") == [slot]
+    assert control_tokens.take(taken, {"<short>": "reserved"}) is taken  # a warmed-up model has it already
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|reserved_special_token_7|>"]})
+    for name in QWEN:
+        tokenizer = tokenizer if name == QWEN[0] else without(tokenizer, name)
+    assert control_tokens.find_slot(tokenizer) == "<|reserved_special_token_7|>"
+
+
+def without(tokenizer, name):
+    return control_tokens.rename_token(tokenizer, name, f"<used{QWEN.index(name)}>")
+
+
+def test_a_tokenizer_without_a_slot(tmp_path):
+    make_folder(tmp_path / "model")
+    with pytest.raises(UserError, match="no reserved token that could be renamed"):
+        control_tokens.take(load_tokenizer(str(tmp_path / "model")), {"<short>": "reserved"})
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("<|nothing|>", "<short>", "has no added token '<|nothing|>'"),
+        ("<|quad_start|>", "<think>", "holds '<think>' already"),
+        ("<\uff5cend\u2581of\u2581sentence\uff5c>", "<short>", "is in use as"),
+        ("<\uff5cUser\uff5c>", "<short>", "is in use as chat_template"),
+    ],
+)
+def test_slots_that_cannot_be_taken(qwen, old, new, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        control_tokens.rename_token(load_tokenizer(str(qwen)), old, new)
+
+
+# --- chat templates
+
+R1_TEMPLATE = (  # the two places of DeepSeek-R1-Distill's template that Thinkless edits, in its own words
+    "{{bos_token}}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{'<\uff5cUser\uff5c>' + message['content']}}"
+    "{% endif %}{% if message['role'] == 'assistant' %}{% set content = message['content'] %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{'<\uff5cAssistant\uff5c>' + content + '<\uff5cend\u2581of\u2581sentence\uff5c>'}}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<\uff5cAssistant\uff5c><think>\\n'}}{% endif %}"
+)
+
+
+def test_the_two_edits_of_the_template(qwen):
+    tokenizer = load_tokenizer(str(qwen))
+    for template in (R1_TEMPLATE, tokenizer.chat_template):
+        tokenizer.chat_template = template
+        edited = chat_template.thinkless_template(tokenizer)
+        assert tokenizer.chat_template == template
+        tokenizer.chat_template = edited
+        assert prompts.prompt_text(tokenizer, "1+1").endswith("1+1<\uff5cAssistant\uff5c>")
+        answer = "<think>\na\n</think>\nb"
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
+        assert answer in tokenizer.apply_chat_template(turns, tokenize=False)
+
+
+def test_a_template_that_cannot_be_edited(qwen):
+    tokenizer = load_tokenizer(str(qwen))
+    tokenizer.chat_template = R1_TEMPLATE.replace("content.split('</think>')[-1]", "content.split('</think>')|last")
+    with pytest.raises(UserError, match="thinking is cut away"):
+        chat_template.thinkless_template(tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        chat_template.thinkless_template(tokenizer)
+
+
+HYBRID = (  # what hybrid templates such as Qwen3's do, in our words
+    "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}<|Assistant|>"
+    "{% set c = m.content %}{% set r = '' %}{% if '</think>' in c %}"
+    "{% set r = c.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+    "{{ '<think>\\n' + r + '\\n</think>\\n\\n' + c }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|>"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    "{% endif %}"
+)
+HYBRID_OFF = HYBRID.replace("enable_thinking is defined and enable_thinking is false", "true")
+
+LLAMA3 = (  # as Llama 3's: a system text with a date, contents trimmed
+    "{{ bos_token }}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday is May.<|eot_id|>' }}"
+    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim }}"
+    "{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}\n"
+)
+TURNS = [
+    {"role": "user", "content": "1+1"},
+    {"role": "assistant", "content": "hm</think>2"},
+    {"role": "user", "content": "x"},
+]
+
+
+def rendered(template: str, option: str, bos: str = "<s>", turns=TURNS) -> str:
+    """Return the turns as the template of --chat_template writes them, with a prompt behind them."""
+    tokenizer = formats.tokenizer("think")
+    tokenizer.bos_token, tokenizer.chat_template = bos, template
+    tokenizer.chat_template = chat_template.chat_template(tokenizer, option)
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def test_think_ends_the_prompt_and_cuts_the_thinking_of_finished_answers():
+    kept = rendered(CHATML, "plain")
+    assert kept == (
+        "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\nhm</think>2<|im_end|>\n"
+        "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert rendered(CHATML, "plain+think") == kept.replace("hm</think>", "") + "<think>\n"
+    assert rendered(CHATML, "plain+thinkless") == kept
+    assert rendered(CHATML, "think") == "<|im_start|>system\nYou help.<|im_end|>\n" + rendered(CHATML, "plain+think")
+    assert rendered(CHATML, "plain", bos="<|im_start|>") == kept, "SmolLM2's BOS token is its turn's mark"
+    assert rendered(CHATML, "arm+think") == "Human: 1+1\nAssistant:2<|end|>\nHuman: x\nAssistant:<think>\n"
+
+
+def test_the_turn_marks_of_other_templates():
+    user, assistant = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
+    plain = f"<s>{user}1+1<|eot_id|>{assistant}2<|eot_id|>{user}x<|eot_id|>{assistant}"
+    assert rendered(LLAMA3, "plain+think") == f"{plain}<think>\n"
+    assert rendered(LLAMA3, "think") == rendered(LLAMA3, "plain+think").replace(
+        "<s>", "<s><|start_header_id|>system<|end_header_id|>\n\nToday is May.<|eot_id|>"
+    )
+    asked = R1_TEMPLATE.partition("{% for")[2]
+    for template in (R1_TEMPLATE, "{{bos_token}}{% for" + asked):
+        assert rendered(template, "think") == rendered(template, "") == rendered(template, "plain+think")
+    assert rendered(R1_TEMPLATE, "plain") == rendered(R1_TEMPLATE, "thinkless")
+    assert rendered(HYBRID, "think").endswith("<|Assistant|><think>\n")
+
+
+def test_a_template_of_a_file(tmp_path):
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    assert rendered(CHATML, str(tmp_path / "own.jinja")) == "[1+1][hm</think>2][x]"
+
+
+@pytest.mark.parametrize(
+    "template, option, message",
+    [
+        ("{% for m in messages %}[{{ m['content'] }}]{% endfor %}", "think", "its prompt ends in ']', .* plain"),
+        ("{% for m in messages %}[{{ m['content'] }}]{% endfor %}", "plain", "does not show the marks of its turns"),
+        (HYBRID_OFF, "think", "cannot edit .* its prompt ends in .* Take --chat_template plain.think"),
+        (None, "think", "has no chat template: give one with --chat_template, arm or"),
+        (None, "plain", "has no chat template"),
+        (CHATML, "plain+", r"--chat_template plain\+: no such file"),
+        (CHATML, "think+plain", r"--chat_template think\+plain: no such file"),
+    ],
+)
+def test_templates_that_cannot_be_edited(template, option, message):
+    with pytest.raises(UserError, match=message):
+        rendered(template, option)
+
+
+def test_an_empty_block_is_taken_out_whole():
+    tokenizer = formats.tokenizer("thinkless")
+    for end in ("<think>\n\n</think>\n\n", "{{ '<think>\\n\\n</think>\\n\\n' }}", "<think>\n", "{{ '<think>\\n' }}"):
+        tokenizer.chat_template = Thinkless.TEMPLATE.replace(
+            "<|Assistant|>{% endif %}", "<|Assistant|>" + end + "{% endif %}"
+        )
+        assert chat_template.thinkless_template(tokenizer).replace("{{ '' }}", "") == Thinkless.TEMPLATE
+
+
+def test_the_advice_for_a_refused_template_works():
+    tokenizer = formats.tokenizer("thinkless")
+    Thinkless(tokenizer, None)
+    kept, tokenizer.chat_template = tokenizer.chat_template, HYBRID
+    with pytest.raises(UserError, match="--chat_template plain keeps its turn marks alone, and arm") as refused:
+        Thinkless(tokenizer, None)
+    assert "--chat_template thinkless" not in str(refused.value), "which refuses this template"
+    with pytest.raises(UserError, match="thinkless cannot edit .* --chat_template plain, .* or arm, which"):
+        chat_template.thinkless_template(tokenizer)
+    tokenizer.chat_template = chat_template.ARM
+    Thinkless(tokenizer, None)
+    tokenizer.chat_template = kept.replace("<|Assistant|>{% endif %}", "<|Assistant|><think>\n{% endif %}")
+    with pytest.raises(UserError, match="--chat_template thinkless does it"):
+        Thinkless(tokenizer, None)
+    tokenizer.chat_template = chat_template.thinkless_template(tokenizer)
+    Thinkless(tokenizer, None)
