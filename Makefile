@@ -443,9 +443,13 @@ bench-gpu:  ## benchmarks on a GPU: kernels, decode and long-tailed rollout, one
 	@PYTHONPATH=. $(PYTHON) experiments/bench/gpu_step.py $(ARGS)
 
 .PHONY: drill
-drill: $(call cold,adaptthink)  ## 30 times kill -9 on one process and on two under ZeRO-3; 10,000 answers, some hanging
+BANKED = --model runs/cold-start-checks/model --temperature 1.0 --steps 30 --kills 12
+drill: $(call cold,adaptthink) $(call cold,checks)  ## kill -9 again and again, also under ZeRO-3 and in a bank; 10,000 answers, some hanging
 	@$(PY) experiments/drills/kill.py
 	@$(PY) experiments/drills/kill.py --processes 2 --folder runs/drill-kill-2
+	@$(PY) experiments/drills/kill.py --algorithm o1_pruner --config $(call YAML,toy-o1-pruner) --folder runs/drill-kill-o1 $(BANKED)
+	@$(PY) experiments/drills/kill.py --algorithm dpo --config $(call YAML,toy-dast) --folder runs/drill-kill-dast $(BANKED)
+	@$(PY) experiments/drills/kill.py --algorithm rft --config $(call YAML,toy-rft-mixthinking) --folder runs/drill-kill-rft $(BANKED)
 	@$(PY) experiments/drills/grader.py
 
 .PHONY: check-answers

@@ -5,6 +5,8 @@
     python experiments/drills/kill.py --algorithm grpo --config experiments/toy_grpo.yaml \\
         --model runs/cold-start-arm/model
     python experiments/drills/kill.py --algorithm sft --config experiments/cold_start_adaptthink.yaml
+    python experiments/drills/kill.py --algorithm o1_pruner --config experiments/toy_o1_pruner.yaml \\
+        --model runs/cold-start-checks/model --steps 40                        # a third of the kills while it samples
     python experiments/drills/kill.py --algorithm benchmark --steps 3          # three settings, each finished once
 
 Kills fall at random moments, while a process still loads, trains, or writes a checkpoint. The final weights,
@@ -28,7 +30,12 @@ from pathlib import Path
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+BANKED = ("o1_pruner", "dpo", "rft")  # sample answers before their first step
 TIMES = ("time/", "rollout/tokens_per_s", "grader/seconds")
+
+
+def bank_of(folder: Path) -> Path:
+    return folder.parent / f"bank-{folder.name}"
 
 
 def command_of(args, folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -51,6 +58,8 @@ def command_of(args, folder: Path) -> tuple[list[str], dict[str, str]]:
         options += ["--model", args.model, "--eval_every", "20"]
     if args.algorithm == "adaptthink":
         options += ["--ref_cache", str(folder.parent / f"reference-{folder.name}")]
+    if args.algorithm in BANKED:
+        options += ["--bank", str(bank_of(folder))]
     return [*start, *options, *args.more], environment
 
 
@@ -179,6 +188,8 @@ def state_of(folder: Path, steps: int) -> dict[str, str]:
     for model in (folder / "model", folder / "checkpoints" / f"step_{steps:06d}" / "model"):
         if model.is_dir():
             parts["weights"] = (model / "model.safetensors").read_bytes()
+    for file in sorted(bank_of(folder).glob("*/*.safetensors")):
+        parts[f"bank {file.name}"] = file.read_bytes()
     assert "weights" in parts or "evaluation" in parts, f"{folder} is not finished"
     return {k: hashlib.sha256(v if isinstance(v, bytes) else v.encode()).hexdigest() for k, v in parts.items()}
 
@@ -207,9 +218,9 @@ def main() -> int:
         done = max((int(p.name[5:]) for p in (killed / "checkpoints").glob("step_??????")), default=0)
         done = done or len(rows(killed / "finished.jsonl"))
         left, a_step = args.steps - done, training / args.steps
-        loads = kills % 4 == 3 or left < 2
+        loads = kills % 4 == 3 or left < 2 or (args.algorithm in BANKED and kills < args.kills // 3)
         step = 0 if loads else done + rng.randint(1, min(left - 1, max(1, 2 * left // (args.kills - kills))))
-        after = rng.uniform(0.1, 0.7) * loading if loads else rng.uniform(0, 1) * a_step
+        after = rng.uniform(0.1, 0.9) * loading if loads else rng.uniform(0, 1) * a_step
         if not kill_once(args, killed, step, after):
             print("the run ended before it could be killed again", flush=True)
             break
