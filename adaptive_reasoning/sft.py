@@ -205,9 +205,9 @@ def rate(args, step: int) -> float:
 
 
 def needed_tokens(args, rows: list[Row]) -> tuple[str, ...]:
-    """Return the control tokens that the rows hold, and those of the formats that chains and template are made for."""
+    """Return the control tokens that the rows hold, and those of the formats that made rows and template are for."""
     end = args.chat_template.rpartition("+")[2]
-    kinds = [end] * (end in ENDS) + [args.formats] * (args.task == "chain")
+    kinds = [end] * (end in ENDS) + [args.formats] * (args.task != "math")
     needed = [tag for kind in kinds for tag in load(kind).needed_tokens()]
     return tuple(dict.fromkeys(needed + [tag for tag in WORDS if any(tag in row.response for row in rows)]))
 
