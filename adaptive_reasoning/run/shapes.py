@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Qwen2Config
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, Qwen2Config
 
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.model import load_config
+from adaptive_reasoning.run.start import is_gguf, read_gguf
 
 # config.json of each: (hidden, intermediate, layers, heads, key/value heads, vocabulary, tied, positions)
 ARCHITECTURES = {
@@ -84,7 +85,7 @@ def built_in(name: str) -> str | None:
 
 
 def find_config(name: str):
-    """Return the config of a model: that of a folder that is there, the built-in one, or that of a hub name.
+    """Return the config of a model: that of a folder or GGUF file, the built-in one, or that of a hub name.
 
     Raises:
         UserError: neither; the message has the names that need no network.
@@ -93,6 +94,8 @@ def find_config(name: str):
         raise UserError("--model is empty: a plan needs the model's config. Name a folder or a hub model with --model.")
     if not (Path(name).expanduser() / "config.json").is_file() and (known := built_in(name)):
         return Qwen2Config(**dict(zip(FIELDS, ARCHITECTURES[known])))
+    if is_gguf(name):
+        return read_gguf(name, AutoConfig)
     try:
         return load_config(name)
     except UserError as error:

@@ -154,24 +154,13 @@ def from_adapter(model: str) -> tuple:
 
 def from_gguf(model: str) -> tuple:
     """Return (file, config, tokenizer, () -> dequantised model in fp32) of a GGUF file, as transformers reads it."""
-    path = Path(model).expanduser()
-    if not path.is_file():
-        raise UserError(f"--model {model}: no such file (looked for {path.absolute()}).")
-    if not is_gguf_available():
-        raise UserError(
-            f"--model {model}: a GGUF file is read with the package gguf: pip install 'adaptive-reasoning[gguf]'."
-        )
-    place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(**place), AutoTokenizer.from_pretrained(**place)
-        check_supported(config)
-    except (OSError, *MALFORMED) as error:
-        raise UserError(f"--model {model}: cannot be read as a GGUF file of Qwen2, Qwen3 or Llama: {error}") from error
+    config, tokenizer = (read_gguf(model, kind) for kind in (AutoConfig, AutoTokenizer))
     tokenizer.name_or_path = model
 
     def dequantised():
-        whole, info = AutoModelForCausalLM.from_pretrained(
-            **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), output_loading_info=True
+        plain = GgufConfig(dequantize=True)
+        whole, info = read_gguf(
+            model, AutoModelForCausalLM, dtype=torch.float32, quantization_config=plain, output_loading_info=True
         )
         if wrong := [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]:
             raise UserError(f"--model {model}: its weights are not those of its config: {sorted(map(str, wrong))[0]}.")
@@ -179,6 +168,28 @@ def from_gguf(model: str) -> tuple:
         return whole
 
     return model, config, tokenizer, dequantised
+
+
+def read_gguf(model: str, kind, **options):
+    """Return what an Auto class of transformers reads from a GGUF file.
+
+    Raises:
+        UserError: no such file, one that cannot be read, or the package that reads it is not installed.
+    """
+    path = Path(model).expanduser()
+    if not path.is_file():
+        raise UserError(f"--model {model}: no such file (looked for {path.absolute()}).")
+    if not is_gguf_available():
+        raise UserError(
+            f"--model {model}: a GGUF file is read with the package gguf: pip install 'adaptive-reasoning[gguf]'."
+        )
+    try:
+        found = kind.from_pretrained(str(path.parent), gguf_file=path.name, **options)
+        if kind is AutoConfig:
+            check_supported(found)
+    except (OSError, *MALFORMED) as error:
+        raise UserError(f"--model {model}: cannot be read as a GGUF file of Qwen2, Qwen3 or Llama: {error}") from error
+    return found
 
 
 def set_rows(model, tokens: int, rows: dict[int, list[int]]) -> None:

@@ -94,10 +94,10 @@ def control_token(tokenizer, text: str) -> int:
         UserError: the tokenizer splits the text or does not know it; the message shows the pieces.
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+    if (pieces := tokenizer.convert_ids_to_tokens(ids)) != [text]:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path!r} does not hold {text!r} as one token; it reads it as "
-            f"{tokenizer.convert_ids_to_tokens(ids)}. --control_tokens add gives it a row of the vocabulary."
+            f"{pieces}. --control_tokens add gives it a row of the vocabulary."
         )
     return ids[0]
 
