@@ -243,7 +243,7 @@ words-model: $(WORDS_INSTALLED)  ## install SmolLM2-135M-Instruct for the labora
 	@echo $(SMOLLM2)
 
 runs/words-cold-start-%/model/config.json: | $(WORDS_INSTALLED)
-	$(call story,sft,words_cold_start_$*) --model $(SMOLLM2) --output_dir runs/words-cold-start-$* $(if $(FAST),$(PRECISION))
+	$(call story,sft,words_cold_start_$*) --model $(SMOLLM2) --output_dir runs/words-cold-start-$* $(if $(FAST),--dtype bf16 $(PRECISION))
 	@test -f $@
 .PRECIOUS: runs/words-cold-start-%/model/config.json
 
@@ -252,7 +252,7 @@ words-cold-start: $(foreach format,adaptthink thinkless arm,runs/words-cold-star
 
 words_start = $(if $(MODEL),$(INSTALLED),runs/words-cold-start-$(1)/model/config.json)
 words_run = $(call story,$(1),$@) --model "$(or $(MODEL),runs/words-cold-start-$(2)/model)" --seed $(SEED) \
-  --output_dir "$(toy_folder)" $(if $(FAST),$(PRECISION) --prompts_per_step 32 --rollout_rows 512) $(ARGS)
+  --output_dir "$(toy_folder)" $(if $(FAST),--dtype bf16 $(PRECISION) --prompts_per_step 32 --rollout_rows 512) $(ARGS)
 
 .PHONY: words-adaptthink
 words-adaptthink: $(call words_start,adaptthink)  ## AdaptThink on stories, a pretrained model; SEED=0, PRESET=minutes for a GPU
