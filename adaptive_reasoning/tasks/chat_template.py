@@ -63,8 +63,8 @@ def base_template(tokenizer, base: str) -> str:
         return ARM if base == "arm" else plain_template(tokenizer)
     if not os.path.isfile(base):  # of any text, that of a template too
         raise UserError(
-            f"--chat_template {base[:80]}: no such file. Give the path of a Jinja file, or plain, arm, think, thinkless, "
-            "or two of them such as plain+think."
+            f"--chat_template {base[:80]}: no such file. Give the path of a Jinja file, or plain, arm, think, "
+            "thinkless, or two of them such as plain+think."
         )
     try:
         return Path(base).read_text(encoding="utf-8")
