@@ -346,6 +346,7 @@ def test_a_template_of_a_file(tmp_path):
         (None, "think", "has no chat template: give one with --chat_template, arm or"),
         (None, "plain", "has no chat template"),
         (CHATML, "plain+", r"--chat_template plain\+: no such file"),
+        (CHATML, CHATML * 20, "no such file"),
         (CHATML, "think+plain", r"--chat_template think\+plain: no such file"),
     ],
 )
@@ -408,7 +409,7 @@ METHODS = {  # what each needs beside --control_tokens, and the settings of its 
     "ada_grpo": ("--chat_template arm --minibatches_per_step 1", ("adaptive", "direct", "cot", "code", "long_cot")),
     "grpo": ("--answer_format boxed --chat_template plain --minibatches_per_step 1", ("adaptive",)),
     "thinker": (
-        "--fast_budget 3 --verify_budget 3 --slow_budget 3 --summary_budget 3 --qa_budget 8",
+        "--fast_budget 3 --verify_budget 3 --slow_budget 3 --summary_budget 3 --qa_budget 8 --critic_minibatches 1",
         ("adaptive", "fast", "slow", "qa"),
     ),
     "sft": ("--chat_template plain+thinkless --batch_size 4 --learning_rate 0.001", ()),
@@ -508,7 +509,7 @@ def test_a_file_that_is_no_gguf(tmp_path, content):
 @pytest.mark.slow
 def test_smollm2_from_its_gguf_file(smollm2, tmp_path):
     """Two steps of sft and of AdaptThink, and our greedy tokens are those of `generate`."""
-    common = ["--model", smollm2, "--control_tokens", "add", "--chat_template", "plain+think"]
+    common = ["--model", smollm2, "--control_tokens", "add", "--chat_template", "plain+think", "--save_every", 0]
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"problem": "2+3?", "response": "Okay. 2+3=5.\n</think>\n\\boxed{5}"}) + "\n")
     run("sft", *SMALL, tmp_path / "sft", *common, "--data", rows, "--batch_size", 1)

@@ -29,7 +29,7 @@ from adaptive_reasoning.learner.model import (
     load_tokenizer,
 )
 from adaptive_reasoning.learner.runtime import is_zero3, on_main
-from adaptive_reasoning.learner.weights import MALFORMED, WEIGHTS, check_weights, find, read_json, weight_files
+from adaptive_reasoning.learner.weights import WEIGHTS, check_weights, find, read_json, weight_files
 from adaptive_reasoning.rollout.decoder import check_supported
 from adaptive_reasoning.run.folder import inputs_of, take_folder, weights_of
 from adaptive_reasoning.tasks import control_tokens, prompts
@@ -187,7 +187,7 @@ def read_gguf(model: str, kind, **options):
         found = kind.from_pretrained(str(path.parent), gguf_file=path.name, **options)
         if kind is AutoConfig:
             check_supported(found)
-    except (OSError, *MALFORMED) as error:
+    except Exception as error:  # a damaged file is found out anywhere in its reader
         raise UserError(f"--model {model}: cannot be read as a GGUF file of Qwen2, Qwen3 or Llama: {error}") from error
     return found
 

@@ -9,6 +9,7 @@ END    think      the prompt ends in `<think>` and a newline; of finished answer
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -60,10 +61,10 @@ def base_template(tokenizer, base: str) -> str:
     """Return the template "arm", "plain" or that of a file."""
     if base in ("arm", "plain"):
         return ARM if base == "arm" else plain_template(tokenizer)
-    if not Path(base).is_file():
+    if not os.path.isfile(base):  # of any text, that of a template too
         raise UserError(
-            f"--chat_template {base}: no such file. Give the path of a Jinja file, or plain, arm, think, thinkless, "
-            "or two of them such as plain+think."
+            f"--chat_template {base[:80]}: no such file. Give the path of a Jinja file, or plain, arm, think, "
+            "thinkless, or two of them such as plain+think."
         )
     try:
         return Path(base).read_text(encoding="utf-8")
