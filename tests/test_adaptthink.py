@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,9 @@ from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats.think import Think
 from adaptive_reasoning.learner.packing import Counts
+from adaptive_reasoning.rollout import Forced
 from adaptive_reasoning.run.options import parse_args
+from adaptive_reasoning.tasks.think_template import ThinkTemplate, answer_behind
 
 GOLDEN = Path(__file__).parent / "golden"
 NOTHING, THINK = 303, [294]
@@ -190,6 +193,8 @@ def test_online_baseline_is_the_mean_thinking_reward_of_the_group():
 def form_of(eot: int, word: list[int]) -> Think:
     """The format without a tokenizer."""
     form = object.__new__(Think)
+    form.template = SimpleNamespace(nothinking=(eot,))
+    form.template.mode_of = partial(ThinkTemplate.mode_of, form.template)
     form.eot, form.word = eot, word
     return form
 
@@ -232,10 +237,12 @@ def test_without_forcing_the_policy_starts_freely():
     assert all(r.forced == () and r.max_new_tokens == 16384 for r in requests)
 
 
-def test_a_first_word_of_several_tokens_stays_an_exact_importance_weight():
-    """Only the first of its tokens was a choice; the others follow with probability 1."""
+@pytest.mark.parametrize("count", [False, True])
+def test_of_a_first_word_of_several_tokens_the_first_alone_is_a_choice(count):
     control = form_of(NOTHING, [40, 41, 42])
-    assert adaptthink.forced(control, "thinking", 0.5) == ((40, 0.5), (41, 1.0), (42, 1.0))
+    rest = Forced(((41, 1.0), (42, 1.0)), at=1, action=count)
+    assert adaptthink.forced(control, "thinking", 0.25, count) == ((40, 0.75), rest)
+    assert adaptthink.forced(control, "nothinking", 0.25, count) == ((NOTHING, 0.25),)
 
 
 def test_mode_is_read_from_the_first_token_alone():
@@ -263,7 +270,7 @@ def test_mode_is_read_from_the_first_token_alone():
     ],
 )
 def test_format_gate(response, answer):
-    assert Think.extract_answer(response) == answer
+    assert answer_behind(response) == answer
 
 
 # --- metrics and options
@@ -377,8 +384,8 @@ def test_control_tokens_of_the_laboratory():
 
 def test_a_template_without_a_thinking_block_is_refused():
     tokenizer = formats.tokenizer("think")
-    tokenizer.chat_template = tokenizer.chat_template.replace("<think>", "")
-    with pytest.raises(UserError, match=r"must end in '<think>\\n'.*found"):
+    tokenizer.chat_template = tokenizer.chat_template.replace("<think>", "") + "{# </think> #}"
+    with pytest.raises(UserError, match=r"must end in an opened thinking block or .* found '<.Assistant.>\\n'"):
         Think(tokenizer, Args())
 
 
@@ -386,7 +393,7 @@ def test_a_tokenizer_that_splits_the_control_token_is_refused():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    pieces = Tokenizer(models.WordLevel({c: i for i, c in enumerate("</>thinkAlrg\n")}, unk_token="<"))
+    pieces = Tokenizer(models.WordLevel({c: i for i, c in enumerate("</>thinkAlrgOay\n")}, unk_token="<"))
     pieces.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, chat_template="{{ '<think>\n' }}", eos_token="k")
     with pytest.raises(UserError, match="does not hold '</think>' as one token"):

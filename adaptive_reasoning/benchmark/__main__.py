@@ -35,7 +35,7 @@ from adaptive_reasoning.report.console import evaluation_table
 from adaptive_reasoning.rollout import Decoder, Engine
 from adaptive_reasoning.run.adapter import start_of
 from adaptive_reasoning.run.evaluation import EvalSpec, Evaluator, evaluate, summarise
-from adaptive_reasoning.run.folder import MAY_CHANGE, check_inputs, data_of, inputs_of, open_folder
+from adaptive_reasoning.run.folder import MAY_CHANGE, check_inputs, data_of, inputs_of, keep_date, open_folder
 from adaptive_reasoning.run.options import NonNegative, PositiveShare, RunArgs, parse_args
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.task import Benchmark, load_task
@@ -60,7 +60,7 @@ class Args(DialogueArgs, ThinkArgs, ThinklessArgs, RunArgs):
     """Longest response in tokens, EOS included."""
 
     answer_format: str = "think"
-    """Response format: think, arm, thinkless, boxed, dialogue, or a class of your own as module.Class."""
+    """Response format: think, arm, thinkless, native, boxed, dialogue, or a class of your own as module.Class."""
     settings: str = ""
     """Settings to measure, comma separated; empty: all that the format has, apart from the routers."""
     maj_k: NonNegativeInt = 0
@@ -102,6 +102,8 @@ def check_args(args) -> None:
 def spec_of(tokenizer, args, benchmark: str = "") -> EvalSpec:
     """Return how the format is evaluated on a benchmark, with the scoring that was asked for."""
     form = formats.load(args.answer_format)(tokenizer, args)
+    if not benchmark:
+        say("\n".join(f"  {name:<12}{text}" for name, text in form.prompt_lines.items()))
     spec = dataclasses.replace(form.eval_spec(), extra_tokens=form.template_tokens())
     if args.scoring == "official":
         return official(spec, benchmark, partial(tokenizer.decode, **DECODE))
@@ -112,7 +114,7 @@ def spec_of(tokenizer, args, benchmark: str = "") -> EvalSpec:
         return "think" if "<think>" in tokenizer.decode(response_ids) else spec.mode_of(response_ids)
 
     extract = aime_answer if benchmark.startswith("aime") else lenient_answer
-    mode_of = mode_of if "think" in spec.modes else spec.mode_of
+    mode_of = mode_of if "think" in spec.modes and not form.chooses else spec.mode_of
     return dataclasses.replace(spec, extract_answer=extract, check=lenient_same, mode_of=mode_of)
 
 
@@ -231,6 +233,7 @@ def measure(args, accelerator, watch: Watch) -> None:
     """Measure every benchmark in every setting; keep each as it is finished, and write evaluation.json."""
     watch.phase("load")
     model, tokenizer = load_model(start_of(args, accelerator), args)
+    keep_date(tokenizer, Path(args.output_dir), accelerator)
     spec = spec_of(tokenizer, args)
     wanted = wanted_settings(args.settings, spec)
     task, folder = load_task(args, tokenizer, train=False), Path(args.output_dir)
