@@ -12,7 +12,7 @@ from adaptive_reasoning.errors import UserError
 
 THINK_OPEN = "<think>"
 NOW = "strftime_now"  # what chat templates ask for the date
-DATE = re.compile(rf"{NOW}\(\s*(['\"])(.*?)\1\s*\)")
+DATE = re.compile(rf"{NOW}\(\s*(['\"])([^'\"]*)\1\s*\)")
 
 
 def render(tokenizer, problem: str) -> list[int]:

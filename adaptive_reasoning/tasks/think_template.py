@@ -339,11 +339,11 @@ def read(tokenizer, args: ThinkingArgs) -> ThinkTemplate:
         start = write([message("user", question)], True, add_generation_prompt=True).removesuffix(own)
         opened, more, skipped = (tuple(encode(tokenizer, start + t)) for t in (think, think + LETTERS, skip))
         k = len(commonprefix([more, skipped]))
+        if k == len(skipped):
+            raise refusal(tokenizer, f"has openings that do not part: {think!r} and {skip!r}", f"Give {given}.")
         if more[: len(opened)] != opened or len(opened) < k:
             joins = f"{think!r} joins with the letters behind it in one token"
             raise refusal(tokenizer, f"opens thinking with text that is no token: {joins}", f"Give {given}.")
-        if k == len(skipped):
-            raise refusal(tokenizer, f"has openings that do not part: {think!r} and {skip!r}", f"Give {given}.")
         return more[:k], opened[k:], skipped[k:]
 
     x, thinking, nothinking = parts(QUESTION)
