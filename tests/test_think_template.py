@@ -347,7 +347,9 @@ def test_rows_have_the_opening_as_ids_and_no_loss_on_it(tmp_path):
     assert slow.action_mask.tolist() == [False] + [True] * (len(slow.action_mask) - 1)
     assert fast.action_mask.tolist() == [False] * 3 + [True] * 2
     assert all(e.action_mask.all() for e in episodes_of(rows, tokenizer, 99, found, supervise_opening=True))
-    with pytest.raises(UserError, match="line 1: 'thinking' or 'answer' holds '</think>'. Leave tags out"):
+    with pytest.raises(
+        UserError, match="line 1: 'thinking' or 'answer' holds '</think>'. Leave tags out, templates write them"
+    ):
         check_thinking([replace(rows[0], thinking="so</think>")], found)
     with pytest.raises(UserError, match="have to be a pair"):
         check_pairs([rows[0], rows[0]], 2)

@@ -102,8 +102,6 @@ def check_args(args) -> None:
 def spec_of(tokenizer, args, benchmark: str = "") -> EvalSpec:
     """Return how the format is evaluated on a benchmark, with the scoring that was asked for."""
     form = formats.load(args.answer_format)(tokenizer, args)
-    if not benchmark:
-        say("\n".join(f"  {name:<12}{text}" for name, text in form.prompt_lines.items()))
     spec = dataclasses.replace(form.eval_spec(), extra_tokens=form.template_tokens())
     if args.scoring == "official":
         return official(spec, benchmark, partial(tokenizer.decode, **DECODE))
@@ -235,6 +233,9 @@ def measure(args, accelerator, watch: Watch) -> None:
     model, tokenizer = load_model(start_of(args, accelerator), args)
     keep_date(tokenizer, Path(args.output_dir), accelerator)
     spec = spec_of(tokenizer, args)
+    lines = formats.load(args.answer_format)(tokenizer, args).prompt_lines
+    if lines and accelerator.is_main_process:
+        say("\n".join(f"  {name:<12}{text}" for name, text in lines.items()))
     wanted = wanted_settings(args.settings, spec)
     task, folder = load_task(args, tokenizer, train=False), Path(args.output_dir)
     if not task.benchmarks:

@@ -24,8 +24,8 @@ class Native(Thinkless):
             raise UserError("--mode_rule substring: looks for <short>, which no template writes. Take first_token.")
         if not self.template.thinking:
             raise UserError(
-                f"the chat template of {tokenizer.name_or_path!r} has no token that chooses to think: behind the prompt "
-                "all but the end of the block is thinking. AdaptThink takes it; or give --control slot, control tokens."
+                f"the chat template of {tokenizer.name_or_path!r} has no token that chooses to think: behind the "
+                "prompt anything but the closing of the block is thinking. AdaptThink takes it; or give --control slot."
             )
         self.openings = {"think": self.template.thinking, "short": self.template.nothinking}
         self.tokens = {mode: ids[0] for mode, ids in self.openings.items()}

@@ -47,7 +47,7 @@ def check_thinking(rows: list[Row], template: ThinkTemplate) -> None:
         found = [tag for tag in template.tags if tag and tag in f"{row.thinking or ''}{row.response}"]
         if row.thinking is not None and found:
             raise UserError(
-                f"{row.question.id}: 'thinking' or 'answer' holds {found[0]!r}. Leave tags out: the template writes them."
+                f"{row.question.id}: 'thinking' or 'answer' holds {found[0]!r}. Leave tags out, templates write them."
             )
 
 
@@ -61,8 +61,8 @@ def check_pairs(rows: list[Row], batch_size: int) -> None:
         if one.question.problem != other.question.problem or openings != {"<think>", "<short>"}:
             raise UserError(
                 f"{other.question.id}: this row and the one before it have to be a pair: the same 'problem', and one "
-                f"'response' that starts with <think> and one that starts with <short>; found {sorted(openings)}. Or one "
-                "'thinking' that is empty, and one that is not."
+                f"'response' that starts with <think> and one that starts with <short>; found {sorted(openings)}. Or "
+                "one 'thinking' that is empty, and one that is not."
             )
 
 

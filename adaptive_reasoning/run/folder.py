@@ -6,7 +6,7 @@ import hashlib
 import os
 import socket
 import time
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import IO
 
@@ -167,7 +167,7 @@ def keep_date(tokenizer, folder: Path, accelerator) -> None:
     def day() -> str:
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            write_text_atomic(path, datetime.now().date().isoformat())
+            write_text_atomic(path, date.today().isoformat())
         return path.read_text().strip()
 
     if prompts.is_dated(tokenizer):

@@ -61,7 +61,7 @@ def fix_date(tokenizer, day: datetime) -> None:
 def is_dated(tokenizer) -> bool:
     """Return whether prompts depend on the day on which they are rendered."""
     template = str(tokenizer.chat_template)
-    return f"{NOW}(" in template and f"macro {NOW}(" not in template
+    return isinstance(tokenizer.chat_template, str) and f"{NOW}(" in template and f"macro {NOW}(" not in template
 
 
 def check_ends_at_assistant(tokenizer, mend: Callable[..., str] = lambda tokenizer: "") -> str:

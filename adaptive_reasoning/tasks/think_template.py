@@ -19,6 +19,7 @@ served model chooses by itself. Reading looks below the wrapping: a checkpoint r
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from os.path import commonprefix
 from typing import Literal
 
@@ -99,18 +100,18 @@ class ThinkTemplate:
         return prompts.decode(self.tokenizer, ids, ())
 
     def answer(self, response: str) -> str | None:
-        """Return the last box behind the one closing tag of a response to x'; tags are counted behind the opening."""
+        """Return the last box behind the one closing tag of a response to x'; tags count behind the opening."""
         return answer_behind(response.removeprefix(self.text(self.thinking)), *self.tags)
 
     def row(self, thoughts: str, answer: str) -> tuple[list[int], int]:
         """Return the response ids of a supervised row, end token included, and the number of those of its opening.
 
-        Newlines around the thoughts go, as templates take them off: "\\n\\n" in front could be NoThinking's first token.
+        Newlines around the thoughts go, as templates take them off: two in front could be NoThinking's first token.
         """
         thoughts, answer = thoughts.strip("\n"), answer.lstrip("\n")
         opening = self.thinking if thoughts else self.nothinking
-        ids = self.tokenizer.encode(thoughts and thoughts + self.close + answer or answer, add_special_tokens=False)
-        return [*opening, *ids, self.end], len(opening)
+        text = f"{thoughts}{self.close}{answer}" if thoughts else answer
+        return [*opening, *encode(self.tokenizer, text), self.end], len(opening)
 
     # ------------------------------------------------------------------------------------------------- own prompts
 
@@ -193,7 +194,8 @@ def refusal(tokenizer, what: str, mend: str) -> UserError:
 
 def original_of(tokenizer) -> str:
     """Return the chat template without what `template` put around it; "" where there is none."""
-    text = str(tokenizer.chat_template or "")
+    text = tokenizer.chat_template or ""
+    text = text.get("default", "") if isinstance(text, dict) else text
     return text.partition(BEGIN)[2].rpartition(END)[0] if BEGIN in text else text
 
 
@@ -237,7 +239,7 @@ def read(tokenizer, args: ThinkingArgs) -> ThinkTemplate:
     """
     original, given = original_of(tokenizer), "--think_opening and --skip_opening"
     think, skip = (text.replace("\\n", "\n") for text in (args.think_opening, args.skip_opening))
-    asked = [message("user", QUESTION)]
+    asked, refuse = [message("user", QUESTION)], partial(refusal, tokenizer)
 
     def writer(switch: str) -> Callable[..., str]:
         def write(messages: list[dict], on: bool | None = None, **options) -> str:
@@ -253,32 +255,26 @@ def read(tokenizer, args: ThinkingArgs) -> ThinkTemplate:
     tags = next((pair for pair in TAGS if any(tag in original for tag in pair)), None)
     if not tags and not (think and skip):
         if "reasoning_effort" in original:
-            raise refusal(
-                tokenizer,
+            raise refuse(
                 "has levels of effort and no way to skip thinking",
                 f"Say what opens thinking and what skips it with {given}, e.g. for channels "
                 "'<|channel|>analysis<|message|>' and '<|channel|>final<|message|>'.",
             )
-        raise refusal(
-            tokenizer,
+        raise refuse(
             f"must open a thinking block, and has no tag of one (looked for {', '.join(a.strip() for a, _ in TAGS)}): "
             "the model never thinks",
             "Take a model that thinks, R1-like or with a switch; plain GRPO with --answer_format boxed takes this one.",
         )
 
-    def pair(write) -> tuple[str, str]:
-        on, off = (write(asked, state, add_generation_prompt=True) for state in (True, False))
-        return on, off
-
     def tail(text: str) -> str:
         return text.rpartition(QUESTION)[2]
 
-    ways = ["system text"] if args.think_system or args.skip_system else [*SWITCHES]
-    found = {way: pair(writer(way)) for way in ways}
-    switch = next((way for way in ways if tail(found[way][0]) != tail(found[way][1])), None)
-    switch = switch or next((way for way in ways if found[way][0] != found[way][1]), "")
-    write = writer(switch)
-    on, off = pair(write)
+    # 1. The switch is what changes the text behind the question; else what changes any.
+    ways = ["system text"] if args.think_system or args.skip_system else SWITCHES
+    pairs = {way: [writer(way)(asked, state, add_generation_prompt=True) for state in (True, False)] for way in ways}
+    switch = next((way for way, (on, off) in pairs.items() if tail(on) != tail(off)), "")
+    switch = switch or next((way for way, (on, off) in pairs.items() if on != off), "")
+    write, (on, off) = writer(switch), pairs.get(switch, (plain, plain))
 
     # 2. What stands before the first tag of the thinking prompt is the mark; behind it the off-prompt skips thinking.
     opening, closing = tags or ("", "")
@@ -291,22 +287,19 @@ def read(tokenizer, args: ThinkingArgs) -> ThinkTemplate:
     if not skip:
         block = tail(off).rpartition(token)[2] if switch and token in tail(off) else ""
         if switch and closing not in tail(off):
-            raise refusal(
-                tokenizer,
+            raise refuse(
                 f"changes only words before the answer where thinking is off, the prompt ends in {tail(off)!r}: "
                 "nothing in it skips thinking",
                 f"Where a system text is the switch give --think_system and --skip_system; or say with {given} what "
                 "opens thinking and what skips it.",
             )
         if switch and closing not in block:
-            raise refusal(
-                tokenizer,
+            raise refuse(
                 f"has another mark before the answer where thinking is off: {behind!r}, and {tail(off)!r}",
                 f"Say with {given} what opens thinking behind the first of them, and what skips it.",
             )
         if not switch and not own:
-            raise refusal(
-                tokenizer,
+            raise refuse(
                 f"must end in an opened thinking block or have a switch ({', '.join(SWITCHES)}); found {behind!r}",
                 "If the model thinks by itself, give --think_opening '<think>\\n' --skip_opening "
                 "'<think>\\n</think>'; if a system text is the switch, --think_system and --skip_system.",
@@ -314,22 +307,19 @@ def read(tokenizer, args: ThinkingArgs) -> ThinkTemplate:
         skip = block if switch else own + closing
 
     # 3. What opens thinking, and stands between thoughts and answer: as the template writes a finished turn.
-    between = skip.partition(opening)[2].partition(closing)[0] if tags else ""
-    close = "\n" * ("\n" in between) + closing + (skip.partition(closing)[2] if switch else "\n\n")
+    close, turns = skip, [message("assistant", ANSWER, reasoning_content=THOUGHTS)]
     if tags:
-        newline = "" if opening.endswith("\n") else "\n"
-        turns = (
-            message("assistant", ANSWER, reasoning_content=THOUGHTS),
-            message("assistant", f"{opening}{newline}{THOUGHTS}{close}{ANSWER}"),
-        )
-        for turn in turns:
-            before, kept, after = tail(write([*asked, turn], True)).partition(THOUGHTS)
-            if kept and closing in after.partition(ANSWER)[0]:
-                close = after.partition(ANSWER)[0]
-                break
-        else:
-            before = token + opening
-        think = think or own or before.rpartition(token)[2] or opening
+        between, _, rest = skip.partition(opening)[2].partition(closing)
+        close = "\n" * ("\n" in between) + closing + (rest if switch else "\n\n")
+        block = opening + "\n" * (not opening.endswith("\n")) + THOUGHTS + close
+        turns.append(message("assistant", block + ANSWER))
+    before = token + opening  # where thoughts are stripped
+    for turn in turns:
+        text, kept, after = tail(write([*asked, turn], True)).partition(THOUGHTS)
+        if kept and closing in after.partition(ANSWER)[0]:
+            before, close = text, after.partition(ANSWER)[0]
+            break
+    think = think or own or before.rpartition(token)[2] or opening
     turns = [*asked, message("assistant", ANSWER), *asked]
     next_token = encode(tokenizer, write(turns, True).partition(ANSWER)[2])[:1]
     end = next((i for i in next_token if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
@@ -340,10 +330,10 @@ def read(tokenizer, args: ThinkingArgs) -> ThinkTemplate:
         opened, more, skipped = (tuple(encode(tokenizer, start + t)) for t in (think, think + LETTERS, skip))
         k = len(commonprefix([more, skipped]))
         if k == len(skipped):
-            raise refusal(tokenizer, f"has openings that do not part: {think!r} and {skip!r}", f"Give {given}.")
+            raise refuse(f"has openings that do not part: {think!r} and {skip!r}", f"Give {given}.")
         if more[: len(opened)] != opened or len(opened) < k:
             joins = f"{think!r} joins with the letters behind it in one token"
-            raise refusal(tokenizer, f"opens thinking with text that is no token: {joins}", f"Give {given}.")
+            raise refuse(f"opens thinking with text that is no token: {joins}", f"Give {given}.")
         return more[:k], opened[k:], skipped[k:]
 
     x, thinking, nothinking = parts(QUESTION)
@@ -369,8 +359,7 @@ def read(tokenizer, args: ThinkingArgs) -> ThinkTemplate:
         one = [message("user", question)]
         wrapped = prompts.chat_text(tokenizer, one, chat_template=out.template(), add_generation_prompt=True)
         if text is None or parts(question) != (tuple(encode(tokenizer, wrapped)), thinking, nothinking):
-            raise refusal(
-                tokenizer,
+            raise refuse(
                 f"cannot be cut where {think!r} and {skip!r} part: the tokenizer joins the text before that place with "
                 f"what follows, as for the question {question!r}",
                 f"Say with {given} what opens thinking and what skips it so that they part at a token.",
