@@ -6,8 +6,8 @@ Paper: "AdaptThink: Reasoning Models Can Learn When to Think", arXiv 2505.13417.
     make toy-adaptthink SEED=0             # the same file on arithmetic chains, minutes on a laptop
 
 The prompt x ends in an opened thinking block. A response y that starts with `</think>` is NoThinking, any other one is
-Thinking. The policy shall skip the thinking as often as it can without losing accuracy against the model it started
-from (Eq. 2); with the constraint as a penalty of fixed weight 1/delta that is (Eq. 6)
+Thinking (docs/hybrid.md: Qwen3's template has other openings). The policy shall skip the thinking as often as it can
+without losing accuracy against its starting model (Eq. 2); with a penalty of fixed weight 1/delta that is (Eq. 6)
 
     maximise  E[ delta 1(y_1 = </think>) + R(x, y) - Rbar_ref(x) ]
 
@@ -54,12 +54,13 @@ from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.formats.think import Think, ThinkArgs
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
-from adaptive_reasoning.rollout import Request, Sampling, request_seed
+from adaptive_reasoning.rollout import Forced, Request, Sampling, request_seed
 from adaptive_reasoning.run.bank import Bank, free_samples
 from adaptive_reasoning.run.memory import Holds
 from adaptive_reasoning.run.options import Finite, Positive, PositiveShare, RunArgs, check_minibatches, parse_args
 from adaptive_reasoning.run.run import Run
 from adaptive_reasoning.tasks import chain
+from adaptive_reasoning.tasks.think_template import answer_behind
 
 
 @dataclass
@@ -93,6 +94,8 @@ class Args(ThinkArgs, RunArgs):
     """Share of the responses forced into NoThinking, and the behaviour probability of that first token (Eq. 8)."""
     forcing: Literal["exact", "coin", "off"] = "exact"
     """"exact" (code; default, less noise): as many of every question. "coin" (Eq. 8): per sample. "off": none."""
+    count_forced: bool = False
+    """Train on the forced tokens behind the first too, whose gradient has one direction only (docs/hybrid.md)."""
     nothinking_max_new_tokens: PositiveInt = 4096
     """Longest NoThinking response in training (code; the paper has max_new_tokens for both)."""
     baseline: Literal["reference", "online"] = "reference"
@@ -136,8 +139,7 @@ MODES = "Responses of this step, by the mode they were sampled in."
 ACCURACY, TOKENS = f"Accuracy per mode in training | {MODES}", f"Tokens per mode in training | {MODES}"
 METRICS = {
     "adapt_think/forced_nothinking_share": Metric(
-        "Share of the responses that start with </think>, forced to or (with forcing off) by choice.", "share",
-        "exactly what was asked for"),
+        "Share of NoThinking responses, forced or (with forcing off) by choice.", "share", "what was asked for"),
     "adapt_think/forced_share_gap": Metric(
         "Distance of that share from the one asked for.", "share", "0; coin flips scatter by a few points",
         alarms=(Alarm("the forced share is not the one asked for: check --forcing, and the first tokens in the samples",
@@ -156,9 +158,8 @@ METRICS = {
     "adapt_think/thinking_tokens": Metric(
         "Mean length of the Thinking responses.", "tokens", panel=TOKENS, line="thinking"),
     "adapt_think/first_eot_prob": Metric(
-        "Mean probability of </think> as the first token, over the NoThinking responses of this step (step 0: over the "
-        "evaluation questions): the first sign of progress. The share of NoThinking in the evaluations stays at 0 for "
-        "long, because the nucleus cuts improbable tokens.", "share",
+        "Mean probability of NoThinking's first token, over its responses of this step (step 0: the evaluation "
+        "questions): the first sign of progress. In evaluations the nucleus cuts it while it is improbable.", "share",
         "rises, then settles between 0 and 1", "p(</think>)",
         alarms=(
             Alarm("</think> is almost certain on every question for twenty steps: the model has stopped thinking "
@@ -166,28 +167,26 @@ METRICS = {
             Alarm("</think> is still below 0.0001 after a hundred steps: check that forced first tokens get gradient "
                   "and that nothinking_accuracy is above 0", below=1e-4, steps=100))),
     "adapt_think/first_eot_logprob": Metric(
-        "Mean log-probability of </think> as the first token: shows movement while the probability still reads 0.",
-        "nats", "rises"),
+        "The same as a log-probability: shows movement while the probability still reads 0.", "nats", "rises"),
     "adapt_think/first_ratio_mean": Metric(
-        "Mean ratio of the first token, policy over the probability it was forced with. Not 1 even before the first "
-        "update.", "", "between 0 and 2"),
+        "Mean ratio of the first token, policy over the probability it was forced with.", "", "between 0 and 2"),
     "adapt_think/advantage_mean": Metric(
         "Mean advantage, delta * 1(NoThinking) + reward - reference accuracy. Not centred, by design.", "", "rises"),
-    "adapt_think/ref_accuracy_mean": Metric(
-        "Mean reference accuracy of the questions of this step, measured once before training.", "share"),
+    "adapt_think/ref_accuracy_mean": Metric("Mean reference accuracy of the questions of this step.", "share"),
 }  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- the method
 
 
-def forced(form: Think, mode: str, share: float) -> tuple[tuple[int, float], ...]:
+def forced(form: Think, mode: str, share: float, count: bool = False) -> tuple:
     """Return the first tokens of a mode with their behaviour probabilities (Eq. 8); `share` is NoThinking's.
 
-    The first token is the choice; where w_start has more, the others follow from it.
+    The first token is the choice. The others follow from it, with probability 1: no actions, unless `count`.
     """
     first, *others = form.opening(mode)
-    return ((first, share if mode == "nothinking" else 1 - share), *((token, 1.0) for token in others))
+    rest = [Forced(tuple((token, 1.0) for token in others), at=1, action=count)] if others else []
+    return ((first, share if mode == "nothinking" else 1 - share), *rest)
 
 
 def plan_rollouts(questions, form: Think, args, stop_ids, step: int) -> list[Request]:
@@ -202,14 +201,14 @@ def plan_rollouts(questions, form: Think, args, stop_ids, step: int) -> list[Req
         for k in range(n):
             skip = bool(coins[k]) if args.forcing == "coin" else k < round(n * args.nothinking_share)
             mode = "nothinking" if skip else "thinking"
-            first = () if args.forcing == "off" else forced(form, mode, args.nothinking_share)
+            first = () if args.forcing == "off" else forced(form, mode, args.nothinking_share, args.count_forced)
             limit = min(args.nothinking_max_new_tokens, args.max_new_tokens) if skip and first else args.max_new_tokens
             seed = request_seed(args.seed, step, i, k)
             requests.append(Request(prompt_ids, limit, stop_ids, seed, first, tag=(question, i)))
     return requests
 
 
-extract_answer = Think.extract_answer  # what is graded: the last box behind the one </think>
+extract_answer = answer_behind  # what is graded: the last box behind the one </think>
 chain.FORMS["adaptthink"] = Think
 
 
@@ -329,10 +328,9 @@ def metrics(rows: list[dict], args) -> dict[str, float | None]:
 
 
 def reference_accuracy(run: Run, args) -> dict[int, float] | None:
-    """Return {question index: Rbar_ref(x)} (Eq. 5): K free Thinking samples of the starting model, graded.
+    """Return {question index: Rbar_ref(x)} (Eq. 5): K Thinking samples of the starting model, graded; None: online.
 
-    Measured for the questions that the run will meet. A resumed run reads the table it started with. None with the
-    online baseline.
+    Nothing is forced but the template's opening, where Thinking has one. A resumed run reads the table it started with.
     """
     if args.baseline == "online":
         return None
@@ -341,8 +339,9 @@ def reference_accuracy(run: Run, args) -> dict[int, float] | None:
     def measure() -> dict[int, float]:
         if args.ref_results:
             return read_authors_table(args.ref_results, {i: run.task.questions[i] for i in needed})
+        requests = free_samples(run, args.ref_samples, run.form.template.thinking)
         sampling = Sampling(args.temperature, args.ref_top_p)
-        return Bank(run, needed, free_samples(run, args.ref_samples), sampling, args.ref_cache).pass_rates()
+        return Bank(run, needed, requests, sampling, args.ref_cache).pass_rates()
 
     return run.journal.keep("reference.json", needed, measure)
 

@@ -38,7 +38,7 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from adaptive_reasoning import formats, kernels
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.metric import Alarm, Metric
-from adaptive_reasoning.errors import run_cli
+from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.formats.statistics import mean, mode_metrics, mode_rows, mode_statistics
 from adaptive_reasoning.formats.thinkless import Thinkless, ThinklessArgs
 from adaptive_reasoning.kernels.group_advantage import Groups
@@ -86,6 +86,9 @@ class Args(ThinklessArgs, RunArgs):
 
     answer_format: str = "thinkless"
     """"thinkless": `<think>` and `<short>`. Or a subclass of it, "module.Class", with one more control token."""
+    control: Literal["slot", "native"] = "slot"
+    """Control tokens: "slot": those of the format, `<short>` in a reserved slot. "native": the first tokens of the two
+    openings of a hybrid chat template such as Qwen3's (docs/hybrid.md), behind a warm-up on pairs."""
     gamma: ClosedUnitInterval = 0.5
     """gamma of the reward: what a right answer loses by having thought (code; the paper has no number)."""
     gamma_schedule: str = ""
@@ -118,6 +121,10 @@ class Args(ThinklessArgs, RunArgs):
 
     def __post_init__(self):
         check_minibatches(self)
+        if self.control == "native" and self.answer_format != "thinkless":
+            raise UserError(
+                f"--control native: takes the place of --answer_format {self.answer_format}. Leave that out."
+            )
 
     def holds(self) -> Holds:
         return Holds(questions=self.prompts_per_step, top_p=self.eval_top_p, reference=self.kl_coef > 0)
@@ -260,7 +267,7 @@ def metrics(episodes: list[Episode], form: Thinkless, run) -> dict[str, float | 
 def main() -> None:
     args = parse_args(Args)
     gammas = parse_schedule("gamma_schedule", args.gamma_schedule or f"0:{args.gamma}", below=1.0)
-    kind = formats.load(args.answer_format, Thinkless)
+    kind = formats.load("native" if args.control == "native" else args.answer_format, Thinkless)
     run = Run(args, "degrpo", kind, reference=args.kl_coef > 0)
     form = kind(run.tokenizer, args)
     with run.start(form, METRICS | mode_metrics(form) | numbers(form)):

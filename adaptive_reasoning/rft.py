@@ -36,7 +36,7 @@ from adaptive_reasoning.core.metric import Metric
 from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.formats.think import ThinkArgs
 from adaptive_reasoning.learner.packing import Counts, MicroBatch, draw
-from adaptive_reasoning.rollout import Request, Sampling
+from adaptive_reasoning.rollout import Sampling
 from adaptive_reasoning.run.bank import Bank, free_samples
 from adaptive_reasoning.run.memory import Holds
 from adaptive_reasoning.run.options import NonNegative, Positive, PositiveShare, RunArgs, parse_args
@@ -165,14 +165,7 @@ def loss(logprobs: torch.Tensor, mb: MicroBatch, counts: Counts, args) -> tuple[
 
 def skipping_samples(run: Run, args):
     """Return what makes the NoThinking requests of a question: those of `free_samples`, with `</think>` forced."""
-    free = free_samples(run, args.nothinking_samples)
-    first = tuple((token, 1.0) for token in run.form.opening("nothinking"))
-    limit = min(args.nothinking_max_new_tokens, args.max_new_tokens)
-
-    def make_requests(i: int) -> list[Request]:
-        return [Request(r.prompt_ids, limit, r.stop_ids, r.seed, first, tag=r.tag) for r in free(i)]
-
-    return make_requests
+    return free_samples(run, args.nothinking_samples, run.form.opening("nothinking"), args.nothinking_max_new_tokens)
 
 
 def choose(run: Run, banks: dict[str, Bank], args) -> list[dict]:

@@ -10,7 +10,8 @@ command continues a run that was killed, to the same weights. LoRA through peft 
 
 Training rows come from a file (JSONL, CSV or Parquet with `problem` and `response`), or, for the laboratory, from
 arithmetic chains made by code. A row's mode token is supervised like any other, except where the recipe of its method
-says otherwise (`formats`).
+says otherwise (`formats`). Rows with `problem`, `thinking` (may be empty) and `answer` are for hybrid models such as
+Qwen3: their openings are those of the chat template, as token ids, and are supervised on request only.
 """
 
 import math
@@ -31,13 +32,22 @@ from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.metric import Metric
 from adaptive_reasoning.errors import UserError, run_cli, say
 from adaptive_reasoning.formats import Row, load
-from adaptive_reasoning.formats.rows import batch_of, check_pairs, episodes_of, held_out, load_rows, share_of
+from adaptive_reasoning.formats.rows import (
+    batch_of,
+    check_pairs,
+    check_thinking,
+    episodes_of,
+    held_out,
+    load_rows,
+    share_of,
+    text_of,
+)
 from adaptive_reasoning.learner.learner import Learner
 from adaptive_reasoning.learner.model import load_model, load_tokenizer
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.learner.runtime import all_reduce, end, make_accelerator, on_main
 from adaptive_reasoning.learner.watch import Watch
-from adaptive_reasoning.run.folder import MAY_CHANGE, check_same, inputs_of, read_config
+from adaptive_reasoning.run.folder import MAY_CHANGE, check_same, inputs_of, keep_date, read_config
 from adaptive_reasoning.run.journal import Journal
 from adaptive_reasoning.run.memory import Holds
 from adaptive_reasoning.run.options import NonNegative, Positive, RunArgs, ShareBelowOne, parse_args
@@ -45,6 +55,7 @@ from adaptive_reasoning.run.start import start_of
 from adaptive_reasoning.tasks import chain, prompts
 from adaptive_reasoning.tasks.chat_template import ENDS
 from adaptive_reasoning.tasks.control_tokens import WORDS
+from adaptive_reasoning.tasks.think_template import put
 
 SHOW_EVERY = 50  # steps
 CONTINUES = MAY_CHANGE - {"max_steps"}  # the schedule of the learning rate and the rows depend on how long it is
@@ -103,6 +114,8 @@ class Args(RunArgs):
     """Shares of the thinking rows that check their work 0, 1, 2, ... times, e.g. 0.1,0.3,0.3,0.3 (empty: all once)."""
     slip: ClosedUnitInterval = 0.0
     """With --checks: probability that an operation of the first pass goes wrong; a quarter of it in a check."""
+    supervise_opening: bool = False
+    """Rows with `thinking`: supervise their opening too, which teaches to choose; false: what follows it alone."""
     pairs: bool = False
     """Rows of --data come in pairs, one question answered in both modes; both rows of a pair go into the same batch."""
     hidden_size: PositiveInt = 96
@@ -122,7 +135,10 @@ class Args(RunArgs):
         if self.task != "chain" and not self.model:
             raise UserError("--model is empty: name the model to fine-tune.")
         if self.task == "math" and not self.data:
-            raise UserError("--data is empty: name files (JSONL, CSV, Parquet) with `problem` and `response`.")
+            raise UserError(
+                "--data is empty: name files (JSONL, CSV, Parquet) with `problem` and `response`, or with "
+                "`problem`, `thinking` and `answer`."
+            )
         if self.slip and self.task != "chain":
             raise UserError("--slip goes with --task chain: no other task works on from a wrong value.")
         if self.slip and not self.checks:
@@ -311,15 +327,22 @@ def train(args, file_rows: list[Row], validation_rows: list[Row], accelerator, w
         return [rows[i] for i in rng.permutation(len(rows))] if args.rows_per_mean else rows
 
     def episodes(rows: list[Row]) -> list[Episode]:
-        mine = episodes_of(share_of(rows, args, accelerator), tokenizer, args.max_new_tokens)
+        mine = share_of(rows, args, accelerator)
+        mine = episodes_of(mine, tokenizer, args.max_new_tokens, template, args.supervise_opening)
         return weigh(mine, len(rows), args) if args.rows_per_mean else mine
 
     everything = [*file_rows, *validation_rows]
     needed = needed_tokens(args, everything)
     name = start_of(args, accelerator, needed)
     tokenizer = start_tokenizer(args, name, needed)
+    keep_date(tokenizer, Path(args.output_dir), accelerator)
+    template, lines = put(tokenizer, args, any(r.thinking is not None for r in everything), "of these rows")
+    if lines and accelerator.is_main_process:
+        say("\n".join(f"  {title:<12}{text}" for title, text in lines.items()))
+    if template:
+        check_thinking(everything, template)
     model = start_model(args, name, tokenizer)
-    data = {f"the training data {args.data}": [f"{r.question.problem}\0{r.response}" for r in everything]}
+    data = {f"the training data {args.data}": [text_of(row) for row in everything]}
     frozen = args.model if args.lora_rank else None  # whose weights are read again
     journal = Journal(args, "sft", accelerator, may_change=may_change(args))
     journal.declare(METRICS, {})

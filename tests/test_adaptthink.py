@@ -3,12 +3,14 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from distributed_worker import make_args, make_episodes, make_learner, write_model
+from test_rollout import engine_of
 
 from adaptive_reasoning import adaptthink, formats
 from adaptive_reasoning.adaptthink import Args, advantage, baselines, loss, metrics, plan_rollouts
@@ -16,8 +18,10 @@ from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats.think import Think
-from adaptive_reasoning.learner.packing import Counts
+from adaptive_reasoning.learner.packing import Counts, pack
+from adaptive_reasoning.rollout import Forced, Request, Sampling
 from adaptive_reasoning.run.options import parse_args
+from adaptive_reasoning.tasks.think_template import ThinkTemplate, answer_behind
 
 GOLDEN = Path(__file__).parent / "golden"
 NOTHING, THINK = 303, [294]
@@ -190,6 +194,8 @@ def test_online_baseline_is_the_mean_thinking_reward_of_the_group():
 def form_of(eot: int, word: list[int]) -> Think:
     """The format without a tokenizer."""
     form = object.__new__(Think)
+    form.template = SimpleNamespace(nothinking=(eot,))
+    form.template.mode_of = partial(ThinkTemplate.mode_of, form.template)
     form.eot, form.word = eot, word
     return form
 
@@ -232,16 +238,53 @@ def test_without_forcing_the_policy_starts_freely():
     assert all(r.forced == () and r.max_new_tokens == 16384 for r in requests)
 
 
-def test_a_first_word_of_several_tokens_stays_an_exact_importance_weight():
-    """Only the first of its tokens was a choice; the others follow with probability 1."""
+@pytest.mark.parametrize("count", [False, True])
+def test_of_a_first_word_of_several_tokens_the_first_alone_is_a_choice(count):
     control = form_of(NOTHING, [40, 41, 42])
-    assert adaptthink.forced(control, "thinking", 0.5) == ((40, 0.5), (41, 1.0), (42, 1.0))
+    rest = Forced(((41, 1.0), (42, 1.0)), at=1, action=count)
+    assert adaptthink.forced(control, "thinking", 0.25, count) == ((40, 0.75), rest)
+    assert adaptthink.forced(control, "nothinking", 0.25, count) == ((NOTHING, 0.25),)
 
 
 def test_mode_is_read_from_the_first_token_alone():
     control = form_of(NOTHING, THINK)
     assert control.mode_of([NOTHING, 5]) == "nothinking"
     assert control.mode_of([5, NOTHING]) == "thinking"
+
+
+@pytest.mark.parametrize("T, counted, masked, naive", [(12, 0.5901, 0.5372, 0.6623), (300, 0.97912, 0.97936, 0.98366)])
+def test_the_ratio_of_an_opening_of_several_tokens(T, counted, masked, naive):
+    """pi = (.001, .9, .99): the first is the choice (q = 1/2), the others follow (q = 1), or are no actions at all.
+    With q = 1/2 for each the ratio is too large by 4^(1/T)."""
+    pi = torch.tensor([0.001, 0.9, 0.99], dtype=torch.float64).log()
+    half = math.log(0.5)
+    args = SimpleNamespace(ratio="sequence_mean", clip_low=0.2, clip_high=0.2)
+    for want, logprobs, q, length in (
+        (counted, pi, [half, 0, 0], T),
+        (masked, pi[:1], [half], T - 2),
+        (naive, pi, [half] * 3, T),
+    ):
+        free = torch.zeros(length - len(logprobs), dtype=torch.float64)  # on policy: pi is pi_old
+        old = torch.cat([torch.tensor(q, dtype=torch.float64), free])
+        mb = SimpleNamespace(
+            sequence_advantages=torch.ones(1, dtype=torch.float64), sequence=torch.zeros(length, dtype=torch.int64),
+            lengths=torch.tensor([length]), old_logprobs=old,
+        )  # fmt: skip
+        value, _ = loss(torch.cat([logprobs, free]), mb, Counts(length, 1), args)
+        assert -value.item() == pytest.approx(want, abs=5e-5 if T == 12 else 5e-6)
+
+
+@pytest.mark.parametrize("count", [False, True])
+def test_what_follows_from_the_choice_is_no_action(model, count):
+    """The whole opening stands in the response, and the learner sees its first token alone (unless all count)."""
+    forced = adaptthink.forced(form_of(7, [40, 41, 42]), "thinking", 0.25, count)
+    (c,) = engine_of(model).run([Request([1, 2, 3], 9, (), 3, forced)], Sampling(0.6))
+    assert c.response_ids[:3].tolist() == [40, 41, 42] and c.forced.tolist() == [True] * 3 + [False] * 6
+    assert c.action_mask.tolist() == [True] + [count] * 2 + [True] * 6
+    assert c.logprobs[:3].exp().tolist() == [0.75, 1.0, 1.0]
+    c.request.tag = (None, 0)
+    mb = pack([Episode.of(c, advantage=1.0)])
+    assert mb.lengths.tolist() == [9 if count else 7] and mb.position[:2].tolist() == ([0, 1] if count else [0, 3])
 
 
 # --- reward
@@ -263,7 +306,7 @@ def test_mode_is_read_from_the_first_token_alone():
     ],
 )
 def test_format_gate(response, answer):
-    assert Think.extract_answer(response) == answer
+    assert answer_behind(response) == answer
 
 
 # --- metrics and options
@@ -377,8 +420,8 @@ def test_control_tokens_of_the_laboratory():
 
 def test_a_template_without_a_thinking_block_is_refused():
     tokenizer = formats.tokenizer("think")
-    tokenizer.chat_template = tokenizer.chat_template.replace("<think>", "")
-    with pytest.raises(UserError, match=r"must end in '<think>\\n'.*found"):
+    tokenizer.chat_template = tokenizer.chat_template.replace("<think>", "") + "{# </think> #}"
+    with pytest.raises(UserError, match=r"must end in an opened thinking block or .* found '<.Assistant.>\\n'"):
         Think(tokenizer, Args())
 
 
@@ -386,7 +429,7 @@ def test_a_tokenizer_that_splits_the_control_token_is_refused():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    pieces = Tokenizer(models.WordLevel({c: i for i, c in enumerate("</>thinkAlrg\n")}, unk_token="<"))
+    pieces = Tokenizer(models.WordLevel({c: i for i, c in enumerate("</>thinkAlrgOay\n")}, unk_token="<"))
     pieces.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, chat_template="{{ '<think>\n' }}", eos_token="k")
     with pytest.raises(UserError, match="does not hold '</think>' as one token"):

@@ -20,6 +20,7 @@ from adaptive_reasoning.formats.thinkless import Thinkless
 from adaptive_reasoning.sft import Args as SftArgs
 from adaptive_reasoning.sft import episodes_of
 from adaptive_reasoning.tasks import chain
+from adaptive_reasoning.tasks.think_template import answer_behind
 
 ROOT = Path(__file__).parent.parent
 MODULE = '''
@@ -260,7 +261,7 @@ def test_each_check_of_the_thinking_costs_another_pass(operations, lengths):
     question = chain.make_question(rng, operations, "")
     texts = [Think.thinking(question, rng, k) for k in range(4)]
     assert [len(tok.encode(text, add_special_tokens=False)) + 1 for text in texts] == lengths
-    assert all(Think.extract_answer(text) == question.answer for text in texts)
+    assert all(answer_behind(text) == question.answer for text in texts)
 
 
 def test_slips_cost_accuracy_and_a_check_mends_most_of_them():
@@ -269,7 +270,7 @@ def test_slips_cost_accuracy_and_a_check_mends_most_of_them():
     question = chain.make_question(rng, 4, "")
     for checks, expected in ((0, 0.9**4), (1, 0.975**4), (3, 0.975**4)):
         texts = [Think.thinking(question, rng, checks, slip=0.1) for _ in range(1500)]
-        right = np.mean([Think.extract_answer(text) == question.answer for text in texts])
+        right = np.mean([answer_behind(text) == question.answer for text in texts])
         assert abs(right - expected) < 0.04, (checks, right)
 
 

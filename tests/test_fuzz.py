@@ -23,7 +23,6 @@ from adaptive_reasoning.core.files import load_json, read_jsonl, truncate_jsonl
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.formats.dialogue import STAGES, DialogueFormat
-from adaptive_reasoning.formats.think import Think
 from adaptive_reasoning.formats.thinkless import Thinkless
 from adaptive_reasoning.run.folder import read_config
 from adaptive_reasoning.run.options import parse_args, parse_schedule, read_yaml
@@ -31,6 +30,7 @@ from adaptive_reasoning.tasks import control_tokens, math
 from adaptive_reasoning.tasks.answers import MAX_ANSWER, boxed_answer, same_answer
 from adaptive_reasoning.tasks.chain import parse_mix
 from adaptive_reasoning.tasks.normalise import presentation_free, written_number
+from adaptive_reasoning.tasks.think_template import answer_behind
 
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -83,7 +83,7 @@ def test_answers_are_found_or_not(text):
     """An answer is a piece of the response, balanced where braces decide; anything else is None."""
     box = boxed_answer(text)
     assert box is None or ("\\boxed{" + box + "}") in text and box.count("{") == box.count("}")
-    assert Think.extract_answer(text) in (None, box)
+    assert answer_behind(text) in (None, box)
     tagged = Arm.extract_answer(text)
     assert tagged is None or tagged in text
     assert Arm.format_of(text) in (*Arm.tags, "unknown")

@@ -19,6 +19,7 @@ from adaptive_reasoning.run.options import RunArgs, parse_args
 from adaptive_reasoning.sft import episodes_of, rate
 from adaptive_reasoning.tasks import chain, prompts
 from adaptive_reasoning.tasks.task import ExactGrader, Task, load_task
+from adaptive_reasoning.tasks.think_template import answer_behind
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_responses_are_right_in_the_eyes_of_the_grader_and_survive_the_tokenizer
         q = chain.make_question(rng, i % 6 + 1, "x")
         for mode in Think.modes:
             text = Think.response(q, mode, rng)
-            assert Think.extract_answer(text) == q.answer
+            assert answer_behind(text) == q.answer
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             assert prompts.decode(tokenizer, ids + [tokenizer.eos_token_id], (tokenizer.eos_token_id,)) == text
             assert (ids[0] == prompts.control_token(tokenizer, "</think>")) == (mode == "nothinking")
@@ -84,7 +85,9 @@ def test_the_tokenizer_folder_opens_the_same_in_both_ways(tokenizer, tmp_path):
 
 
 def test_prompts_end_in_an_opened_thinking_block(tokenizer):
-    assert prompts.check_opens_thinking(tokenizer) == "<|Assistant|><think>\n"
+    template = tokenizer.chat_template
+    assert Think(tokenizer, None).prompt_lines["template"] == "ends in '<|Assistant|><think>\\n'"
+    assert tokenizer.chat_template == template, "there is nothing to wrap"
     ids = prompts.render(tokenizer, "1+2")
     assert tokenizer.decode(ids) == "<|begin|><|User|>1+2<|Assistant|><think>\n"
     assert (

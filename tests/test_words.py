@@ -9,6 +9,7 @@ import pytest
 from adaptive_reasoning.formats import MAKERS, load
 from adaptive_reasoning.sft import Args
 from adaptive_reasoning.tasks import words
+from adaptive_reasoning.tasks.think_template import answer_behind
 
 FIVE = "0.2,0.2,0.2,0.2,0.2"
 
@@ -67,7 +68,7 @@ def test_every_format_answers_a_story_in_each_of_its_modes(name):
     q = MAKERS["words"](rng, 3, "story")
     for mode in form.cold_start_modes():
         response = form.response(q, mode, rng)
-        read = form.answer_by_first_token if name == "thinkless" else form.extract_answer
+        read = answer_behind if name == "think" else getattr(form, "answer_by_first_token", form.extract_answer)
         assert read(response) == q.answer
         assert (q.work[-1] in response) == (mode in ("thinking", "think", "code", "long_cot", "response"))
 

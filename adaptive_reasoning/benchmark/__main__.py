@@ -34,7 +34,7 @@ from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.report.console import evaluation_table
 from adaptive_reasoning.rollout import Decoder, Engine
 from adaptive_reasoning.run.evaluation import EvalSpec, Evaluator, evaluate, summarise
-from adaptive_reasoning.run.folder import MAY_CHANGE, check_inputs, data_of, inputs_of, open_folder
+from adaptive_reasoning.run.folder import MAY_CHANGE, check_inputs, data_of, inputs_of, keep_date, open_folder
 from adaptive_reasoning.run.options import NonNegative, PositiveShare, RunArgs, parse_args
 from adaptive_reasoning.run.start import start_of
 from adaptive_reasoning.tasks import prompts
@@ -60,7 +60,7 @@ class Args(DialogueArgs, ThinkArgs, ThinklessArgs, RunArgs):
     """Longest response in tokens, EOS included."""
 
     answer_format: str = "think"
-    """Response format: think, arm, thinkless, boxed, dialogue, or a class of your own as module.Class."""
+    """Response format: think, arm, thinkless, native, boxed, dialogue, or a class of your own as module.Class."""
     settings: str = ""
     """Settings to measure, comma separated; empty: all that the format has, apart from the routers."""
     maj_k: NonNegativeInt = 0
@@ -112,7 +112,7 @@ def spec_of(tokenizer, args, benchmark: str = "") -> EvalSpec:
         return "think" if "<think>" in tokenizer.decode(response_ids) else spec.mode_of(response_ids)
 
     extract = aime_answer if benchmark.startswith("aime") else lenient_answer
-    mode_of = mode_of if "think" in spec.modes else spec.mode_of
+    mode_of = mode_of if "think" in spec.modes and not form.chooses else spec.mode_of
     return dataclasses.replace(spec, extract_answer=extract, check=lenient_same, mode_of=mode_of)
 
 
@@ -232,7 +232,11 @@ def measure(args, accelerator, watch: Watch) -> None:
     watch.phase("load")
     needed = formats.load(args.answer_format).needed_tokens()
     model, tokenizer = load_model(start_of(args, accelerator, needed), args)
+    keep_date(tokenizer, Path(args.output_dir), accelerator)
     spec = spec_of(tokenizer, args)
+    lines = formats.load(args.answer_format)(tokenizer, args).prompt_lines
+    if lines and accelerator.is_main_process:
+        say("\n".join(f"  {name:<12}{text}" for name, text in lines.items()))
     wanted = wanted_settings(args.settings, spec)
     task, folder = load_task(args, tokenizer, train=False), Path(args.output_dir)
     if not task.benchmarks:

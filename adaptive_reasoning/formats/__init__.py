@@ -1,8 +1,9 @@
 """Formats: how a response says its mode and its answer, one class a file.
 
     arm.py          Arm             four tags in the text
-    think.py        Think           R1's template, in which `</think>` as the first token skips the thinking
+    think.py        Think           the two modes of a template that opens thinking, or has a switch for it
     thinkless.py    Thinkless       one control token in front
+    native.py       Native          the same, with the first tokens of a hybrid template's two modes
     boxed.py        Boxed           one mode, the answer in a box
     dialogue.py     DialogueFormat  turns of a dialogue
     attempts.py                     the parts of a thinking that each state an answer
@@ -25,10 +26,13 @@ from adaptive_reasoning.core.named import named
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.run.evaluation import EvalSpec
-from adaptive_reasoning.tasks import chain, words
+from adaptive_reasoning.tasks import chain, think_template, words
 from adaptive_reasoning.tasks.answers import same_answer
 
-NAMES = {"think": "Think", "arm": "Arm", "thinkless": "Thinkless", "boxed": "Boxed", "dialogue": "DialogueFormat"}
+NAMES = {
+    "think": "Think", "arm": "Arm", "thinkless": "Thinkless", "native": "Native", "boxed": "Boxed",
+    "dialogue": "DialogueFormat",
+}  # fmt: skip
 MAKERS = {"chain": chain.make_question, "words": words.make_question}  # questions of a cold start
 
 
@@ -38,7 +42,8 @@ class Row:
 
     The loss falls on the tokens of `response` from `start` on and on its end token. In a dialogue, `turns` go on from
     there: (text between, response) each, the text as it stands in the token stream (end of turn excluded, next prompt
-    and header included); loss falls on the responses and their end tokens alone.
+    and header included); loss falls on the responses and their end tokens alone. With `thinking` the response is what
+    follows the thinking, and may follow an empty one.
     """
 
     question: Question
@@ -46,6 +51,7 @@ class Row:
     start: int = 0
     turns: tuple[tuple[str, str], ...] = ()
     prompt: str = ""  # the user's first message, where it is not the problem itself
+    thinking: str | None = None  # thoughts, in a row that opens and closes them as the chat template does
 
 
 @dataclass
@@ -57,7 +63,7 @@ class ResponseFormat(ABC):
     """How a response says its mode and its answer.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: of the model. It gets the chat template that --thinking asks for: render prompts afterwards.
         args: options of the command. Where it does not have those of the format (`Options`), their defaults hold.
 
     Raises:
@@ -70,6 +76,7 @@ class ResponseFormat(ABC):
     check: ClassVar[Callable[[str, str], bool]] = staticmethod(same_answer)  # (answer, target); graders import it
     consensus: ClassVar[tuple[str, ...]] = ()  # settings whose answers have to agree; else the fallback's answer counts
     fallback: ClassVar[str] = ""
+    chooses: ClassVar[bool] = False  # whether its modes are the two of a chat template that can think
     Options: ClassVar[type] = NoOptions  # a dataclass, from which the `Args` of a command may inherit
 
     # The laboratory's tokenizer: chat template, marks of a turn (special tokens), marks inside a response.
@@ -89,6 +96,7 @@ class ResponseFormat(ABC):
 
     def __init__(self, tokenizer, args):
         self.tokenizer, self.args = tokenizer, args
+        self.template, self.prompt_lines = think_template.put(tokenizer, args, self.chooses, type(self).__name__)
         inherits = isinstance(args, self.Options)
         self.options = self.Options(**{f.name: vars(args)[f.name] for f in fields(self.Options)} if inherits else {})
 
@@ -126,9 +134,10 @@ class ResponseFormat(ABC):
     def eval_spec(self) -> EvalSpec:
         """Return how evaluation forces and tells modes apart; the first setting forces nothing."""
         forced = {name: tuple((i, 1.0) for i in self.opening(mode)) for name, mode in self.forced_settings().items()}
+        own = dict.fromkeys(self.template.own_settings(), ()) if self.chooses else {}
         return EvalSpec(
-            {"adaptive": (), **forced}, self.mode_of, self.extract_answer, self.modes, self.check, self.consensus,
-            self.fallback,
+            {"adaptive": (), **forced, **own}, self.mode_of, self.extract_answer, self.modes, self.check,
+            self.consensus, self.fallback, template=self.template if self.chooses else None,
         )  # fmt: skip
 
     def template_tokens(self) -> int | None:

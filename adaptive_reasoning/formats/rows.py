@@ -12,35 +12,57 @@ from adaptive_reasoning.formats import Row
 from adaptive_reasoning.learner.packing import draw
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.math import read_rows
+from adaptive_reasoning.tasks.think_template import ThinkTemplate
 
 HELD_OUT = 104_729  # keeps the draw of the rows held out apart from the order of the epochs
 
 
 def load_rows(path: str) -> list[Row]:
-    """Return the rows of a file (JSONL, CSV, Parquet) with `problem` and `response`.
+    """Return the rows of a file (JSONL, CSV, Parquet): `problem`, and `response` or `thinking` and `answer`.
 
     Raises:
         UserError: the file is missing or empty, or a row lacks a field; the message names file and row.
     """
     rows = []
     for where, row in read_rows(path):
-        for key in ("problem", "response"):
+        answer = "answer" if "thinking" in row and "response" not in row else "response"
+        thoughts = row["thinking"] or "" if answer == "answer" else None  # an empty cell of a table is None
+        for key in ("problem", answer):
             if not isinstance(row.get(key), str) or not row[key]:
                 raise UserError(f"{where}: a supervised row needs '{key}' as a non-empty text, found {row.get(key)!r}.")
-        rows.append(Row(Question(where, row["problem"], ""), row["response"]))
+        if not isinstance(thoughts or "", str):
+            raise UserError(f"{where}: 'thinking' is {thoughts!r}, no text. Leave it empty for an answer without.")
+        rows.append(Row(Question(where, row["problem"], ""), row[answer], thinking=thoughts))
     return rows
 
 
+def text_of(row: Row) -> str:
+    """Return what tells rows of data apart."""
+    return "\0".join([row.question.problem, row.response, *[row.thinking] * (row.thinking is not None)])
+
+
+def check_thinking(rows: list[Row], template: ThinkTemplate) -> None:
+    """Raise UserError where a text holds a tag of the thinking block, which the template opens and closes."""
+    for row in rows:
+        found = [tag for tag in template.tags if tag and tag in f"{row.thinking or ''}{row.response}"]
+        if row.thinking is not None and found:
+            raise UserError(
+                f"{row.question.id}: 'thinking' or 'answer' holds {found[0]!r}. Leave tags out, templates write them."
+            )
+
+
 def check_pairs(rows: list[Row], batch_size: int) -> None:
-    """Raise UserError unless rows 1 and 2, 3 and 4, ... hold one problem each, with the two control tokens in front."""
+    """Raise UserError unless rows 1 and 2, 3 and 4, ... hold one problem each, answered in both modes."""
     if batch_size % 2 or len(rows) % 2:
         raise UserError(f"--pairs: --batch_size ({batch_size}) and the number of rows ({len(rows)}) have to be even.")
     for one, other in zip(rows[::2], rows[1::2]):
-        openings = {row.response.partition(">")[0] + ">" for row in (one, other)}
+        tags = {row.response.partition(">")[0] + ">" for row in (one, other)}
+        openings = tags if one.thinking is None else {"<think>" if row.thinking else "<short>" for row in (one, other)}
         if one.question.problem != other.question.problem or openings != {"<think>", "<short>"}:
             raise UserError(
                 f"{other.question.id}: this row and the one before it have to be a pair: the same 'problem', and one "
-                f"'response' that starts with <think> and one that starts with <short>; found {sorted(openings)}."
+                f"'response' that starts with <think> and one that starts with <short>; found {sorted(openings)}. Or "
+                "one 'thinking' that is empty, and one that is not."
             )
 
 
@@ -67,8 +89,15 @@ def share_of(rows: list[Row], args, accelerator) -> list[Row]:
     return [row for i, row in enumerate(rows) if i // max(1, args.rows_per_mean) % ranks == rank]
 
 
-def episodes_of(rows: list[Row], tokenizer, limit: int) -> list[Episode]:
-    """Return rows as episodes with advantage 1, which the learner packs and scores; cut at `limit` tokens."""
+def episodes_of(
+    rows: list[Row], tokenizer, limit: int, template: ThinkTemplate | None = None, supervise_opening: bool = False
+) -> list[Episode]:
+    """Return rows as episodes with advantage 1, which the learner packs and scores; cut at `limit` tokens.
+
+    Args:
+        template: opens and closes the thinking of rows that have it; the loss falls behind the opening.
+        supervise_opening: it falls on the opening too, so the choice is learnt.
+    """
 
     def encode(texts):
         return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -79,7 +108,11 @@ def episodes_of(rows: list[Row], tokenizer, limit: int) -> list[Episode]:
     end = tokenizer.eos_token_id
     episodes = []
     for i, (row, prompt_ids, first) in enumerate(zip(rows, asked, answered)):
-        ids, mask = [*first, end], [t >= row.start for t in range(len(first) + 1)]
+        ids, start = [*first, end], row.start
+        if row.thinking is not None:
+            ids, start = template.row(row.thinking, row.response)
+            start *= not supervise_opening
+        mask = [t >= start for t in range(len(ids))]
         for _ in row.turns:
             between, response = next(turns), next(turns)
             ids += [*between, *response, end]

@@ -1,7 +1,7 @@
 """AdaptThink's two modes: think and answer, or close the thinking at once and answer.
 
-The prompt ends in an opened thinking block (R1's template). A response that starts with `</think>` is "nothinking", any
-other one is "thinking".
+The prompt ends where the template's two ways of opening a response part (`tasks/think_template.py`): with R1's template
+in an opened thinking block, where a response that starts with `</think>` is "nothinking", and any other one "thinking".
 
 On chains the thinking is as wordy as that of the models the paper starts from: it opens with a phrase, works step by
 step, and checks itself once more before it answers. On stories, whose tokens are dearer, it does not check.
@@ -15,7 +15,6 @@ from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats import MAKERS, ResponseFormat, Row
 from adaptive_reasoning.tasks import chain, prompts
-from adaptive_reasoning.tasks.answers import boxed_answer
 
 OPENERS = (("Alright", 0.7), ("Okay", 0.3))  # how a thinking response starts, and how often
 
@@ -25,51 +24,49 @@ class ThinkArgs:
     """Options of the format."""
 
     first_word: str = "Alright"
-    """w_start of Eq. 8: the word that forced Thinking responses start with."""
+    """w_start of Eq. 8: the word that forced Thinking responses start with, where the template has no opening."""
 
 
 class Think(ResponseFormat):
-    """Two modes by whether the first token is `</think>`."""
+    """Two modes by whether a response begins with the template's NoThinking opening, `</think>` in R1's."""
 
     modes = {"thinking": "Thinking", "nothinking": "NoThinking"}
-    Options = ThinkArgs
+    Options, chooses = ThinkArgs, True
 
     TEMPLATE = ResponseFormat.TEMPLATE.replace("<|Assistant|>{% endif %}", "<|Assistant|><think>\n{% endif %}")
     TOKENS = ("<think>", "</think>")
 
     def __init__(self, tokenizer, args):
         super().__init__(tokenizer, args)
-        self.prompt_end = prompts.check_opens_thinking(tokenizer)
-        self.word = tokenizer.encode(self.options.first_word, add_special_tokens=False)
+        if self.template.kind == "prefilled":
+            prompts.control_token(tokenizer, self.template.tags[1])
+        self.word = [*self.template.thinking] or tokenizer.encode(self.options.first_word, add_special_tokens=False)
         if not self.word:
             raise UserError(f"--first_word {self.options.first_word!r} has no token.")
-        self.eot = prompts.control_token(tokenizer, "</think>")
+        self.eot = self.template.nothinking[0]
 
     @classmethod
     def needed_tokens(cls) -> tuple[str, ...]:
         return ("<think>", "</think>")
 
     def mode_of(self, response_ids) -> str:
-        return "nothinking" if response_ids[0] == self.eot else "thinking"
+        return self.template.mode_of(response_ids)
 
-    @classmethod
-    def extract_answer(cls, response: str) -> str | None:
-        """Return the last box after the one `</think>`; None if there is another tag (official adapt_think_rm)."""
-        if "<think>" in response or response.count("</think>") != 1:
-            return None
-        return boxed_answer(response.split("</think>")[1])
+    def extract_answer(self, response: str) -> str | None:
+        return self.template.answer(response)
 
     def opening(self, mode: str) -> tuple[int, ...]:
-        """Return `</think>`, or w_start: its first token is the choice, the others (if any) follow from it."""
-        return (self.eot,) if mode == "nothinking" else tuple(self.word)
+        """Return the template's opening; its first token is the choice, the others (if any) follow from it.
+
+        Where anything but the NoThinking opening is Thinking, Thinking opens with w_start.
+        """
+        return self.template.nothinking if mode == "nothinking" else tuple(self.word)
 
     def forced_settings(self) -> dict[str, str]:
         return {"always_think": "thinking", "never_think": "nothinking"}
 
     def findings(self) -> dict[str, str]:
-        word = f"{self.options.first_word!r}, token {self.word[0]}"
-        word += f" and {len(self.word) - 1} more" * (len(self.word) > 1)
-        return {"template": f"ends in {self.prompt_end!r}", "</think>": f"token {self.eot}", "w_start": word}
+        return {} if self.template.thinking else {"w_start": f"{self.options.first_word!r} {self.word}"}
 
     # ------------------------------------------------------------------------------------------------- cold start
 

@@ -16,6 +16,7 @@ rates, such as AdaptThink's reference accuracies, read the files' headers alone.
 import hashlib
 import json
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 
 import torch
@@ -134,13 +135,18 @@ class Bank:
         return out
 
 
-def free_samples(run, number: int) -> Callable[[int], list[Request]]:
-    """Return what makes the requests of a question: `number` samples of at most --max_new_tokens, nothing forced."""
+def free_samples(run, number: int, opening: tuple[int, ...] = (), limit: int = 0) -> Callable[[int], list[Request]]:
+    """Return what makes the requests of a question: `number` samples, free but for the first tokens, `opening`.
+
+    Args:
+        limit: most tokens of each, at most --max_new_tokens; 0: those.
+    """
+    first, limit = tuple((token, 1.0) for token in opening), min(limit or inf, run.args.max_new_tokens)
 
     def make_requests(i: int) -> list[Request]:
         question, prompt_ids = run.task.questions[i], run.task.prompts[i]
         seeds = [request_seed(run.args.seed, STREAM, i, k) for k in range(number)]
-        return [Request(prompt_ids, run.args.max_new_tokens, run.stop_ids, s, tag=(question, i)) for s in seeds]
+        return [Request(prompt_ids, limit, run.stop_ids, s, first, tag=(question, i)) for s in seeds]
 
     return make_requests
 

@@ -6,6 +6,9 @@ of a mode and bound what the model could reach.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+
+import torch
 
 from adaptive_reasoning.learner.runtime import all_gather
 from adaptive_reasoning.rollout import Engine, Request, Sampling, request_seed
@@ -15,8 +18,10 @@ from adaptive_reasoning.run.stages import stage_rows, stage_table
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.answers import same_answer
 from adaptive_reasoning.tasks.task import Benchmark
+from adaptive_reasoning.tasks.think_template import ThinkTemplate
 
 EVAL_STREAM = 7_919  # keeps evaluation random numbers apart from those of training
+ASKED = 512  # questions of which the probability of an opening is taken
 KEPT_SAMPLES = 48  # responses per setting and evaluation that go into samples.jsonl
 
 
@@ -33,6 +38,7 @@ class EvalSpec:
     fallback: setting whose answer counts where those of `consensus` do not agree.
     script: of dialogues (`rollout.dialogue`): they are held in place of single responses, and mode_of gets their turns.
     extra_tokens: what published tables add to prompt and response for the template; None: they count responses.
+    template: of a format with a chat template's own two modes: what opens them, and the template's own prompts.
     """
 
     settings: dict[str, tuple[tuple[int, float], ...]]
@@ -44,6 +50,7 @@ class EvalSpec:
     fallback: str = ""
     script: object = None
     extra_tokens: int | None = None
+    template: ThinkTemplate | None = None
 
 
 @dataclass
@@ -101,6 +108,11 @@ def evaluate(on: Evaluator, benchmark: Benchmark, setting: str, progress: str = 
     rows = on.of_all(rows)
     samples = [sample for _, sample in sorted(on.of_all(samples), key=lambda pair: pair[0])]
     result = summarise(rows, on.spec.modes)
+    template = on.spec.template
+    if template and len(template.nothinking) > 1 and setting == next(iter(on.spec.settings)):
+        asked = [prompts.render(on.tokenizer, q.problem) for q in benchmark.questions[:ASKED]]
+        result["opening_rest_prob"] = probability(on, asked, template.nothinking, 1)
+        result["leak_share"] = sum(row["leaks"] for row in rows) / len(rows)
     if on.spec.script is not None:
         result |= stage_table(rows)
         for level, part in result["by_difficulty"].items():
@@ -114,9 +126,19 @@ def respond(on: Evaluator, jobs: list, setting: str, progress: str) -> tuple[lis
     Returns:
         rows of graded responses, and of each (text, reason it ended).
     """
+    template, extract = on.spec.template, on.spec.extract_answer
+    thinking = template.own_settings().get(setting) if template else None  # in the template's own prompts
+    if thinking is None:
+        ask = partial(prompts.render, on.tokenizer)
+    else:
+        ask = partial(template.own_prompt, on=thinking)
+
+        def extract(text: str) -> str | None:
+            return on.spec.extract_answer(template.as_response([], text, thinking)[1])
+
     requests = [
         Request(
-            prompts.render(on.tokenizer, f"{on.instruction}\n{q.problem}" if on.instruction else q.problem),
+            ask(f"{on.instruction}\n{q.problem}" if on.instruction else q.problem),
             on.args.max_new_tokens,
             on.stop_ids,
             request_seed(on.args.seed, EVAL_STREAM, i, k),
@@ -126,19 +148,47 @@ def respond(on: Evaluator, jobs: list, setting: str, progress: str) -> tuple[lis
         for i, q, k in jobs
     ]
     graded, _ = sample_and_grade(
-        on.engine, on.grader, on.tokenizer, on.stop_ids, on.spec.extract_answer, requests, on.sampling, progress,
-        on.execute_code,
-    )  # fmt: skip
+        on.engine, on.grader, on.tokenizer, on.stop_ids, extract, requests, on.sampling, progress, on.execute_code
+    )
     rows = []
     for (i, q, k), g in zip(jobs, graded):
         ids = g.completion.response_ids.tolist()
-        row = {"question": i, "sample": k, "mode": on.spec.mode_of(ids), "difficulty": q.difficulty}
+        said = ids if thinking is None else template.as_response(ids, "", thinking)[0]
+        row = {"question": i, "sample": k, "mode": on.spec.mode_of(said), "difficulty": q.difficulty}
         row |= {"answer": g.answer, "correct": g.correct, "tokens": len(ids)}
+        if template and len(template.nothinking) > 1:
+            row["leaks"] = template.leaks(ids)
         if on.spec.extra_tokens is not None:  # prompt, template and response, whose end token the template counts
             end = g.completion.finish_reason == "stop"
             row["tokens_paper"] = len(g.completion.context_ids) + len(ids) - end + on.spec.extra_tokens
         rows.append(row)
     return rows, [(g.text, g.completion.finish_reason) for g in graded]
+
+
+def probability(on: Evaluator, asked: list[list[int]], tokens: tuple[int, ...], first: int = 0) -> float:
+    """Return the mean probability that tokens[first:] follow prompts and tokens[:first]. On every process alike."""
+    total = torch.zeros(len(asked))
+    for j in range(first, len(tokens)):
+        total += on.engine.first_logprobs([[*ids, *tokens[:j]] for ids in asked], tokens[j], on.args.temperature or 1.0)
+    return float(total.exp().mean())
+
+
+def openings_line(on: Evaluator, benchmark: Benchmark) -> str:
+    """Return what the model makes of the place where the openings part, before it is trained."""
+    template, problems = on.spec.template, [q.problem for q in benchmark.questions[:ASKED]]
+    asked = [prompts.render(on.tokenizer, problem) for problem in problems]
+    skip = probability(on, asked, template.nothinking[:1])
+    line = f"p(first token of NoThinking) {skip:.3g}"
+    if template.thinking:
+        think = probability(on, asked, template.thinking[:1])
+        line += f", of Thinking {think:.3g}, of anything else {(other := max(0.0, 1 - skip - think)):.3g}"
+        if other > 0.1:
+            line += ". The model has not learnt to choose there: warm it up on supervised rows with `thinking`"
+    if template.shared:
+        own = [template.own_prompt(problem, True) for problem in problems]
+        line += f"; p({template.text(template.shared)!r}) behind the template's own prompt "
+        line += f"{probability(on, own, template.shared):.3g}"
+    return line
 
 
 def hold_dialogues(on: Evaluator, jobs: list, setting: str, progress: str) -> tuple[list[dict], list[tuple[str, str]]]:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import socket
 import time
+from datetime import date, datetime
 from pathlib import Path
 from typing import IO
 
@@ -14,6 +15,8 @@ import yaml
 from adaptive_reasoning.core.files import write_text_atomic
 from adaptive_reasoning.errors import UserError, say
 from adaptive_reasoning.learner.checkpoint import newest_checkpoint
+from adaptive_reasoning.learner.runtime import all_gather, on_main
+from adaptive_reasoning.tasks import prompts
 
 # Options that a continued run may have other values of: how long it is, what it writes down, and what fits the machine.
 # All others decide what is sampled or learnt, and a run has one value of each. `eval_every` decides neither, as the
@@ -167,6 +170,21 @@ def inputs_of(data: dict[str, list[str]], tokenizer, model: str | None = None) -
         what: hashlib.sha256("\1".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
         for what, texts in parts.items()
     }
+
+
+def keep_date(tokenizer, folder: Path, accelerator) -> None:
+    """Fix the date that a chat template prints at the day on which the folder was begun: a run that is continued
+    tomorrow has the same prompts. Every process has to call this."""
+
+    def day() -> str:
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(path, date.today().isoformat())
+        return path.read_text().strip()
+
+    if prompts.is_dated(tokenizer):
+        path = folder / "prompt_date.txt"
+        prompts.fix_date(tokenizer, datetime.fromisoformat(all_gather(accelerator, on_main(accelerator, day))[0]))
 
 
 def check_inputs(folder: Path, old: dict[str, str], new: dict[str, str]) -> None:

@@ -25,6 +25,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt,
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.run.memory import Holds
 from adaptive_reasoning.run.preflight import Place, print_plan
+from adaptive_reasoning.tasks.think_template import ThinkingArgs
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the string below a field is its help
 
@@ -37,7 +38,7 @@ ShareBelowOne = restricted_number_type("ShareBelowOne", float, [(">=", 0), ("<",
 
 
 @dataclass
-class RunArgs:
+class RunArgs(ThinkingArgs):
     """Options every method shares: where things are, how much of them, and how they are run."""
 
     # --- where

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import torch
 
 from adaptive_reasoning.core.episode import Episode, sample_row
-from adaptive_reasoning.core.metric import GAP_LIMIT, Metric
+from adaptive_reasoning.core.metric import GAP_LIMIT, OPENING_METRICS, Metric
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.critic import Critic, load_critic
@@ -50,8 +50,8 @@ from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling
 from adaptive_reasoning.rollout.dialogue import Dialogue, converse
 from adaptive_reasoning.rollout.engine import CPU_CACHE_BYTES
 from adaptive_reasoning.run.balance import deal, expected_tokens
-from adaptive_reasoning.run.evaluation import Evaluator, evaluate
-from adaptive_reasoning.run.folder import data_of, inputs_of
+from adaptive_reasoning.run.evaluation import Evaluator, evaluate, openings_line
+from adaptive_reasoning.run.folder import data_of, inputs_of, keep_date
 from adaptive_reasoning.run.journal import Journal
 from adaptive_reasoning.run.memory import Where
 from adaptive_reasoning.run.metrics import Drift, counts_of, mean_losses, over_processes, picked, sums_of
@@ -90,11 +90,10 @@ class Run:
             self.config = load_config(self.model)
             check_weights(self.model, self.config)
             self.tokenizer = load_tokenizer(self.model)
+            keep_date(self.tokenizer, self.journal.folder, self.accelerator)
             check_vocabulary(self.config, self.tokenizer)
             self.stop_ids = prompts.stop_tokens(self.tokenizer, generation_config(self.model))
-            self.task = load_task(args, self.tokenizer)
-            if not offline:  # says at once if there are too few questions
-                self.task.batch(1, args.prompts_per_step, args.seed)
+        self.offline = offline
         self.clock: dict[str, float] = {}  # when the step and its update began; seconds of what came before it
         self.cache_bytes = CPU_CACHE_BYTES
         self.latest: dict | None = None  # adaptive result of the newest evaluation
@@ -118,6 +117,9 @@ class Run:
         with self.watch.telling():
             self.form, self.spec = form, form.eval_spec()
             self.journal.declare(metrics, form.modes)
+            self.task = load_task(self.args, self.tokenizer)  # prompts as the format wants them
+            if not self.offline:  # says at once if there are too few questions
+                self.task.batch(1, self.args.prompts_per_step, self.args.seed)
             device = self.accelerator.device
             cuda = device.type == "cuda"
             where = Where(
@@ -138,6 +140,7 @@ class Run:
                 questions=len(self.task.questions),
                 skipped=self.task.skipped,
                 findings={
+                    **form.prompt_lines,
                     **form.findings(),
                     "evaluation": ", ".join(f"{b.name} ({len(b.questions)})" for b in self.task.benchmarks),
                 },
@@ -366,6 +369,7 @@ class Run:
         row = {} if "eval" not in self.clock else {"time/eval_s": self.clock.pop("eval")}
         if self.latest is not None:
             row |= {f"eval/{mode}_share": part["share"] for mode, part in self.latest["modes"].items()}
+            row |= {f"eval/{key}": self.latest[key] for key in OPENING_METRICS if key in self.latest}
         return row
 
     # ------------------------------------------------------------------------------------------------- keeping
@@ -399,6 +403,8 @@ class Run:
                 samples_of_all += samples
         if not rows:
             return
+        if first and self.spec.template:
+            self.journal.say(openings_line(self.evaluator, self.task.benchmarks[0]))
         self.latest = (there or rows)[0]["result"]
         self.journal.write_evaluation(rows, samples_of_all)
         self.clock["eval"] = time.perf_counter() - start

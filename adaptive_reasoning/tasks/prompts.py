@@ -1,6 +1,9 @@
 """Prompts and control tokens: rendered and looked up once, checked before anything heavy starts."""
 
+import json
+import re
 from collections.abc import Callable
+from datetime import datetime
 
 from jinja2 import TemplateError
 
@@ -8,6 +11,8 @@ from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
 
 THINK_OPEN = "<think>"
+NOW = "strftime_now"  # what chat templates ask for the date
+DATE = re.compile(rf"{NOW}\(\s*(['\"])([^'\"]*)\1\s*\)")
 
 
 def render(tokenizer, problem: str) -> list[int]:
@@ -40,21 +45,28 @@ def chat_text(tokenizer, messages: list[dict], **options) -> str:
         ) from error
 
 
-def check_opens_thinking(tokenizer) -> str:
-    """Return how the prompt ends, e.g. '<|Assistant|><think>\\n'.
+def fix_date(tokenizer, day: datetime) -> None:
+    """Make a chat template that prints today's date (Llama 3, SmolLM3, gpt-oss) print that of `day`, whenever it runs.
 
     Raises:
-        UserError: the template does not end in `<think>` and a newline. Without it `</think>` as a first token closes
-            nothing, and a model trained so never learns to skip its thinking.
+        UserError: it asks for the date in a form that is no literal.
     """
-    text = prompt_text(tokenizer, "1+1")
-    if not text.endswith(THINK_OPEN + "\n"):
+    template = str(tokenizer.chat_template)
+    forms = [text for _, text in DATE.findall(template)]
+    if len(forms) < template.count(f"{NOW}("):
         raise UserError(
-            f"the chat template of {tokenizer.name_or_path!r} must end in {THINK_OPEN + chr(10)!r} with "
-            f"add_generation_prompt; found {text[-40:]!r}. --chat_template think makes it so, or "
-            "plain+think where the template cannot be edited."
+            f"the chat template of {tokenizer.name_or_path!r} computes how it prints the date, so prompts differ from "
+            f"day to day. Write a date in place of {NOW}(...)."
         )
-    return text.rpartition("1+1")[2]
+    dates = json.dumps({text: day.strftime(text) for text in forms}, ensure_ascii=False)
+    macro = f"{{% macro {NOW}(form) %}}{{{{ {dates}[form] }}}}{{% endmacro %}}"  # it hides the function of that name
+    tokenizer.chat_template = f'{macro}{{{{ "" }}}}{template}'
+
+
+def is_dated(tokenizer) -> bool:
+    """Return whether prompts depend on the day on which they are rendered."""
+    template = str(tokenizer.chat_template)
+    return isinstance(tokenizer.chat_template, str) and f"{NOW}(" in template and f"macro {NOW}(" not in template
 
 
 def check_ends_at_assistant(tokenizer, mend: Callable[..., str] = lambda tokenizer: "") -> str:
