@@ -48,12 +48,12 @@ def from_json(content: dict) -> dict[str, Metric]:
 
 
 OPENING_METRICS = {  # where the opening of NoThinking has more than one token
-    "opening_rest_prob": Metric(
+    "eval/opening_rest_prob": Metric(
         "Probability that the rest of the NoThinking opening follows its first token, in the newest evaluation.",
         "share", "1: whoever skips the thinking also closes the block",
         alarms=(Alarm("the model begins to skip its thinking and does not close the block: warm it up on supervised "
                       "rows with `thinking`, --supervise_opening true", below=0.99),)),
-    "leak_share": Metric(
+    "eval/leak_share": Metric(
         "Share of the free responses that begin as NoThinking and go on otherwise, in the newest evaluation.", "share",
         "0"),
 }  # fmt: skip
@@ -62,8 +62,7 @@ OPENING_METRICS = {  # where the opening of NoThinking has more than one token
 def eval_metrics(modes: dict[str, str]) -> dict[str, Metric]:
     """Return the metrics of the newest evaluation that are logged with every step."""
     text = "Share of mode {} in the newest evaluation, nothing forced."
-    shares = {f"eval/{mode}_share": Metric(text.format(name), "share") for mode, name in modes.items()}
-    return shares | {f"eval/{key}": metric for key, metric in OPENING_METRICS.items()}
+    return {f"eval/{mode}_share": Metric(text.format(name), "share") for mode, name in modes.items()}
 
 
 SECONDS = "Seconds per step | Where the time goes; evaluation not included."

@@ -116,7 +116,8 @@ class Run:
         """
         with self.watch.telling():
             self.form, self.spec = form, form.eval_spec()
-            self.journal.declare(metrics, form.modes)
+            follows = self.spec.template and len(self.spec.template.nothinking) > 1
+            self.journal.declare(metrics | (OPENING_METRICS if follows else {}), form.modes)
             self.task = load_task(self.args, self.tokenizer)  # prompts as the format wants them
             if not self.offline:  # says at once if there are too few questions
                 self.task.batch(1, self.args.prompts_per_step, self.args.seed)
@@ -369,7 +370,7 @@ class Run:
         row = {} if "eval" not in self.clock else {"time/eval_s": self.clock.pop("eval")}
         if self.latest is not None:
             row |= {f"eval/{mode}_share": part["share"] for mode, part in self.latest["modes"].items()}
-            row |= {f"eval/{key}": self.latest[key] for key in OPENING_METRICS if key in self.latest}
+            row |= {key: self.latest[name] for key in OPENING_METRICS if (name := key.split("/")[1]) in self.latest}
         return row
 
     # ------------------------------------------------------------------------------------------------- keeping
