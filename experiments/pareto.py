@@ -18,11 +18,11 @@ from adaptive_reasoning.core.files import load_json, write_bytes_atomic, write_t
 from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.report.console import aligned
 from adaptive_reasoning.report.curves import STYLE, plain
-from adaptive_reasoning.report.panels import INK, MODE_COLOURS, MUTED
+from adaptive_reasoning.report.panels import INK, MUTED
 from adaptive_reasoning.report.run_folder import ADAPTIVE, Run
 
 START = "starting model"
-MARKS = "osD^vP*X<>hp"
+MARKS = "osDPX*<>hpdH8"
 
 
 def aes(result: dict, start: dict) -> float:
@@ -144,17 +144,17 @@ def picture(runs: Runs, merges: dict[str, dict], rows: list[tuple[str, list[Spre
         path = [(e["mean_tokens"], e["accuracy"]) for e in merges.values()]
         if path:
             axis.plot(*zip(*path), "--", color=MUTED, linewidth=1.2, marker=".", label="merged weights")
-        names = iter(range(len(rows)))
+        colours, looks = iter(plt.get_cmap("tab20").colors), iter(MARKS)
+        open_marks = iter("s^v")  # the starting model: free, and its forced modes
         for name, (accuracy, tokens, *_) in ((name, values) for name, values in rows if name not in merges):
             known = name in runs
-            i = next(names) if known else 0
-            colour = MODE_COLOURS[i % len(MODE_COLOURS)] if known else INK
+            colour = next(colours) if known else INK
             bars = {
                 "xerr": [[tokens.mean - tokens.low], [tokens.high - tokens.mean]],
                 "yerr": [[accuracy.mean - accuracy.low], [accuracy.high - accuracy.mean]],
             }
             axis.errorbar(
-                tokens.mean, accuracy.mean, **bars, color=colour, marker=MARKS[i % len(MARKS)] if known else "s",
+                tokens.mean, accuracy.mean, **bars, color=colour, marker=next(looks if known else open_marks),
                 markersize=8, markerfacecolor=colour if known else "white", elinewidth=1, linestyle="none",
                 label=plain(name), zorder=3,
             )  # fmt: skip
