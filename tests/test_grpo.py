@@ -20,7 +20,7 @@ from adaptive_reasoning.formats.statistics import mode_metrics
 from adaptive_reasoning.grpo import METRICS, Args, advantages, loss, metrics
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.run.options import parse_args
-from adaptive_reasoning.tasks import chain, prompts
+from adaptive_reasoning.tasks import chain, chat_template, prompts
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -274,9 +274,13 @@ def test_a_prompt_that_does_not_end_right_behind_the_mark_is_refused(end):
     tokenizer = formats.tokenizer("arm")
     tokenizer.chat_template = tokenizer.chat_template.replace("%}Assistant:{% endif", f"%}}{end}{{% endif")
     with pytest.raises(
-        UserError, match=r"must end right at the assistant's mark.*--chat_template (thinkless, or )?arm"
+        UserError, match=r"must end right at the assistant's mark.*--chat_template (thinkless does it; )?plain keeps"
     ):
         Arm(tokenizer, Args())
+    for mend in ("plain", "arm"):
+        tokenizer.chat_template, refused = chat_template.chat_template(tokenizer, mend), tokenizer.chat_template
+        Arm(tokenizer, Args())
+        tokenizer.chat_template = refused
     boxed = Boxed(tokenizer, Args())
     assert list(boxed.modes) == ["response"] and boxed.extract_answer("so \\boxed{7}") == "7"
 
