@@ -17,7 +17,6 @@ Qwen3: their openings are those of the chat template, as token ids, and are supe
 import math
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -25,7 +24,6 @@ from typing import Literal
 import numpy as np
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
-from safetensors.torch import load_file
 
 from adaptive_reasoning import formats
 from adaptive_reasoning.core.episode import Episode
@@ -43,6 +41,7 @@ from adaptive_reasoning.formats.rows import (
     text_of,
 )
 from adaptive_reasoning.learner.learner import Learner
+from adaptive_reasoning.learner.lora import lora_config
 from adaptive_reasoning.learner.model import load_model, load_tokenizer
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.learner.runtime import all_reduce, end, make_accelerator, on_main
@@ -122,10 +121,6 @@ class Args(RunArgs):
     """Width of the laboratory's model (task "chain" with an empty --model)."""
     layers: PositiveInt = 3
     """Depth of the laboratory's model."""
-    lora_rank: NonNegativeInt = 0
-    """Rank of LoRA on all linear layers (0: train all weights)."""
-    lora_alpha: PositiveInt = 16
-    """Scale of LoRA."""
     epochs: NonNegativeInt = 0
     """Passes over the rows of --data, instead of --max_steps (0: --max_steps counts)."""
     warmup_share: ClosedUnitInterval = 0.0
@@ -163,7 +158,7 @@ class Args(RunArgs):
             raise UserError(f"--min_learning_rate {self.min_learning_rate}: is above --learning_rate.")
 
     def holds(self) -> Holds:
-        return Holds(rollout=False, lora_rank=self.lora_rank)
+        return Holds(rollout=False)
 
 
 def weigh(episodes: list[Episode], rows: int, args) -> list[Episode]:
@@ -246,36 +241,7 @@ def start_model(args, name: str, tokenizer):
         model, _ = load_model(name, args)
     else:
         model = chain.tiny_model(tokenizer, args.hidden_size, args.layers, args.seed)
-    if not args.lora_rank:
-        return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError("--lora_rank needs the package peft: pip install 'adaptive-reasoning[peft]'.") from error
-    config = LoraConfig(
-        r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    torch.manual_seed(args.seed)  # A is drawn at random
-    get_peft_model(model, config)  # puts the adapters into the model itself
     return model
-
-
-def merged(weights: Iterable[tuple[str, torch.Tensor]], scale: float) -> dict[str, torch.Tensor]:
-    """Return {name: tensor} of a model with LoRA in it, W + scale B A in place of each layer with adapters.
-
-    From the tensors of a checkpoint rather than with peft's `merge_and_unload`, which would see the shards of ZeRO-3.
-    """
-    found = {name: tensor.cpu().clone() for name, tensor in weights}
-    out = {}
-    for name, tensor in found.items():
-        if ".lora_" in name:
-            continue
-        layer = name.removesuffix(".base_layer.weight")
-        if layer != name:
-            A, B = (found[f"{layer}.lora_{x}.default.weight"] for x in "AB")
-            tensor = tensor + scale * (B @ A)
-        out[name.replace(".base_layer", "")] = tensor
-    return out
 
 
 def resolved(args, rows: list[Row] | None):
@@ -298,6 +264,7 @@ def may_change(args) -> set[str]:
 
 def main() -> None:
     args = parse_args(Args)
+    lora_config(args)  # says at once what is wrong with it
     rows = load_rows(args.data) if args.task == "math" else []
     if args.pairs and rows:
         check_pairs(rows, args.batch_size)
@@ -347,8 +314,7 @@ def train(args, file_rows: list[Row], validation_rows: list[Row], accelerator, w
     journal = Journal(args, "sft", accelerator, may_change=may_change(args))
     journal.declare(METRICS, {})
     journal.open(inputs_of(data, tokenizer, frozen))
-    trainable = "marked" if args.lora_rank else "all"
-    learner = Learner(args, model, accelerator, trainable=trainable, decay_vectors=args.decay_vectors)
+    learner = Learner(args, model, accelerator, decay_vectors=args.decay_vectors)
     journal.restore(learner)
     validation = episodes(validation_rows)
 
@@ -373,13 +339,13 @@ def train(args, file_rows: list[Row], validation_rows: list[Row], accelerator, w
                 journal.state["best"] = {"step": step, "loss": value}
         journal.write(row, show=step % SHOW_EVERY == 0 or scored or journal.last)
         journal.save_if_due(learner, tokenizer)
-    place_model(journal, learner)
+    place_model(journal)
     journal.finish()
     return learner
 
 
-def place_model(journal: Journal, learner: Learner) -> None:
-    """Write <folder>/model whole or not at all: that of the checkpoint to keep, LoRA merged into full weights."""
+def place_model(journal: Journal) -> None:
+    """Write <folder>/model whole or not at all: that of the checkpoint to keep."""
     args, model = journal.args, journal.folder / "model"
     partial, old = model.with_name("model.partial"), model.with_name("model.old")
     step = journal.state["best"]["step"] if args.keep == "best" else journal.step
@@ -387,11 +353,6 @@ def place_model(journal: Journal, learner: Learner) -> None:
     def place():
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(journal.root / f"step_{step:06d}" / "model", partial)
-        if args.lora_rank:
-            (file,) = partial.glob("*.safetensors")
-            weights = merged(load_file(file).items(), args.lora_alpha / args.lora_rank)
-            file.unlink()
-            learner.model.save_pretrained(partial, state_dict=weights)
         shutil.rmtree(old, ignore_errors=True)
         if model.exists():  # of a process that was killed before it could write summary.json
             os.rename(model, old)
@@ -399,7 +360,7 @@ def place_model(journal: Journal, learner: Learner) -> None:
         shutil.rmtree(old, ignore_errors=True)
         say(f"wrote {model}, of step {step}")
 
-    on_main(learner.accelerator, place)
+    on_main(journal.accelerator, place)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def main(folder: Path) -> None:
 
             found["full_disk"] = save_on_a_full_disk(folder, learner, failing_rank=1 if learner.zero3 else 0)
 
-            reference = make_learner(str(folder / name), args, accelerator, trainable="none")
+            reference = make_learner(str(folder / name), args, accelerator, trainable=False)
             found["reference"] = reference.logprobs(mine)
 
             before = weights(learner)

@@ -1,6 +1,6 @@
 """Real AdaptThink steps in a process of its own, and the most memory it took, against the plan made from the config.
 
-    python tests/memory_worker.py 10M 60M 195M        # minutes each; prints measured and planned MiB
+    python tests/memory_worker.py 10M 60M 195M 134M-lora        # minutes each; prints measured and planned MiB
 
 A tiny model goes first through every phase; what the process holds afterwards is the line "interpreter, libraries"
 (measured, not planned). The peaks are the kernel's (VmHWM), read and set back at the end of each phase. What a process
@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 MIB = 2**20
@@ -33,6 +33,8 @@ class Size:
     prompt_tokens: int = 64
     max_new_tokens: int = 128
     micro_batch: int = 1024
+    kv_heads: int = 1
+    lora_rank: int = 0
     libraries: float = 0.0
     measured: float = 0.0
 
@@ -41,8 +43,8 @@ class Size:
 
         return Qwen2Config(
             vocab_size=self.vocab, hidden_size=self.hidden, num_hidden_layers=self.layers,
-            intermediate_size=self.intermediate, num_attention_heads=self.hidden // 64, num_key_value_heads=1,
-            max_position_embeddings=1024, tie_word_embeddings=self.tied,
+            intermediate_size=self.intermediate, num_attention_heads=self.hidden // 64,
+            num_key_value_heads=self.kv_heads, max_position_embeddings=1024, tie_word_embeddings=self.tied,
         )  # fmt: skip
 
     def options(self, folder: str):
@@ -53,6 +55,7 @@ class Size:
             max_prompt_tokens=self.prompt_tokens, max_new_tokens=self.max_new_tokens, temperature=1.0, dtype="fp32",
             nothinking_max_new_tokens=self.max_new_tokens, rollout_rows=self.prompts * 4, ref_top_p=1.0, eval_top_p=1.0,
             tokens_per_micro_batch=self.micro_batch, gradient_checkpointing=self.checkpointing,
+            lora_rank=self.lora_rank,
         )  # fmt: skip
 
 
@@ -62,6 +65,7 @@ SIZES = {
     "60M": Size(32_000, 512, 9, 1536, False, False, libraries=482.2, measured=2436.4),
     "195M": Size(151_936, 768, 12, 2304, True, True, prompts=2, prompt_tokens=32, max_new_tokens=48, micro_batch=320,
                  libraries=472.1, measured=5725.7),
+    "134M-lora": Size(49_152, 576, 30, 1536, True, True, kv_heads=3, lora_rank=16, libraries=0.0, measured=0.0),
 }  # fmt: skip
 
 
@@ -161,10 +165,11 @@ def main(words: list[str]) -> None:
         import torch
 
         torch.set_num_threads(1)
-        peak_of(TINY, Path(words[2]) / "tiny")  # libraries, threads, allocator: what a run of any size needs
+        size, folder = sizes[words[1]], Path(words[2])
+        peak_of(replace(TINY, lora_rank=size.lora_rank), folder / "tiny")  # libraries, threads, allocator: of any run
         gc.collect()
         libraries = status("VmRSS")
-        print(json.dumps({"libraries": libraries, "measured": peak_of(sizes[words[1]], Path(words[2]) / words[1])}))
+        print(json.dumps({"libraries": libraries, "measured": peak_of(size, folder / words[1])}))
     else:
         for name in words:
             print(name, {part: round(mib, 1) for part, mib in measure(name).items()})

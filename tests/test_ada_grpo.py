@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import make_model
 from small_model import make_folder
 from test_grpo import batch, cases, episode, options
 
@@ -24,7 +23,6 @@ from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.learner.packing import Counts
 from adaptive_reasoning.run.options import parse_args
-from adaptive_reasoning.sft import merged
 from adaptive_reasoning.tasks.answers import verified_answer
 
 ROOT = Path(__file__).parent.parent
@@ -428,20 +426,3 @@ def test_the_cold_start_of_the_real_run(tmp_path):
     )
     changed = {name for name in before if not before[name].equal(after[name])}
     assert before.keys() == after.keys() and changed and all("_proj" in name for name in changed)
-
-
-def test_merged_weights_are_those_of_peft():
-    """W + alpha/r B A, from plain tensors: what `merge_and_unload` gives where nothing is sharded."""
-    from peft import LoraConfig, get_peft_model
-
-    model = make_model("qwen2-tied")
-    wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B" in name:
-                parameter.normal_()
-    got = merged(model.named_parameters(), 6 / 4)
-    want = dict(wrapped.merge_and_unload().named_parameters())
-    assert got.keys() == want.keys()
-    for name, tensor in want.items():
-        torch.testing.assert_close(got[name], tensor.detach())

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.checkpoint import load_checkpoint, newest_checkpoint, prune, save_checkpoint
-from adaptive_reasoning.learner.learner import Learner, NonFiniteError
+from adaptive_reasoning.learner.learner import NonFiniteError
 from adaptive_reasoning.learner.model import boundaries, load_model
 from adaptive_reasoning.learner.packing import pack
 from adaptive_reasoning.learner.runtime import make_accelerator
@@ -187,13 +187,10 @@ def test_warm_up_clipping_and_adam_are_the_textbook_ones(models, tmp_path):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_only_marked_parameters_move(models, tmp_path, checkpointing):
-    """As LoRA needs it: the embeddings, the head included, are frozen and cost no gradient."""
-    args = make_args(tmp_path, gradient_checkpointing=checkpointing)
-    model, _ = load_model(models["untied"], args)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("o_proj" in name)
-    learner = Learner(args, model, make_accelerator(args), trainable="marked")
+def test_only_layers_with_an_adapter_move(models, tmp_path, checkpointing):
+    """The embeddings, the head included, are frozen and cost no gradient, with gradient checkpointing too."""
+    args = make_args(tmp_path, gradient_checkpointing=checkpointing, lora_rank=2, lora_targets="o_proj")
+    learner = make_learner(models["untied"], args)
     before = weights(learner)
     train(learner, make_episodes(), 1)
     moved = {name for name, weight in weights(learner).items() if not torch.equal(weight, before[name])}

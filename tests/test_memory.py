@@ -189,8 +189,8 @@ def test_methods_say_what_they_hold():
     assert thinker.Args().holds() == Holds(questions=128, critic=True, dialogues=True, least_new_tokens=14_000)
     assert not thinker.Args(environment="qa").holds().dialogues
     assert adaptthink.Args(eval_top_p=1.0, ref_top_p=0.9).holds().top_p == 0.9
-    held = sft.Args(lora_rank=8).holds()
-    assert (held.rollout, held.lora_rank, held.reference, held.critic) == (False, 8, False, False)
+    held = sft.Args().holds()
+    assert (held.rollout, held.reference, held.critic) == (False, False, False)
 
 
 def test_optimiser_in_cpu_memory(shapes):
@@ -233,10 +233,49 @@ def test_supervised_runs_have_no_rollout():
     assert not {"rollout replica", "sampling", "KV cache"} & items.keys() and found.rows == found.cache_bytes == 0
     H, I, kv, r = 3584, 18_944, 512, args.lora_rank
     per_layer = (H + H) + 2 * (H + kv) + (H + H) + 2 * (H + I) + (I + H)  # q; k, v; o; gate, up; down
-    assert r and trained_parameters(holds, shapes) == r * 28 * per_layer
-    assert items["Adam"] == trained_parameters(holds, shapes) * 8 // 8
-    merged = {item.name: item.bytes for item in found.host}["merged LoRA"]  # of every process, in bf16
-    assert merged == (2 * shapes.parameters - 2 * 152_064 * H) * 2
+    assert r and trained_parameters(args, shapes) == r * 28 * per_layer
+    assert items["Adam"] == trained_parameters(args, shapes) * 8 // 8
+    assert items["base"] == shapes.parameters * 2 // 8, "ZeRO-3 splits it too, all of it in bf16"
+
+
+def test_lora_by_hand(shapes):
+    """Rank 16 on q (1536 to 1536) and v (1536 to 256), alpha 16, one GPU: the base in bf16, its embedding in fp32."""
+    lora = {"lora_rank": 16, "lora_targets": "q_proj,v_proj"}
+    trained, VH, matrix = 16 * 28 * (3072 + 1792), 151_936 * 1536, 1536 * 8960
+    case = case_of(shapes, ONE, holds=Holds(reference=True), **lora)
+    found = sizes(case)
+    assert trained_parameters(case.args, shapes) == trained == 2_179_072
+    assert found["base"] == PARAMETERS * 2 + VH * 2 and found["merged matrix"] == matrix * (4 + 4)
+    assert [found[name] for name in ("fp32 weight", "bf16 copy", "gradient", "Adam")] == [
+        trained * size for size in (4, 2, 4, 8)
+    ]
+    assert found["output head"] == 3 * 64 * 2**20 and "embedding" not in found, "frozen: no gradient"
+    assert "reference policy" not in found, "it is the base"
+    width = 8 * 1536 + 2 * (12 + 2) * 128 + 4 * 8960 + 2 * 16
+    assert found["activations"] == 32_768 * 4 * (28 * 1536 + 2 * width)
+    fp32 = sizes(case_of(shapes, CPU, dtype="fp32", **lora))
+    assert fp32["base"] == PARAMETERS * 4 and fp32["merged matrix"] == matrix * 4 and "bf16 copy" not in fp32
+    assert fp32["optimiser scratch"] == 2 * 16 * 8960 * 4
+    tied = shapes_of(find_config("Qwen/Qwen2.5-1.5B"))
+    assert sizes(case_of(tied, ONE, **lora))["output head"] == VH * 2 + 3 * 64 * 2**20, "autocast's copy of the head"
+    critic = sizes(case_of(shapes, ONE, holds=Holds(critic=True), **lora))
+    assert critic["critic: base"] == critic["base"] and critic["critic: Adam"] == trained * 8
+
+
+def test_1_5b_at_16k_on_one_24_gb_card(capsys):
+    """What docs/scaling.md says: not all weights; adapters, in smaller micro-batches than those of the paper's run."""
+    argv = ["--config", str(EXPERIMENTS / "adaptthink_1_5b.yaml"), "--preflight", "--gpu", "rtx4090"]
+    with pytest.raises(UserError, match="needs at least 53.80 GiB on each GPU, 21.71 GiB of it can be used"):
+        parse_args(adaptthink.Args, argv)
+    lora = [*argv, "--lora_rank", "16"]
+    with pytest.raises(UserError, match="Lower --tokens_per_micro_batch from 32,768 to 25,067 or less"):
+        parse_args(adaptthink.Args, lora)
+    with pytest.raises(SystemExit):
+        parse_args(adaptthink.Args, [*lora, "--tokens_per_micro_batch", "17408"])
+    text = capsys.readouterr().out
+    assert "LoRA of rank 16, alpha 16, on all-linear: 18.5 M parameters" in text
+    assert "32 checkpoints x 0.21 GiB and the merged model of 6.62 GiB on disk" in text
+    assert "10 rows x 17,408 tokens x 28 KiB; 256 were asked for" in text
 
 
 def test_slots_grow_by_doubling():
@@ -357,7 +396,9 @@ def test_what_does_not_fit_names_a_fix_that_fits(shapes, where, options, words):
         assert plan_memory(after.args, after.holds, shapes, after.where).rows >= 1
         assert memory.fix_text(case, fix)[1:] in str(error.value)
         for name, value in fix.items():
-            if name not in ("offload", "gpus") and not isinstance(value, bool):
+            if name == "lora_rank":
+                assert f"set --lora_rank {value} to train adapters alone" in str(error.value).lower()
+            elif name not in ("offload", "gpus") and not isinstance(value, bool):
                 assert f"--{name} from {getattr(case.args, name):,} to {value:,} or less" in str(error.value)
 
 
@@ -374,7 +415,10 @@ def test_dialogues_are_not_cut_below_their_budgets():
     where = Place(gpu="a100-40", num_gpus=8).where(args.max_prompt_tokens)
     case = Case(args, args.holds(), shapes_of(find_config(args.model)), where)
     assert args.max_new_tokens == case.holds.least_new_tokens
-    assert [set(fix) for fix in fixes(case)] == [{"gpus", "tokens_per_micro_batch", "offload"}]
+    assert [set(fix) for fix in fixes(case)] == [
+        {"lora_rank", "tokens_per_micro_batch"},
+        {"gpus", "tokens_per_micro_batch", "offload"},
+    ]
 
 
 def test_where_no_fix_does_it_the_message_says_so(shapes):
@@ -460,15 +504,16 @@ def test_checkpoints_ahead(options, expected):
 
 
 def test_checkpoint_size(shapes):
-    """With LoRA the moments and masters are those of the adapters; a critic has all of it once more."""
+    """With LoRA it is that of the adapters; a critic has all of it once more."""
 
     def size(dtype="bf16", zero3=True, **holds):
-        return memory.checkpoint_bytes(dtype, Holds(**holds), shapes, zero3)
+        args = RunArgs(dtype=dtype, lora_rank=holds.pop("lora_rank", 0))
+        return memory.checkpoint_bytes(args, Holds(**holds), shapes, zero3)
 
     assert size() == PARAMETERS * (2 + 4 + 8) and size("fp32", False) == PARAMETERS * (4 + 8)
-    trained = trained_parameters(Holds(lora_rank=8), shapes)
+    trained = trained_parameters(RunArgs(lora_rank=8), shapes)
     assert 0 < trained < PARAMETERS / 100
-    assert size(lora_rank=8) == PARAMETERS * 2 + trained * (4 + 8)
+    assert size(lora_rank=8) == trained * (2 + 4 + 8) and size("fp32", False, lora_rank=8) == trained * (4 + 8)
     assert size(critic=True) == 2 * PARAMETERS * (2 + 4 + 8)
 
 
@@ -530,9 +575,14 @@ def test_long_responses_are_pointed_out():
 def test_preflight_refuses():
     with pytest.raises(UserError, match="12 have a prompt of more than --max_prompt_tokens 1024"):
         look(questions=0, skipped=12)
-    with pytest.raises(UserError, match="32 more checkpoints of 23.17 GiB .*--keep_checkpoints"):
+    with pytest.raises(UserError, match="32 checkpoints x 23.17 GiB need .*--keep_checkpoints"):
         look(disk_free=500 * GIB)
     assert "4 checkpoints" in look(disk_free=500 * GIB, keep_checkpoints=3)[0]
+    assert (
+        "32 checkpoints x 0.12 GiB and the merged model of 6.62 GiB, 20.00" in look(disk_free=20 * GIB, lora_rank=8)[0]
+    )
+    with pytest.raises(UserError, match="32 checkpoints x 0.12 GiB and the merged model of 6.62 GiB need 10.47 GiB"):
+        look(disk_free=10 * GIB, lora_rank=8)
 
 
 # ---------------------------------------------------------------------------------------------------------- the command

@@ -1,9 +1,11 @@
 """Checkpoints: a Hugging Face folder beside everything needed to continue exactly.
 
     checkpoints/step_000150/model/                 config, safetensors, tokenizer: opens with from_pretrained and vLLM
+    checkpoints/step_000150/adapter/               with LoRA: peft's folder and the tokenizer; model/, merged, is then
+                                                   in the last checkpoint alone
     checkpoints/step_000150/optimizer/rank_0.safetensors   AdamW state, a file for every process that holds some of it;
                                                    any number of processes reads it back (`learner/shards.py`)
-    checkpoints/step_000150/critic/                model/ and optimizer/ of the critic, where there is one
+    checkpoints/step_000150/critic/                model/ (adapter/) and optimizer/ of the critic, where there is one
     checkpoints/step_000150/state.json             what the caller wants back, and how the learner was distributed
     checkpoints/step_000150/manifest.json          size and SHA-256 of every file above
 
@@ -34,8 +36,11 @@ NAME = re.compile(r"step_(\d+)")
 MANIFEST = "manifest.json"
 
 
-def save_checkpoint(folder, learner, tokenizer, state: dict, critic=None) -> None:
+def save_checkpoint(folder, learner, tokenizer, state: dict, critic=None, merge: bool = True) -> None:
     """Write `folder`, whole or not at all. Every rank must call this; `state` (JSON values) is taken from rank 0.
+
+    Args:
+        merge: with LoRA, write the merged model beside the adapter, as large as without LoRA.
 
     Raises:
         UserError: on all ranks, if any of them could not write (disk full, no permission). Nothing is left behind.
@@ -45,6 +50,12 @@ def save_checkpoint(folder, learner, tokenizer, state: dict, critic=None) -> Non
     accelerator = learner.accelerator
     main = accelerator.is_main_process
     parts = [(partial, learner)] + ([(partial / "critic", critic)] if critic else [])
+    files = []  # of weights: (path, whose, whether its adapter alone)
+    for place, part in parts:
+        if part.lora:
+            files.append((place / "adapter" / "adapter_model.safetensors", part, True))
+        if not part.lora or (merge and part is learner):
+            files.append((place / "model" / "model.safetensors", part, False))
     written: dict[str, dict] = {}  # by this rank: {path in the checkpoint: {"bytes", "sha256"}}
 
     def note(path: Path, about: dict) -> None:
@@ -54,11 +65,11 @@ def save_checkpoint(folder, learner, tokenizer, state: dict, critic=None) -> Non
         shutil.rmtree(partial, ignore_errors=True)
         for place, _ in parts:
             (place / "optimizer").mkdir(parents=True)
-            (place / "model").mkdir()
+        for path, _, _ in files:
+            path.parent.mkdir()
 
-    def weights(place, part):
-        path = place / "model" / "model.safetensors"
-        if about := write_weights(path, part):
+    def weights(path, part, adapter):
+        if about := write_weights(path, part, adapter):
             note(path, about)
 
     def write():
@@ -67,9 +78,13 @@ def save_checkpoint(folder, learner, tokenizer, state: dict, critic=None) -> Non
                 path = place / "optimizer" / f"rank_{accelerator.process_index}.safetensors"
                 note(path, write_optimizer(path, part))
         if main:
-            for place, part in parts:
-                write_config(place / "model", part.model)
-            tokenizer.save_pretrained(partial / "model")
+            for path, part, adapter in files:
+                if adapter:
+                    part.lora.save_pretrained(path.parent)
+                else:
+                    write_config(path.parent, part)
+                if part is learner:
+                    tokenizer.save_pretrained(path.parent)
             about = {"zero3": learner.zero3, "processes": accelerator.num_processes, "optimiser_steps": learner.steps}
             if critic:
                 about["critic_steps"] = critic.steps
@@ -91,8 +106,8 @@ def save_checkpoint(folder, learner, tokenizer, state: dict, critic=None) -> Non
     everything: dict[str, dict] = {}
     try:
         together(accelerator, prepare, everybody=False)
-        for place, part in parts:  # told after each: one whose disk is full must not leave the others in the next one
-            together(accelerator, partial_of(weights, place, part))
+        for each in files:  # told after each: one whose disk is full must not leave the others in the next one
+            together(accelerator, partial_of(weights, *each))
         together(accelerator, write)
         for part in all_gather(accelerator, written):
             everything |= part
@@ -110,12 +125,10 @@ def save_checkpoint(folder, learner, tokenizer, state: dict, critic=None) -> Non
         ) from error
 
 
-def write_weights(path: Path, learner) -> dict | None:
+def write_weights(path: Path, learner, adapter: bool) -> dict | None:
     """Write the whole weights on the main process, gathered layer by layer; return {"bytes", "sha256"} there."""
-    parameters = dict(learner.model.named_parameters())
-    names = [name for layer in learner.layers() for name, _ in layer]
-    layout = [(n, parameters[n].dtype, getattr(parameters[n], "ds_shape", parameters[n].shape)) for n in names]
-    weights = (tensor for _, tensor in learner.named_weights())
+    layout = [(name, tensor.dtype, tensor.shape) for name, tensor in learner.named_weights(adapter, meta=True)]
+    weights = (tensor for _, tensor in learner.named_weights(adapter))
     try:
         if learner.accelerator.is_main_process:
             return write_tensors(path, layout, weights, {})
@@ -125,9 +138,10 @@ def write_weights(path: Path, learner) -> dict | None:
     return None
 
 
-def write_config(folder: Path, model) -> None:
+def write_config(folder: Path, learner) -> None:
     """Write what transformers keeps beside the weights, as its `save_pretrained` would."""
-    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model = learner.model
+    model.config.dtype = "float32" if learner.lora else str(model.dtype).removeprefix("torch.")  # merged in fp32
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():

@@ -75,9 +75,13 @@ class ValueModel(nn.Module):
 
 
 class Critic(Learner):
-    """A learner whose `score` returns values instead of log-probs."""
+    """A learner whose `score` returns values instead of log-probs.
+
+    With LoRA it has adapters of its own, on a frozen backbone of its own, and its head is trained whole.
+    """
 
     module = ValueModel
+    heads = ("score",)
 
     def _zero3_engine(self, optimizer):
         import deepspeed

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.files import write_json_atomic
 from adaptive_reasoning.errors import UserError, say
+from adaptive_reasoning.learner.lora import add_adapters, base_alone, merged, saved_name
 from adaptive_reasoning.learner.model import Policy
 from adaptive_reasoning.learner.packing import Counts, MicroBatch, Minibatch, fill, group_chunks, pack
 from adaptive_reasoning.learner.runtime import all_gather, all_reduce, is_zero3, on_main
@@ -47,22 +48,27 @@ def sample_of(e: Episode) -> dict:
     }
 
 
+def shadow(parameter) -> torch.Tensor:
+    """Return a tensor without memory, with the type and the whole shape of a parameter that ZeRO-3 may have split."""
+    return torch.empty(getattr(parameter, "ds_shape", parameter.shape), dtype=parameter.dtype, device="meta")
+
+
 class Learner:
     """A policy, its optimiser and the runtime they live on.
 
     Args:
         args: the learner options of `RunArgs`, `temperature` (of log-probs where no other is asked for), `output_dir`.
+            With `lora_rank` adapters are trained, and the weights of the model stay as they are.
         model: from `load_model`; fp32 weights.
         accelerator: from `make_accelerator`.
-        trainable: "all"; "marked" for the parameters whose requires_grad is set (LoRA); or "none" for a frozen
-            reference policy, which only scores and has no optimiser.
+        trainable: False for a frozen reference policy, which only scores and has no optimiser.
         decay_vectors: whether weight decay falls on norms and biases too.
     """
 
     module = Policy  # what is made of the model: its forward pass is what `score` returns
+    heads = ()  # modules that are trained whole with LoRA too
 
-    def __init__(self, args, model, accelerator: Accelerator, trainable: str = "all", decay_vectors: bool = True):
-        assert trainable in ("all", "marked", "none")
+    def __init__(self, args, model, accelerator: Accelerator, trainable: bool = True, decay_vectors: bool = True):
         if not args.temperature > 0:
             raise UserError(f"--temperature {args.temperature}: training needs a temperature greater than 0.")
         self.args = args
@@ -76,15 +82,14 @@ class Learner:
         self._losses = []  # (loss, episodes) of the micro-batches of the step so far
         self._complete = False  # whether the last micro-batch of the step has been through backward
         self.one_row = model.config._attn_implementation == "flash_attention_2"
-        if args.gradient_checkpointing and trainable != "none":
+        if args.gradient_checkpointing and trainable:
             # transformers has renamed the method on its way from 5.17 to 5.23.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        model.train(trainable != "none")
-        if trainable != "marked":
-            model.requires_grad_(trainable == "all")
+        model.train(trainable).requires_grad_(trainable)
+        self.lora = add_adapters(model, args, self.heads, self.zero3) if trainable else None  # peft's LoraConfig
         self.policy = self.module(model)  # the module itself
-        self.engine = self._distribute(trainable != "none")  # what it is called through
+        self.engine = self._distribute(trainable)  # what it is called through
         self.no_sync = None if self.zero3 else getattr(self.engine, "no_sync", None)  # data parallelism only
 
     def _distribute(self, train: bool):
@@ -228,11 +233,14 @@ class Learner:
         return module(mb.input_ids, mb.position_ids, mb.predict_index, mb.targets, temperature, with_entropy)
 
     @torch.no_grad()
-    def logprobs(self, episodes: list[Episode], temperature: float | None = None) -> list[torch.Tensor]:
+    def logprobs(
+        self, episodes: list[Episode], temperature: float | None = None, base: bool = False
+    ) -> list[torch.Tensor]:
         """Return the log-probs [T] (fp32, CPU) of each episode under the current weights, without gradient.
 
         Tokens that are no actions, and forced ones, keep the behaviour's value, because that is log q. Every rank must
-        call this, also one without episodes. `temperature` as in `score`.
+        call this, also one without episodes. `temperature` as in `score`; `base`: with LoRA, of the model without its
+        adapters.
         """
         split = self._fill(episodes)
         split += [[] for _ in range(int(self._reduce([len(split)], "max")) - len(split))]
@@ -240,7 +248,8 @@ class Learner:
         for part in split:
             mb = pack(part, self.accelerator.device, self.one_row)
             # Under ZeRO-3 only the engine prepares the gathering of weights; elsewhere the bare module is enough.
-            scored, _ = self._forward(self.engine if self.zero3 else self.policy, mb, temperature=temperature)
+            with base_alone(self.model) if base else nullcontext():
+                scored, _ = self._forward(self.engine if self.zero3 else self.policy, mb, temperature=temperature)
             if not part:
                 continue
             values = torch.cat([e.behaviour_logprobs for e in part]).clone()
@@ -369,16 +378,22 @@ class Learner:
 
     # --- weights
 
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_weights(self, adapter: bool = False, meta: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (Hugging Face name, whole tensor) of all weights, one decoder layer gathered at a time.
 
         A tied output embedding is not repeated. A tensor is valid until the next one is asked for. Under ZeRO-3 every
-        rank must run through all of them.
+        rank must run through all of them. With LoRA they are merged, what has an adapter in fp32.
+
+        Args:
+            adapter: with LoRA, yield what is trained instead, by its names in peft's file.
+            meta: yield tensors without memory, which have type and shape; nothing is gathered.
         """
         for named in self.layers():
-            with self._gathered([p for _, p in named]):
-                for name, parameter in named:
-                    yield name, parameter.detach()
+            if adapter:
+                named = [(saved_name(name), p) for name, p in named if p.requires_grad]
+            with nullcontext() if meta else self._gathered([p for _, p in named]):
+                whole = [(name, shadow(p) if meta else p.detach()) for name, p in named]
+                yield from merged(whole, self.lora.lora_alpha / self.lora.r) if self.lora and not adapter else whole
 
     def layers(self) -> list[list[tuple]]:
         """Return (name, parameter) of all weights by decoder layer; what is in none, an embedding, stands alone."""

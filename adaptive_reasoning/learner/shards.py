@@ -6,13 +6,16 @@ main process holds all of it. Pieces in order of process, end to end, are theref
 reads just the elements that it is going to hold. Three tensors a parameter, fp32:
 
     <name>.exp_avg  <name>.exp_avg_sq    Adam's moments
-    <name>.master                        the weight, under ZeRO-3 alone: elsewhere model/ has it in fp32
+    <name>.master                        the weight, under ZeRO-3 alone: elsewhere model/ or adapter/ has it in fp32
+
+With LoRA there is state of the adapters alone; frozen weights are as they were loaded from --model.
 """
 
 from pathlib import Path
 
 import torch
 
+from adaptive_reasoning.learner.lora import saved_name
 from adaptive_reasoning.learner.tensors import Pieces, write_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -51,22 +54,23 @@ def restore(folder: Path, learner) -> None:
         UserError: the files are of a model of another shape.
     """
     files = sorted((folder / "optimizer").glob("rank_*.safetensors"), key=lambda f: int(f.stem.split("_")[1]))
-    optimizer, model = Pieces(files), Pieces(sorted((folder / "model").glob("*.safetensors")))
+    weights = folder / ("adapter" if learner.lora else "model")
+    optimizer, model = Pieces(files), Pieces(sorted(weights.glob("*.safetensors")))
     step = int(optimizer.metadata[0]["adam_step"])
 
     def weight(name, a, b, total):
         key = f"{name}.master"
-        return optimizer.read(key, a, b, total) if key in optimizer else model.read(name, a, b, total)
+        if key in optimizer:
+            return optimizer.read(key, a, b, total)
+        return model.read(saved_name(name) if learner.lora else name, a, b, total)
 
     if learner.zero3:
         restore_zero3(learner, optimizer, weight, step)
         return
-    for name, parameter in learner.model.named_parameters():
-        n = parameter.numel()
-        parameter.copy_(weight(name, 0, n, n).view_as(parameter))
     state = {}
     for i, (name, parameter) in enumerate(trainable(learner)):
         n = parameter.numel()
+        parameter.copy_(weight(name, 0, n, n).view_as(parameter))
         moments = {key: optimizer.read(f"{name}.{key}", 0, n, n).view(parameter.shape) for key in MOMENTS if step}
         state[i] = {"step": torch.tensor(float(step)), **moments} if step else {}
     groups = learner.optimizer.state_dict()["param_groups"]
@@ -80,7 +84,7 @@ def restore_zero3(learner, pieces: Pieces, weight, step: int) -> None:
     if optimizer.persistent_parameters:  # small ones, kept whole on every process
         optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
     places = zero3_places(optimizer)
-    for name, parameter in trainable(learner):  # frozen ones (LoRA) are as they were loaded from --model
+    for name, parameter in trainable(learner):
         index, offset = places[id(parameter)]
         flat, total = optimizer.fp32_partitioned_groups_flat[index], parameter.ds_numel
         state = optimizer.optimizer.state[flat]

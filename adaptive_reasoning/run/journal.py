@@ -219,7 +219,8 @@ class Journal:
         on_main(self.accelerator, lambda: self.root.mkdir(exist_ok=True))
         wall = self.spent + time.perf_counter() - self.started
         saved = {"step": self.step, "wall_s": wall, "state": self.state, "inputs": self.inputs}
-        save_checkpoint(self.root / f"step_{self.step:06d}", learner, tokenizer, saved, critic)
+        merge = self.last or self.state.get("best", {}).get("step") == self.step  # may be the model that is kept
+        save_checkpoint(self.root / f"step_{self.step:06d}", learner, tokenizer, saved, critic, merge)
         on_main(self.accelerator, lambda: prune(self.root, self.args.keep_checkpoints, best_of))
 
     def finish(self) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.learner.lora import targets_of
 from adaptive_reasoning.run.shapes import Shapes
 
 GIB = 2**30
@@ -28,6 +29,7 @@ PREFILL_TOKENS = 8192  # of one prefill pass of the rollout
 COLUMN_STEP = 32  # the cache is read in multiples of this many columns
 LIBRARIES = 480 * 2**20  # of interpreter and libraries on the CPU, as measured
 ROW_BYTES = 27  # of a row's buffers for each response token (rollout/batch_state.py)
+LORA_RANK = 16  # proposed where all weights cannot be trained
 FEW_ROWS = 32  # proposed where the logits of all rows are what does not fit
 MOST_GPUS = 64
 ONLY_TRAINED = ("fp32 master", "gradient", "Adam")  # parts that only trained parameters have; `offload` moves them
@@ -46,7 +48,6 @@ class Holds:
     reference: bool = False  # the frozen starting model
     critic: bool = False  # a value model with an optimiser of its own
     dialogues: bool = False  # keys and values of `rollout_rows` dialogues wait between turns
-    lora_rank: int = 0  # adapters of this rank are trained (0: all weights)
     least_new_tokens: int = 1  # --max_new_tokens has to be this at least
 
 
@@ -112,30 +113,35 @@ def state_bytes(dtype: str, zero3: bool) -> dict[str, tuple[int, tuple[str, ...]
     return {"fp32 weight": (4, ALL), **copy, "gradient": (4, UPDATE), "Adam": (8, AFTER_LOAD)}
 
 
-def trained_parameters(holds: Holds, s: Shapes) -> int:
+def trained_parameters(args, s: Shapes) -> int:
     """Return how many parameters have a gradient and an optimiser: all, or LoRA's r (in + out) for every matrix."""
-    if not holds.lora_rank:
+    if not args.lora_rank:
         return s.parameters
-    each = 2 * (s.hidden + s.q) + 2 * (s.hidden + s.kv) + 3 * (s.hidden + s.intermediate)
-    return holds.lora_rank * s.layers * each
+    return args.lora_rank * s.layers * sum(sum(s.linear[name]) for name in targets_of(args))
 
 
-def checkpoint_bytes(dtype: str, holds: Holds, shapes: Shapes, zero3: bool) -> int:
-    """Return the size of one checkpoint: weights, and of trained parameters Adam's moments and ZeRO-3's fp32 masters;
-    a critic has all of it once more."""
-    weight = 2 if dtype == "bf16" and zero3 else 4
-    trained = trained_parameters(holds, shapes) * (12 if zero3 else 8)
-    return (shapes.parameters * weight + trained) * (1 + holds.critic)
+def checkpoint_bytes(args, holds: Holds, shapes: Shapes, zero3: bool) -> int:
+    """Return the size of one checkpoint: of what is trained the weights, Adam's moments and ZeRO-3's fp32 masters; a
+    critic has all of it once more."""
+    weight = 2 if args.dtype == "bf16" and zero3 else 4
+    return trained_parameters(args, shapes) * (weight + (12 if zero3 else 8)) * (1 + holds.critic)
 
 
-def activation_bytes_per_token(shapes: Shapes, value_bytes: int, checkpointing: bool) -> int:
+def merged_bytes(args, shapes: Shapes) -> int:
+    """Return the most that the merged model takes which LoRA writes beside its last adapter: fp32."""
+    return shapes.parameters * 4 * (args.lora_rank > 0)
+
+
+def activation_bytes_per_token(shapes: Shapes, value_bytes: int, checkpointing: bool, adapters: int = 0) -> int:
     """Return the bytes of activations of one token of a micro-batch; no attention matrix [tokens, tokens] is built.
 
     With gradient checkpointing a hidden state a layer and one layer's working set with its gradients; else all of them.
+    `adapters` are numbers of a layer between A and B.
     """
+    width = shapes.layer_width + adapters
     if checkpointing:
-        return value_bytes * (shapes.layers * shapes.hidden + 2 * shapes.layer_width)
-    return value_bytes * (shapes.layers + 1) * shapes.layer_width
+        return value_bytes * (shapes.layers * shapes.hidden + 2 * width)
+    return value_bytes * (shapes.layers + 1) * width
 
 
 def slot_growth(prompt: int, longest: int) -> tuple[int, int]:
@@ -181,16 +187,20 @@ class Case:
 
     def states(self) -> tuple[list[Item], list[Item]]:
         """Return the lines of weights, gradients and optimisers, (on the device, on the host)."""
-        P, where, trained = self.shapes.parameters, self.where, trained_parameters(self.holds, self.shapes)
+        P, where, trained = self.shapes.parameters, self.where, trained_parameters(self.args, self.shapes)
         n = where.world_size if where.zero3 else 1
         split, items, host = f" / {n} processes" if n > 1 else "", [], []
         for model in ("", "critic: ") if self.holds.critic else ("",):
+            if self.args.lora_rank:
+                rest = 0 if where.zero3 else self.shapes.embedding * (4 - self.value)  # the embedding stays in fp32
+                how = f"{P / 1e9:.3g} B x {self.value}{split}, frozen" + ", the embedding x 4" * (rest > 0)
+                items.append(Item(f"{model}base", (P * self.value + rest) // n, ALL, how))
             for part, (size, phases) in state_bytes(self.args.dtype, where.zero3).items():
-                number = trained if part in ONLY_TRAINED else P
-                item = Item(model + part, number * size // n, phases, f"{number / 1e9:.3g} B x {size}{split}")
+                item = Item(model + part, trained * size // n, phases, f"{trained / 1e9:.3g} B x {size}{split}")
                 (host if where.offload and part in ONLY_TRAINED else items).append(item)
         how = f"{P / 1e9:.2f} B x {self.stream}{split}, frozen"
-        return [*items, Item("reference policy", P * self.stream // n * self.holds.reference, ALL, how)], host
+        apart = self.holds.reference and not self.args.lora_rank  # else it is the base
+        return [*items, Item("reference policy", P * self.stream // n * apart, ALL, how)], host
 
     def rollout(self) -> list[Item]:
         """Return the lines of the rollout, the KV cache left out."""
@@ -212,44 +222,50 @@ class Case:
         args, s, where, b, stream = self.args, self.shapes, self.where, self.value, self.stream
         P, VH, VxH, zero3 = s.parameters, s.embedding, f"{s.vocab:,} x {s.hidden}", where.zero3
         tokens = max(args.tokens_per_micro_batch, self.longest)  # a sequence longer than the budget goes alone
-        each = activation_bytes_per_token(s, stream, args.gradient_checkpointing)
+        lora = args.lora_rank > 0
+        ranks = args.lora_rank * len(targets_of(args))
+        each = activation_bytes_per_token(s, stream, args.gradient_checkpointing, ranks)
         kept = "a hidden state a layer, one layer twice" if args.gradient_checkpointing else "all layers"
         # In bf16 the fp32 sum, the part that is added to it and the bf16 result exist at once.
         grad, chunks = (10, 3) if b == 2 else (4, 2)
         copies = 2 if s.tied else 1  # a tied weight's gradient from the head waits for that of the lookup
-        live, bucket = min(P, LIVE_PARAMETERS), min(P, REDUCE_BUCKET)
-        scratch = 0 if where.cuda else 2 * s.largest * 4  # fused on a GPU
+        head = f"gradient {VxH} x {grad}"
+        if lora:  # frozen; of an embedding in fp32 that is the head too autocast makes a copy
+            grad, copies = (b if s.tied and stream > b else 0), 0
+            head = f"copy {VxH} x {grad}"
+        trained = trained_parameters(args, s)
+        live, bucket = min(P, LIVE_PARAMETERS), min(trained, REDUCE_BUCKET)
+        widest = args.lora_rank * max(map(max, s.linear.values())) if lora else s.largest
+        scratch = 0 if where.cuda else 2 * widest * 4  # fused on a GPU
         if zero3:
-            scratch = min(trained_parameters(self.holds, s) // where.world_size, SUB_GROUP) * 4 * (not where.offload)
+            scratch = min(trained // where.world_size, SUB_GROUP) * 4 * (not where.offload)
         return [
             Item("activations", tokens * each, ("head",), f"{tokens:,} tokens x {each / 1024:.0f} KiB, {kept}"),
             Item("output head", VH * grad + chunks * HEAD_CHUNK, ("head",),
-                 f"gradient {VxH} x {grad}, {chunks} x 64 MiB logits"),
+                 f"{head}, " * (grad > 0) + f"{chunks} x 64 MiB logits"),
             Item("embedding", copies * VH * stream, ("embed",), f"{copies} gradients of {VxH} x {stream}"),
             Item("ZeRO-3 exchange", (live + bucket) * b * zero3, ("head", "embed"),
                  f"{live / 1e9:.2f} B gathered, {bucket / 1e9:.2f} B gradients on their way, x {b}"),
             Item("gathered layer", max(s.largest, (P - VH) // s.layers) * b * zero3, ("step", "save"),
                  "the largest of layers and embeddings"),
             Item("optimiser scratch", scratch, ("step",), "square roots of the second moments"),
+            Item("merged matrix", s.hidden * s.intermediate * (8 if b == 2 else 4) * lora, ("step", "save"),
+                 "one at a time in fp32, and its base in fp32"),
         ]  # fmt: skip
 
     def waiting(self) -> list[Item]:
         """Return what lies in the memory of the machine for a while: dialogues between turns, a checkpoint on its way.
 
-        A checkpoint's tensors leave the device one at a time (learner/tensors.py). LoRA alone is merged as a whole
-        after the last step: on every process all weights, and the merged ones of all layers beside them.
+        A checkpoint's tensors leave the device one at a time (learner/tensors.py).
         """
-        s, args, holds, stream, cuda = self.shapes, self.args, self.holds, self.stream, self.where.cuda
-        kept = args.rollout_rows * self.longest * s.kv_bytes(self.value) * holds.dialogues
-        P, layers = s.parameters, s.parameters - s.embedding * (1 if s.tied else 2)
+        s, args, stream, cuda = self.shapes, self.args, self.stream, self.where.cuda
+        kept = args.rollout_rows * self.longest * s.kv_bytes(self.value) * self.holds.dialogues
         return [
             Item("dialogues", kept, ("rollout",),
                  f"{args.rollout_rows} dialogues x {self.longest:,} tokens at most, between turns"),
             Item("dialogues going on", kept * (not cuda), ("rollout",), "their copies while the next turn is run"),
             Item("checkpoint", s.largest * stream * cuda, ("save",),  # on the CPU the tensor itself is written
                  f"the largest tensor, {s.largest / 1e9:.2g} B x {stream}, on the first process"),
-            Item("merged LoRA", (P + layers) * stream * (holds.lora_rank > 0), ("save",),
-                 f"({P / 1e9:.2f} B + {layers / 1e9:.2f} B of the layers) x {stream}, after the last step"),
         ]  # fmt: skip
 
     def items(self) -> tuple[list[Item], list[Item]]:
@@ -334,6 +350,8 @@ def fix_text(case: Case, fix: dict) -> str:
             words.append("launch with experiments/launch/zero3_8gpu_offload.yaml (OFFLOAD=1: optimiser in CPU memory)")
         elif name == "gpus":
             words.append(f"take {value} GPUs (NUM_GPUS=, NUM_NODES=), which share the optimiser")
+        elif name == "lora_rank":
+            words.append(f"set --lora_rank {value} to train adapters alone (another result)")
         elif isinstance(value, bool):
             words.append(f"set --{name} {str(value).lower()}")
         else:
@@ -372,12 +390,14 @@ def least(case: Case, fix: dict) -> dict:
 
 
 def fixes(case: Case) -> list[dict]:
-    """Return the fixes to propose, each of which makes it fit: savings; else a shorter response, and more GPUs."""
+    """Return the fixes to propose, each of which makes it fit: savings; else a shorter response, LoRA, more GPUs."""
     if found := least(case, {}):
         return [found]
     name, tokens, gpus = "max_new_tokens", case.args.max_new_tokens, case.where.world_size
     shorter = largest(lambda n: bool(least(case, {name: n})), case.holds.least_new_tokens, tokens - 1)
     found = [least(case, {name: shorter})] if shorter else []
+    if not case.args.lora_rank and (fix := least(case, {"lora_rank": LORA_RANK})):
+        found.append(fix)
     while (gpus := 2 * gpus) <= MOST_GPUS:
         if fix := least(case, {"gpus": gpus}):
             return [*found, fix]

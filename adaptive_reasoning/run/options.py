@@ -122,6 +122,12 @@ class RunArgs(ThinkingArgs):
     """Compute type of learner and rollout: "bf16" or "fp32". Master weights are fp32 either way."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass to save memory."""
+    lora_rank: NonNegativeInt = 0
+    """Train adapters of this rank beside frozen weights, LoRA (0: train all weights)."""
+    lora_alpha: PositiveInt = 16
+    """Scale of LoRA: what the adapters add is multiplied by alpha / rank."""
+    lora_targets: str = "all-linear"
+    """Linear layers with an adapter, comma separated, e.g. "q_proj,v_proj"; "all-linear": all of the decoder layers."""
 
     # --- grading, logging
     grader_workers: PositiveInt = 8

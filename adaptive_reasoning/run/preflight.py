@@ -21,10 +21,12 @@ from adaptive_reasoning.run.memory import (
     Where,
     checkpoint_bytes,
     gib,
+    merged_bytes,
     phase_bytes,
     plan_memory,
+    trained_parameters,
 )
-from adaptive_reasoning.run.shapes import find_config, shapes_of
+from adaptive_reasoning.run.shapes import Shapes, find_config, shapes_of
 
 GPUS = {  # GiB that a program sees
     "h100": 79.1, "h200": 139.8, "h800": 79.1, "a100": 79.2, "a100-40": 39.4, "a800": 79.2, "rtx4090": 23.6,
@@ -72,20 +74,20 @@ def preflight(
         ("machine", f"{where.world_size} process{'es' * many}{how}; {device}{memory}"),
         ("model", f"{args.model}: {model_config.model_type}, {shapes.parameters / 1e9:.4g} B parameters, supported"),
         ("", f"{shapes.layers} layers, hidden {shapes.hidden}, vocabulary {shapes.vocab:,}, {args.dtype}"),
+        *[("trained", lora_text(args, shapes))] * (args.lora_rank > 0),
         *(findings or {}).items(),
         ("questions", f"{questions:,}" + f", {skipped:,} more left out for length" * (skipped > 0)),
         ("longest", length_text(where.longest_prompt, args.max_new_tokens, model_config.max_position_embeddings)),
     ]
     saves = checkpoints_ahead(args, done=steps_done, there=checkpoints_there)
-    size = checkpoint_bytes(args.dtype, holds, shapes, where.zero3)
+    size, disk = disk_text(args, holds, shapes, where.zero3, saves)
     if disk_free is not None:
-        if saves * size > disk_free:
+        if size > disk_free:
             raise UserError(
-                f"{saves} more checkpoints of {gib(size)} GiB need {gib(saves * size)} GiB, {gib(disk_free)} GiB are "
-                f"free at {args.output_dir}. Keep fewer (--keep_checkpoints), save less often (--save_every) or choose "
-                "another --output_dir."
+                f"{disk} need {gib(size)} GiB, {gib(disk_free)} GiB are free at {args.output_dir}. Keep fewer "
+                "(--keep_checkpoints), save less often (--save_every) or choose another --output_dir."
             )
-        lines.append(("disk", f"{saves} checkpoints x {gib(size)} GiB, {gib(disk_free)} GiB free"))
+        lines.append(("disk", f"{disk}, {gib(disk_free)} GiB free"))
     plan = plan_memory(args, holds, shapes, where)
     table = ["preflight", *(f"  {name:<16}{text}" for name, text in lines), *memory_lines(plan, where.memory)]
     return "\n".join(table), plan
@@ -104,6 +106,22 @@ def checkpoints_ahead(args, done: int = 0, there: int = 0) -> int:
     saves = steps // every - done // every if every else 0
     most = there + saves + (not every or steps % every != 0)  # the last step is always saved
     return max(0, (min(most, keep + 1) if keep else most) - there)
+
+
+def disk_text(args, holds: Holds, shapes: Shapes, zero3: bool, saves: int) -> tuple[int, str]:
+    """Return (bytes, in words) of the checkpoints to come."""
+    each, merged = checkpoint_bytes(args, holds, shapes, zero3), merged_bytes(args, shapes) * (saves > 0)
+    text = f"{saves} checkpoints x {gib(each)} GiB" + f" and the merged model of {gib(merged)} GiB" * (merged > 0)
+    return saves * each + merged, text
+
+
+def lora_text(args, shapes: Shapes) -> str:
+    """Return the line about what LoRA trains, and what it does not."""
+    number = trained_parameters(args, shapes) / 1e6
+    return (
+        f"LoRA of rank {args.lora_rank}, alpha {args.lora_alpha}, on {args.lora_targets}: {number:.3g} M parameters; "
+        "embeddings (rows of added tokens too), norms and head are frozen"
+    )
 
 
 def length_text(longest_prompt: int, max_new_tokens: int, positions: int) -> str:
@@ -184,12 +202,12 @@ def print_plan(args, place: Place) -> None:
     plan = plan_memory(args, holds, shapes, where)
     many = f"{place.num_nodes} machines x " * (place.num_nodes > 1) + f"{place.num_gpus} x {place.gpu}"
     many = many + ", ZeRO-3" * where.zero3 + ", optimiser in CPU memory" * where.offload
-    size = gib(checkpoint_bytes(args.dtype, holds, shapes, where.zero3))
     lines = [
         f"plan of {args.model} on {many if where.cuda else '1 process on the CPU'}",
         f"  {config.model_type}, {shapes.parameters / 1e9:.4g} B parameters, {shapes.layers} layers, hidden "
         f"{shapes.hidden}, vocabulary {shapes.vocab:,}; {args.dtype}",
+        *[f"  {lora_text(args, shapes)}"] * (args.lora_rank > 0),
         f"  {length_text(args.max_prompt_tokens, args.max_new_tokens, config.max_position_embeddings)}",
-        f"  {checkpoints_ahead(args)} checkpoints x {size} GiB on disk",
+        f"  {disk_text(args, holds, shapes, where.zero3, checkpoints_ahead(args))[1]} on disk",
     ]
     print("\n".join(lines + memory_lines(plan, where.memory)))

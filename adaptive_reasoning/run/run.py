@@ -28,6 +28,7 @@ from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.critic import Critic, load_critic
 from adaptive_reasoning.learner.learner import Learner
+from adaptive_reasoning.learner.lora import lora_config
 from adaptive_reasoning.learner.model import (
     check_vocabulary,
     generation_config,
@@ -69,7 +70,7 @@ class Run:
         args: the method's options (RunArgs and its own).
         algorithm: name for config.yaml and summary.json.
         kind: class of the response format: which control tokens the model has to have.
-        reference: keep a frozen copy of the starting model, for `score_reference`.
+        reference: keep the starting model for `score_reference`: a frozen copy or, with LoRA, the policy's own base.
         critic: have a critic beside the policy.
         offline: the method learns from answers of the starting model, not from rollouts of its own steps.
 
@@ -86,6 +87,7 @@ class Run:
         self.watch = Watch(self.accelerator, args.patience)
         self.journal = Journal(args, algorithm, self.accelerator)
         with self.watch.telling():
+            lora_config(args)  # says at once what is wrong with it
             self.model = start_of(args, self.accelerator, kind.needed_tokens())
             self.config = load_config(self.model)
             check_weights(self.model, self.config)
@@ -156,13 +158,13 @@ class Run:
         with self.watch.telling():
             args, journal = self.args, self.journal
             self.watch.phase("load")
-            read_again = args.model if self.has_reference else None  # by a continued run
+            read_again = args.model if self.has_reference or args.lora_rank else None  # by a continued run
             journal.open(inputs_of(data_of(self.task), self.tokenizer, read_again))
             self.learner = Learner(args, load_model(self.model, args)[0], self.accelerator)
             self.reference = self.critic = None
-            if self.has_reference:
+            if self.has_reference and not args.lora_rank:
                 model = load_model(self.model, args)[0]
-                self.reference = Learner(args, model, self.accelerator, trainable="none")
+                self.reference = Learner(args, model, self.accelerator, trainable=False)
             if self.has_critic:
                 self.critic = Critic(args, load_critic(self.model, args), self.accelerator)
             journal.restore(self.learner, self.critic)
@@ -245,9 +247,11 @@ class Run:
 
     def score_reference(self, episodes: list[Episode]) -> None:
         """Fill `ref_logprobs` of each episode, where there is a reference policy. Every process must call this."""
-        if self.reference is not None:
-            for episode, values in zip(episodes, self.reference.logprobs(episodes)):
-                episode.ref_logprobs = values
+        if self.has_reference:
+            own = self.reference is None  # LoRA: the starting model is the base, at every step and after every restart
+            values = self.learner.logprobs(episodes, base=True) if own else self.reference.logprobs(episodes)
+            for episode, each in zip(episodes, values):
+                episode.ref_logprobs = each
 
     def observe(self, mb: MicroBatch, logprobs: torch.Tensor) -> None:
         """Note how far the learner's log-probs [N] are from the sampler's and from those before the update."""

@@ -54,6 +54,14 @@ class Shapes:
         return 8 * self.hidden + 2 * (self.q + self.kv) + 4 * self.intermediate
 
     @property
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of a decoder layer: {name: (numbers in, numbers out)}."""
+        inner = {"q_proj": (self.hidden, self.q), "o_proj": (self.q, self.hidden)}
+        inner |= dict.fromkeys(("k_proj", "v_proj"), (self.hidden, self.kv))
+        inner |= dict.fromkeys(("gate_proj", "up_proj"), (self.hidden, self.intermediate))
+        return inner | {"down_proj": (self.intermediate, self.hidden)}
+
+    @property
     def embedding(self) -> int:
         return self.vocab * self.hidden
 
