@@ -301,7 +301,7 @@ METHODS = {  # method: (format of its model, options)
     "o1_pruner": ("think", f"{OFFLINE} --rows_per_step 8"),
     "dpo": ("think", f"{OFFLINE} --pairs_per_step 4"),
     "rft": ("think", f"{OFFLINE} --nothinking_samples 6 --batch_size 4"),
-    "sft": ("", "--max_steps 2 --batch_size 8 --save_every 1 --lora_rank 4"),
+    "sft": ("", "--max_steps 2 --batch_size 8 --save_every 1 --keep_checkpoints 0 --lora_rank 4"),
 }  # fmt: skip
 YAML = {"rft": "toy_rft_mixthinking", "sft": "cold_start_adaptthink"}
 
@@ -312,7 +312,11 @@ def test_every_method_trains_adapters(guesser, tmp_path, method):
     """Two steps by the user's command; the adapters have moved and nothing else, and the merged model opens."""
     form, options = METHODS[method]
     model = guesser
-    if form not in ("", "think"):
+    if method == "thinker":  # whose untrained answers earn nothing
+        cold = "--config experiments/cold_start_thinker.yaml --batch_size 32 --warmup_steps 5 --chain_mix 1 --layers 2"
+        run_module("sft", *cold.split(), "--max_steps", "150", "--output_dir", str(tmp_path / "cold"))
+        model = tmp_path / "cold" / "model"
+    elif form not in ("", "think"):
         model, tokenizer = tmp_path / "model", formats.tokenizer(form)
         chain.tiny_model(tokenizer, hidden=32, layers=2).save_pretrained(model)
         tokenizer.save_pretrained(model)
