@@ -352,7 +352,7 @@ def test_chain_responses_pass_the_gate_and_survive_the_tokenizer():
 
 def test_the_cold_start_shows_every_question_in_all_formats():
     """First what the paper's base model knows already, then each question four times, with one and the same prompt."""
-    args = SimpleNamespace(chain_mix="1,1,1", max_steps=10)
+    args = SimpleNamespace(chain_mix="1,1,1", max_steps=10, task="chain", model="")
     rows = Arm.rows(args, np.random.default_rng(0), 16, 10)
     assert [Arm.format_of(row.response) for row in rows] == [*Arm.tags] * 4
     assert all(len({row.question.problem for row in rows[i : i + 4]}) == 1 for i in range(0, 16, 4))
