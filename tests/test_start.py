@@ -438,10 +438,13 @@ def learnt(folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family, how", [("llama", "add"), ("qwen", "reserved")])
 @pytest.mark.parametrize("module", METHODS)
-def test_every_method_starts_from_a_plain_model(plain, tmp_path, module, family, how):
-    """Two steps, the second of them again by a new process; evaluations with forced modes before and after."""
+def test_every_method_starts_from_a_plain_model(plain, tmp_path, module):
+    """Two steps, the second of them again by a new process; evaluations with forced modes before and after.
+
+    By turns a Llama that gets new rows and a Qwen2 whose reserved slots are taken.
+    """
+    family, how = (("llama", "add"), ("qwen", "reserved"))[list(METHODS).index(module) % 2]
     more, settings = METHODS[module]
     options = [*SMALL, tmp_path / "out", "--model", plain[family], *data_for(module, tmp_path)]
     options += ["--control_tokens", how, *more.format(tmp_path).split()]
