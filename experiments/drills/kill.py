@@ -38,6 +38,10 @@ def bank_of(folder: Path) -> Path:
     return folder.parent / f"bank-{folder.name}"
 
 
+def bank_files(folder: Path) -> int:
+    return sum(1 for _ in bank_of(folder).glob("*/*.safetensors"))
+
+
 def command_of(args, folder: Path) -> tuple[list[str], dict[str, str]]:
     """Return the command that starts or continues the run in `folder`, and its environment."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -85,16 +89,16 @@ def steps_done(folder: Path) -> int:
     return last + len(rows(folder / "finished.jsonl"))
 
 
-def kill_once(args, folder: Path, step: int, after: float) -> bool:
+def kill_once(args, folder: Path, step: int, after: float, banked: int = 0) -> bool:
     """Start the run and kill all its processes so many seconds after it has written a step (0: after its start).
 
-    By the step and not by the clock alone: how fast the machine is changes while the drill goes on. Returns False if
-    the run had ended before.
+    By the step and not by the clock alone: how fast the machine is changes while the drill goes on. With `banked` it
+    is after so many files of its bank. Returns False if the run had ended before.
     """
     command, environment = command_of(args, folder)
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while process.poll() is None and steps_done(folder) < step:
+        while process.poll() is None and (steps_done(folder) < step or bank_files(folder) < banked):
             time.sleep(0.05)
         code = process.wait(after)
     except subprocess.TimeoutExpired:
@@ -210,6 +214,7 @@ def main() -> int:
     whole, killed = args.folder.resolve() / "whole", args.folder.resolve() / "killed"
     loading, training = finish(args, whole)
     print(f"untouched: {loading:.0f} s to the first step, {training:.0f} s for the rest of {args.steps}", flush=True)
+    starting = loading / (1 + bank_files(whole))  # without the bank, or until its next file
     rng, kills, broken = random.Random(args.seed), 0, []
     started = time.monotonic()
     while kills < args.kills:
@@ -218,10 +223,11 @@ def main() -> int:
         done = max((int(p.name[5:]) for p in (killed / "checkpoints").glob("step_??????")), default=0)
         done = done or len(rows(killed / "finished.jsonl"))
         left, a_step = args.steps - done, training / args.steps
-        loads = kills % 4 == 3 or left < 2 or (args.algorithm in BANKED and kills < args.kills // 3)
-        step = 0 if loads else done + rng.randint(1, min(left - 1, max(1, 2 * left // (args.kills - kills))))
-        after = rng.uniform(0.1, 0.9) * loading if loads else rng.uniform(0, 1) * a_step
-        if not kill_once(args, killed, step, after):
+        samples = args.algorithm in BANKED and kills < args.kills // 3  # a third hits it while it fills its bank
+        loads = kills % 4 == 3 or left < 2
+        step = 0 if loads or samples else done + rng.randint(1, min(left - 1, max(1, 2 * left // (args.kills - kills))))
+        after = rng.uniform(0.1, 0.7) * starting if loads or samples else rng.uniform(0, 1) * a_step
+        if not kill_once(args, killed, step, after, min(kills, bank_files(whole) - 1) if samples else 0):
             print("the run ended before it could be killed again", flush=True)
             break
         kills += 1
