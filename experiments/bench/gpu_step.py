@@ -37,7 +37,6 @@ import torch
 from adaptive_reasoning.adaptthink import Args, advantage, loss, plan_rollouts
 from adaptive_reasoning.core.episode import Episode
 from adaptive_reasoning.core.question import Question
-from adaptive_reasoning.formats.think import Think
 from adaptive_reasoning.rollout import Decoder, Engine, Sampling
 from adaptive_reasoning.tasks.grader import GraderPool
 from adaptive_reasoning.tasks.task import ExactGrader
@@ -60,6 +59,16 @@ def options_of(given, folder: str) -> Args:
     )
 
 
+class Modes:
+    """AdaptThink's two modes by their first token, without a tokenizer."""
+
+    def opening(self, mode: str) -> tuple[int, ...]:
+        return (1,) if mode == "nothinking" else (2,)
+
+    def mode_of(self, response_ids: list[int]) -> str:
+        return "nothinking" if response_ids[0] == 1 else "thinking"
+
+
 def one_step(step: int, args: Args, learner, engine, pool, stop_ids, seconds: dict) -> list[Episode]:
     """Take one step as `adaptthink.main` does; add the seconds of each phase to `seconds`."""
 
@@ -71,8 +80,7 @@ def one_step(step: int, args: Args, learner, engine, pool, stop_ids, seconds: di
 
     synchronize()
     lap.since = time.perf_counter()
-    vocab, form = engine.decoder.vocab, object.__new__(Think)  # the tokens of a mode, without a tokenizer
-    form.eot, form.word = 1, [2]
+    vocab, form = engine.decoder.vocab, Modes()
     generator = torch.Generator().manual_seed(step)
     asked = [
         (i, Question(str(i), "", "7"), torch.randint(3, vocab, (8 if SMOKE else 128,), generator=generator).tolist())
