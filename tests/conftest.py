@@ -89,3 +89,26 @@ def guesser(tmp_path_factory):
     finally:
         sys.argv = argv
     return folder / "model"
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Accelerate keeps its settings for the whole process; some tests use several."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Return {"tied", "untied", "qwen3", "llama"}: paths of random models."""
+    from distributed_worker import write_model
+
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "tied": write_model(folder / "tied", tied=True),
+        "untied": write_model(folder / "untied", tied=False),
+        "qwen3": write_model(folder / "qwen3", tied=True, family="Qwen3"),
+        "llama": write_model(folder / "llama", tied=False, family="Llama"),
+    }

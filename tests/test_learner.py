@@ -16,7 +16,6 @@ from distributed_worker import (
     toy_loss,
     train,
     weights,
-    write_model,
 )
 from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -27,24 +26,7 @@ from adaptive_reasoning.learner.model import boundaries, load_model
 from adaptive_reasoning.learner.packing import pack
 from adaptive_reasoning.learner.runtime import make_accelerator
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps its settings for the whole process; these tests use several."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Return {"tied", "untied", "qwen3", "llama"}: paths of random models."""
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        "tied": write_model(folder / "tied", tied=True),
-        "untied": write_model(folder / "untied", tied=False),
-        "qwen3": write_model(folder / "qwen3", tied=True, family="Qwen3"),
-        "llama": write_model(folder / "llama", tied=False, family="Llama"),
-    }
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 @pytest.mark.parametrize("name", ["tied", "untied", "qwen3", "llama"])

@@ -19,7 +19,6 @@ from distributed_worker import (
     make_learner,
     train,
     weights,
-    write_model,
 )
 from safetensors.torch import load_file
 from test_end_to_end import ROOT, comparable, run_module
@@ -43,22 +42,7 @@ pytest.importorskip("peft", reason="LoRA is tested where peft is installed")
 LORA = {"lora_rank": 4, "lora_alpha": 6}  # scale 1.5
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps its settings for the whole process; these tests use several."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    return {
-        "tied": write_model(folder / "tied", tied=True),
-        "untied": write_model(folder / "untied", tied=False),
-        "qwen3": write_model(folder / "qwen3", tied=True, family="Qwen3"),
-        "llama": write_model(folder / "llama", tied=False, family="Llama"),
-    }
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def adapters(learner) -> dict[str, tuple[torch.nn.Parameter, torch.nn.Parameter]]:

@@ -230,11 +230,11 @@ def measure_benchmark(
 def measure(args, accelerator, watch: Watch) -> None:
     """Measure every benchmark in every setting; keep each as it is finished, and write evaluation.json."""
     watch.phase("load")
-    needed = formats.load(args.answer_format).needed_tokens()
-    model, tokenizer = load_model(start_of(args, accelerator, needed), args)
+    kind = formats.load(args.answer_format)
+    model, tokenizer = load_model(start_of(args, accelerator, kind.needed_tokens()), args)
     keep_date(tokenizer, Path(args.output_dir), accelerator)
     spec = spec_of(tokenizer, args)
-    lines = formats.load(args.answer_format)(tokenizer, args).prompt_lines
+    lines = kind(tokenizer, args).prompt_lines
     if lines and accelerator.is_main_process:
         say("\n".join(f"  {name:<12}{text}" for name, text in lines.items()))
     wanted = wanted_settings(args.settings, spec)
