@@ -1,7 +1,11 @@
-"""A Qwen3-shaped model with a hybrid template, by the user's own commands: warm-up, two methods, resume, evaluation."""
+"""A Qwen3-shaped model with a hybrid template, by the user's own commands: every method, resume, evaluation.
+
+With QWEN3_TOKENIZER=folder the model has Qwen3's own tokenizer (tests/test_think_template.py says where it is from).
+"""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_model import ASSISTANT, EOS, USER, make_folder
+from small_model import ASSISTANT, EOS, USER, make_folder, write_model
 from test_think_template import TEMPLATES
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -36,18 +40,37 @@ def hybrid(tmp_path_factory):
     """(folder of the model, its questions). Byte-pair encoding in which "\\n\\n" is one token, as in Qwen3's."""
     folder = tmp_path_factory.mktemp("hybrid") / "model"
     data = make_folder(folder)
-    tokenizer = load_tokenizer(str(folder))
-    tokenizer.add_tokens([AddedToken("\n\n", normalized=False)])
-    tokenizer.chat_template = TEMPLATES["after"].replace("<U>", USER).replace("<A>", ASSISTANT).replace("<E>", EOS)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    if own := os.environ.get("QWEN3_TOKENIZER"):
+        tokenizer = load_tokenizer(own)
+    else:
+        tokenizer = load_tokenizer(str(folder))
+        tokenizer.add_tokens([AddedToken("\n\n", normalized=False)])
+        tokenizer.chat_template = TEMPLATES["after"].replace("<U>", USER).replace("<A>", ASSISTANT).replace("<E>", EOS)
+    write_model(folder, tokenizer, Qwen3Config, head_dim=32, tie_word_embeddings=True)
     return folder, data
+
+
+@pytest.fixture(scope="module")
+def warmed(hybrid, tmp_path_factory):
+    """(folder of the model behind a warm-up on pairs: it answers 7, with and without thinking; its questions)."""
+    folder, data = hybrid
+    tmp = tmp_path_factory.mktemp("warmed")
+    asked = read_jsonl(data)
+    pairs = [
+        {"problem": row["problem"], "thinking": thoughts, "answer": "\\boxed{7}"}
+        for row in asked
+        for thoughts in ("Let me think.", "")
+    ]
+    write_jsonl(tmp / "pairs.jsonl", pairs)
+    write_jsonl(tmp / "questions.jsonl", [row | {"answer": "7" if i % 2 else "8"} for i, row in enumerate(asked)])
+    warm = f"--task math --data {tmp / 'pairs.jsonl'} --pairs --supervise_opening --batch_size 16 --max_steps 150"
+    warm += " --learning_rate 3e-3 --dtype fp32 --save_every 0"
+    assert "choose: the prompt ends in" in run("sft", warm, f"--model {folder} --output_dir {tmp / 'sft'}")
+    return tmp / "sft" / "model", tmp / "questions.jsonl"
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run(module: str, *options: str) -> str:
@@ -99,7 +122,8 @@ def test_the_probability_of_an_opening(hybrid):
     assert probability(on, asked, found.nothinking, 1) == mean([b * c for _, b, c in want])
     assert probability(on, asked, found.nothinking) == mean([a * b * c for a, b, c in want])
     line = openings_line(on, Benchmark("b", [Question("q", "1+1", "2")], 1))
-    assert "of anything else 0.9" in line and "warm it up" in line and "p('<think>') behind the template's own" in line
+    assert re.search(r"of anything else (0\.9|1)", line) and "warm it up" in line
+    assert "p('<think>') behind the template's own" in line
 
 
 @pytest.mark.slow
@@ -141,42 +165,56 @@ def test_two_steps_of_adaptthink_resume_and_evaluation(hybrid, tmp_path):
     assert saved.chat_template == tokenizer.chat_template
 
 
+RL = f"{OPTIONS} --minibatches_per_step 1 --temperature 1 --max_new_tokens 24"
+OFFLINE = (
+    "--samples 6 --max_new_tokens 24 --temperature 1 --sample_top_p 1 --grader_workers 1 --rollout_rows 32 "
+    "--dtype fp32 --tokens_per_micro_batch 2048 --eval_limit 4 --eval_every 1 --save_every 1"
+)
+FREE = ["adaptive", "always_think", "never_think", "template_on"]  # settings of the openings
+METHODS = {  # options behind the experiment's own, settings of the evaluation
+    "degrpo": ("degrpo_1_5b", f"{RL} --control native", FREE),
+    "tlmre": ("tlmre_1_5b", RL, FREE),
+    "o1_pruner": ("o1_pruner_1_5b", f"{OFFLINE} --rows_per_step 8", FREE),
+    "rft": ("rft_mixthinking_1_5b", f"{OFFLINE} --nothinking_samples 6 --batch_size 4", FREE),
+    "dpo": ("dpo_shortest_1_5b", f"{OFFLINE} --pairs_per_step 4", FREE),
+    "grpo": ("grpo_3b", f"{RL} --kl_coef 0 --answer_format boxed --thinking on", ["adaptive"]),
+    "ada_grpo": (
+        "ada_grpo_3b", f"{RL} --kl_coef 0 --chat_template plain",
+        ["adaptive", "direct", "short_cot", "code", "long_cot"],
+    ),
+    "thinker": (
+        "thinker_q1_5b",
+        f"{OPTIONS} --num_generations 2 --critic_minibatches 2 --fast_budget 8 --verify_budget 12 --slow_budget 12 "
+        "--summary_budget 8 --qa_budget 16 --max_new_tokens 40", ["adaptive"],
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_two_steps_of_degrpo_behind_a_warm_up_on_pairs(hybrid, tmp_path):
-    folder, data = hybrid
-    rows = [
-        {"problem": row["problem"], "thinking": thoughts, "answer": "\\boxed{7}"}
-        for row in read_jsonl(data)
-        for thoughts in ("Let me think.", "")
-    ]
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    warm = f"--task math --data {path} --pairs --supervise_opening --batch_size 16 --max_steps 150 --learning_rate 3e-3"
-    said = run("sft", warm, f"--dtype fp32 --save_every 0 --model {folder} --output_dir {tmp_path / 'sft'}")
-    assert "choose: the prompt ends in" in said
-    options = (
-        "--config experiments/degrpo_1_5b.yaml",
-        OPTIONS,
-        "--control native --minibatches_per_step 1 --max_new_tokens 24",
-    )
-    options += (f"--data {data} --eval_data {data} --model {tmp_path / 'sft' / 'model'}",)
-    a, _ = two_steps("degrpo", *options, f"--output_dir {tmp_path / 'a'}")
+@pytest.mark.parametrize("method", METHODS)
+def test_two_steps_of_every_method_behind_a_warm_up(warmed, tmp_path, method):
+    """AdaptThink has a test of its own above."""
+    (folder, data), (config, options, settled) = warmed, METHODS[method]
+    options += f" --data {data} --eval_data {data} --model {folder}"
+    if "--samples" in options:
+        options += f" --bank {tmp_path / 'bank'}"
+    a, _ = two_steps(method, f"--config experiments/{config}.yaml", options, f"--output_dir {tmp_path / 'a'}")
+    assert settings(a, 2) == settled
     first, last = numbers(a)[0], numbers(a)[-1]
-    assert 0.2 < first["degrpo/first_think_prob"] < 0.8, "the warm-up teaches both openings"
-    assert last["degrpo/num_think"] and last["degrpo/num_short"] and last["degrpo/num_malformed"] <= 2
-    assert last["eval/opening_rest_prob"] > 0.9
-    assert settings(a, 2) == ["adaptive", "always_think", "never_think", "template_on"]
+    assert last["step"] == 2
+    if settled == FREE:
+        assert last["eval/opening_rest_prob"] > 0.9
+    if method == "degrpo":
+        assert 0.2 < first["degrpo/first_think_prob"] < 0.8, "the warm-up teaches both openings"
+        assert last["degrpo/num_think"] and last["degrpo/num_short"] and last["degrpo/num_malformed"] <= 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("state", ["on", "off"])
-def test_grpo_in_one_mode(hybrid, tmp_path, state):
+def test_grpo_without_thinking(hybrid, tmp_path):
     folder, data = hybrid
-    options = ("--config experiments/grpo_3b.yaml", OPTIONS, f"--answer_format boxed --thinking {state} --data {data}")
-    options += (f"--eval_data= --kl_coef 0 --minibatches_per_step 1 --model {folder} --output_dir {tmp_path / 'a'}",)
-    said = run(
-        "grpo", *options, f"--eval_data= --kl_coef 0 --max_steps 1 --model {folder} --output_dir {tmp_path / 'a'}"
-    )
-    assert f"  {'thinking':<16}{state}\n" in said and "on ends in" in said
+    options = ("--config experiments/grpo_3b.yaml", OPTIONS, f"--answer_format boxed --thinking off --data {data}")
+    options += (f"--eval_data= --kl_coef 0 --max_steps 1 --model {folder} --output_dir {tmp_path / 'a'}",)
+    said = run("grpo", *options, "--minibatches_per_step 1")
+    assert f"  {'thinking':<16}off\n" in said and "on ends in" in said
     saved = prompts.prompt_text(load_tokenizer(str(tmp_path / "a" / "checkpoints" / "step_000001" / "model")), "1")
-    assert saved.endswith(ASSISTANT if state == "on" else "<think>\n\n</think>\n\n")
+    assert saved.endswith("<think>\n\n</think>\n\n")

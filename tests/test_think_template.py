@@ -18,6 +18,7 @@ from adaptive_reasoning.learner.runtime import make_accelerator
 from adaptive_reasoning.run.folder import keep_date
 from adaptive_reasoning.run.options import RunArgs
 from adaptive_reasoning.tasks import prompts
+from adaptive_reasoning.tasks.chat_template import chat_template
 from adaptive_reasoning.tasks.think_template import ThinkingArgs, put, read
 
 TURNS = (  # <S> system, <U> user, <A> assistant, <E> end of a turn
@@ -161,6 +162,16 @@ def laboratory(template: str) -> PreTrainedTokenizerFast:
         template = template.replace(mark, token)
     tokenizer.chat_template = template
     return tokenizer
+
+
+@pytest.mark.parametrize("name", ["after", "inside, default off", "either", "prefilled"])
+def test_plain_keeps_the_turn_marks_of_a_hybrid_template_and_of_the_wrapped_one(name):
+    tokenizer = words(TEMPLATES[name])
+    for _ in range(2):
+        tokenizer.chat_template, own = chat_template(tokenizer, "plain"), tokenizer.chat_template
+        assert prompts.prompt_text(tokenizer, "1+1") == "<U>1+1<E><A>"
+        tokenizer.chat_template = own
+        put(tokenizer, ThinkingArgs(), True, "think")
 
 
 def test_the_tokenizer_decides_where_openings_part():

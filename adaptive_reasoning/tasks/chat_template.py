@@ -94,7 +94,7 @@ def plain_template(tokenizer) -> str:
         )
     bos = tokenizer.bos_token or ""
     begin = bos if text.startswith(bos) and not user.startswith(bos) else ""  # a turn's first mark may be the BOS token
-    marks = {"START": begin, "USER": user, "HEADER": header.removesuffix(prompts.THINK_OPEN + "\n"), "END": end}
+    marks = {"START": begin, "USER": user, "HEADER": re.split("</?think>", header)[0], "END": end}
     return re.sub("|".join(marks), lambda m: json.dumps(marks[m[0]], ensure_ascii=False), PLAIN)
 
 
