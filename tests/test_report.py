@@ -365,6 +365,38 @@ def test_the_evaluation_table_is_aligned_and_has_the_bounds(tmp_path):
     assert body[-1].split()[1:] == [f"{rows[2]['result']['accuracy']:.3f}", "4.0", "0.000", "1.000"]
 
 
+def test_what_an_evaluation_is_sure_of_is_shown_wherever_its_accuracy_is(tmp_path):
+    """The table of the console, the table, the cards and the curve of the page; older runs have no intervals."""
+    plain, folder = (make_run(tmp_path / name, steps=20, finished=False) for name in ("plain", "sure"))
+    rows = load_run(folder).evaluations
+    for row in rows:
+        level = row["result"]["by_difficulty"]["6"]
+        level["interval"], row["result"]["interval"] = [0.5, 0.75], [0.7, 0.8125]
+        if row["setting"] == "always_think":
+            row["result"]["paired"] = {"difference": -0.0125, "low": -0.03, "high": 0.005, "p": 0.0001}
+        elif row["setting"] == "adaptive" and row["step"] == 0:
+            row["result"]["pass_at"] = {"2": 0.875}
+            row["result"]["hybrid"] = {"accuracy": 0.6, "interval": [0.5, 0.7], "better": {"thinking": 1.0}}
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = [row for row in rows if row["step"] == 0]
+    title, header, rule, *body = console.evaluation_table(first).splitlines()
+    assert header.split()[:4] == ["difficulty", "accuracy", "95%", "tokens"]
+    assert [line.split()[2] for line in body[:8]] == ["-"] * 5 + ["0.500..0.750"] + ["0.700..0.812"] * 2
+    said = [
+        "Hybrid Accuracy 0.600 (0.500..0.700): took the better mode of the question, which is thinking for 1.000",
+        "adaptive minus always_think: accuracy -0.013 (-0.030..+0.005), p < 0.001",
+        "adaptive: pass@2 0.875",
+    ]
+    assert [line.strip() for line in body[9:]] == said
+    text = page(folder)
+    assert text.count("<small>70.0 to 81.2%</small>") >= 3 and "<small>50.0 to 75.0%</small>" in text
+    assert "<small>" not in page(plain)
+    charts = [
+        svgs([panel for panel in training_panels(load_run(f)) if panel.title == "Accuracy"])[0] for f in (folder, plain)
+    ]
+    assert ["FillBetween" in chart or "PolyCollection" in chart for chart in charts] == [True, False]
+
+
 # ------------------------------------------------------------------------------------------------ charts
 
 

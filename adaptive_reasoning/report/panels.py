@@ -19,7 +19,7 @@ NAMES = {ADAPTIVE: "free choice", "always_think": "always think", "never_think":
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a panel. `points`: [(step, value)] in order of the steps."""
+    """One line of a panel. `points`: [(step, value)] in order of the steps; `band`: [(step, low, high)] around it."""
 
     label: str  # "": not in the legend
     points: list[tuple[float, float]]
@@ -28,6 +28,7 @@ class Line:
     mark: str = ""  # of matplotlib, on every point: evaluations are few and far between
     faint: bool = False
     hollow: bool = False
+    band: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,16 +156,19 @@ def _evaluations(run: Run) -> list[Panel]:
     panels = []
     for name, unit, key, title, note in (
         ("accuracy", "share", "reward/accuracy", "Accuracy",
-         "Dashed: every response forced into one mode. Training samples both modes."),
+         "Dashed: every response forced into one mode. Training samples both modes. Shaded: 95% interval."),
         ("mean_tokens", "tokens", "rollout/response_tokens_mean", "Mean response tokens",
          "Training length depends on how the modes are forced."),
     ):  # fmt: skip
         lines = []
         for benchmark, own in zip(run.benchmarks, [INK] if one else cycle(MODE_COLOURS)):
             for setting, mode in {ADAPTIVE: "", **(run.forced(benchmark) if one else {})}.items():
-                points = [(step, E[name]) for step, E in run.results(benchmark, setting) if E[name] is not None]
+                found = [(step, E) for step, E in run.results(benchmark, setting) if E[name] is not None]
+                points = [(step, E[name]) for step, E in found]
                 if setting == ADAPTIVE:
-                    lines.append(Line("evaluation" if one else benchmark, points, own, mark="o"))
+                    sure = name == "accuracy" and all(E.get("interval") for _, E in found)
+                    band = tuple((step, *E["interval"]) for step, E in found) if sure else ()
+                    lines.append(Line("evaluation" if one else benchmark, points, own, mark="o", band=band))
                 else:
                     lines.append(Line(setting, points, colours.get(mode, MUTED), "--", "o"))
         lines.append(Line("training", smooth(run.points(key), smoothing_width(run)), MUTED))
