@@ -119,6 +119,7 @@ class Run:
         with self.watch.telling():
             self.form, self.spec = form, form.eval_spec()
             follows = self.spec.template and len(self.spec.template.nothinking) > 1
+            self.journal.about["format"] = f"{type(form).__module__}.{type(form).__qualname__}"
             self.journal.declare(metrics | (OPENING_METRICS if follows else {}), form.modes)
             self.task = load_task(self.args, self.tokenizer)  # prompts as the format wants them
             if not self.offline:  # says at once if there are too few questions
