@@ -279,5 +279,5 @@ def compare(results: dict[str, dict], graded: dict[str, list[dict]], spec: EvalS
     for setting in others:
         if spec.settings[setting] and setting in graded:
             (mode, _), *_ = Counter(row["mode"] for row in graded[setting]).most_common(1)
-            forced[mode] = by_question(graded[setting], "correct", "tokens")
+            forced.setdefault(mode, by_question(graded[setting], "correct", "tokens"))
     results[free]["hybrid"] = hybrid_accuracy(by_question(graded[free], "mode"), forced)
