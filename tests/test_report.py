@@ -31,7 +31,7 @@ from adaptive_reasoning.report.__main__ import main
 from adaptive_reasoning.report.alarms import Alarms
 from adaptive_reasoning.report.curves import svgs
 from adaptive_reasoning.report.page import render, write_report
-from adaptive_reasoning.report.panels import INK, MODE_COLOURS, Line, Panel, smooth, training_panels
+from adaptive_reasoning.report.panels import INK, MODE_COLOURS, Line, Panel, result_panels, smooth, training_panels
 from adaptive_reasoning.report.run_folder import Run, difficulty_order, load_run
 from adaptive_reasoning.report.sample_table import MOST_CHARS_EACH, choose, sample_table
 from adaptive_reasoning.run.journal import Journal
@@ -391,10 +391,17 @@ def test_what_an_evaluation_is_sure_of_is_shown_wherever_its_accuracy_is(tmp_pat
     text = page(folder)
     assert text.count("<small>70.0 to 81.2%</small>") >= 3 and "<small>50.0 to 75.0%</small>" in text
     assert "<small>" not in page(plain)
-    charts = [
-        svgs([panel for panel in training_panels(load_run(f)) if panel.title == "Accuracy"])[0] for f in (folder, plain)
+    bars = [[line.points for line in result_panels(load_run(f))[0].lines] for f in (folder, plain)]
+    tokens = load_run(folder).before_after("chain")[1]["mean_tokens"]
+    assert [[(tokens, 0.7), (tokens, 0.8125)] in lines for lines in bars] == [True, False]
+    panels = [training_panels(load_run(f))[0] for f in (folder, plain)]
+    assert panels[0].title == "Accuracy" and [bool(line.band) for line in panels[0].lines] == [
+        True,
+        False,
+        False,
+        False,
     ]
-    assert ["FillBetween" in chart or "PolyCollection" in chart for chart in charts] == [True, False]
+    assert ["PolyCollection" in chart for chart in svgs(panels)] == [True, False], "a band goes before the next panel"
 
 
 # ------------------------------------------------------------------------------------------------ charts

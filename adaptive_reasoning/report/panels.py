@@ -77,17 +77,23 @@ def result_panels(run: Run) -> list[Panel]:
     for benchmark in run.benchmarks:
         lines, ends = [], {}
         for setting, mode in {ADAPTIVE: "", **run.forced(benchmark)}.items():
-            found = [(s, (E["mean_tokens"], E["accuracy"])) for s, E in run.results(benchmark, setting)]
-            found = [(step, point) for step, point in found if None not in point]
+            results = [
+                (s, E) for s, E in run.results(benchmark, setting) if None not in (E["mean_tokens"], E["accuracy"])
+            ]
+            found = [(step, (E["mean_tokens"], E["accuracy"])) for step, E in results]
             colour = INK if setting == ADAPTIVE else colours.get(mode, MUTED)
             lines.append(Line("", [point for _, point in found], colour, faint=True))
             before = [point for step, point in found[:1] if step == 0]
             after = [point for step, point in found[-1:] if step > 0]
+            if after and (interval := results[-1][1].get("interval")):
+                lines.append(Line("", [(after[0][0], y) for y in interval], colour, faint=True))
             label, mark = NAMES.get(setting, setting), MARKS.get(setting, "s")
             lines.append(Line("" if after else label, before, colour, "", mark, hollow=True))
             lines.append(Line(label, after, colour, "", mark))
             ends.update((setting, point) for point in after)
-        note = "Up and to the left is better. Hollow marks: before training. Filled marks: after."
+        note = (
+            "Up and to the left is better. Hollow marks: before training. Filled marks: after, with their 95% interval."
+        )
         if "never_think" in ends and "always_think" in ends:
             coin = [ends["never_think"], ends["always_think"]]
             lines.append(Line("", coin, MUTED, "--"))
