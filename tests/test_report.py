@@ -375,7 +375,7 @@ def test_what_an_evaluation_is_sure_of_is_shown_wherever_its_accuracy_is(tmp_pat
         if row["setting"] == "always_think":
             row["result"]["paired"] = {"difference": -0.0125, "low": -0.03, "high": 0.005, "p": 0.0001}
         elif row["setting"] == "adaptive" and row["step"] == 0:
-            row["result"]["pass_at"] = {"2": 0.875}
+            row["result"] |= {"pass_at": {"2": 0.875}, "maj_k": 4, "maj_accuracy": 0.9, "maj_interval": [0.8, 1.0]}
             row["result"]["hybrid"] = {"accuracy": 0.6, "interval": [0.5, 0.7], "better": {"thinking": 1.0}}
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     first = [row for row in rows if row["step"] == 0]
@@ -385,11 +385,12 @@ def test_what_an_evaluation_is_sure_of_is_shown_wherever_its_accuracy_is(tmp_pat
     said = [
         "Hybrid Accuracy 0.600 (0.500..0.700): took the better mode of the question, which is thinking for 1.000",
         "adaptive minus always_think: accuracy -0.013 (-0.030..+0.005), p < 0.001",
-        "adaptive: pass@2 0.875",
+        "adaptive: pass@2 0.875, maj@4 0.900 (0.800..1.000)",
     ]
     assert [line.strip() for line in body[9:]] == said
     text = page(folder)
     assert text.count("<small>70.0 to 81.2%</small>") >= 3 and "<small>50.0 to 75.0%</small>" in text
+    assert all(f"<li>{line}</li>" in text.replace("&lt;", "<") for line in said), "of the step that has all settings"
     assert "<small>" not in page(plain)
     bars = [[line.points for line in result_panels(load_run(f))[0].lines] for f in (folder, plain)]
     tokens = load_run(folder).before_after("chain")[1]["mean_tokens"]

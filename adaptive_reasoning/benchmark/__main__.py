@@ -28,6 +28,7 @@ from adaptive_reasoning.benchmark.run_folder import of_run
 from adaptive_reasoning.benchmark.tables import write_tables
 from adaptive_reasoning.benchmark.votes import consensus, majority
 from adaptive_reasoning.core.files import append_jsonl, read_jsonl, write_bytes_atomic, write_json_atomic
+from adaptive_reasoning.core.intervals import accuracy_interval, pass_at
 from adaptive_reasoning.errors import UserError, run_cli, say
 from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.formats.dialogue import DialogueArgs, DialogueFormat, check_budgets
@@ -225,7 +226,9 @@ def measure_benchmark(
         watch.phase(f"evaluate {benchmark.name} {setting}")
         result, samples, graded[setting] = measure_setting(on, benchmark, setting, graded, judged)
         if on.args.maj_k:
-            result["maj_accuracy"] = majority(graded[setting], on.args.maj_k, on.grader)
+            votes = majority(graded[setting], on.args.maj_k, on.grader)
+            vote = {"maj_k": on.args.maj_k, "maj_accuracy": pass_at(votes, 1)}
+            result |= vote | {"maj_interval": accuracy_interval(votes)}
         rows.append({"step": 0, "setting": setting, "benchmark": benchmark.name, "result": result})
         line = {"benchmark": benchmark.name, "setting": setting, "row": rows[-1], "rows": graded[setting]}
         keep(line | {"samples": [{"step": 0, "split": "eval", **sample} for sample in samples]})
@@ -278,11 +281,10 @@ def report(folder: Path, args, spec: EvalSpec, rows: list[dict]) -> None:
     for sample in (sample for line in read_jsonl(folder / "finished.jsonl") for sample in line["samples"]):
         append_jsonl(folder / "samples.jsonl", sample)
     say(evaluation_table(rows))
-    titles = {"maj_accuracy": f"maj@{args.maj_k}", "fallback_share": f"{spec.modes.get(spec.fallback)} asked"}
     for row in rows:
-        for key, title in titles.items():
-            if key in row["result"]:
-                say(f"  {row['benchmark']}, {row['setting']}: {title} {row['result'][key]:.3f}")
+        if "fallback_share" in row["result"]:
+            asked = f"{spec.modes.get(spec.fallback)} asked {row['result']['fallback_share']:.3f}"
+            say(f"  {row['benchmark']}, {row['setting']}: {asked}")
     if args.paper:
         say(paper_table(rows, load_paper(args.paper)))
     say(f"wrote {folder / 'evaluation.json'}, evaluation.csv and evaluation.md")

@@ -31,6 +31,7 @@ def records(rows: list[dict]) -> list[dict]:
                 record |= {name: part.get(name) for name in ("questions", "samples")}
                 record |= {f"pass@{k}": value for k, value in part.get("pass_at", {}).items()}
                 record["maj"] = part.get("maj_accuracy")
+                record |= dict(zip(("maj_low", "maj_high"), part.get("maj_interval") or (None, None)))
                 record |= {"adaptive_minus_this": paired.get("difference")}
                 record |= {f"difference_{name}": paired.get(name) for name in ("low", "high", "p")}
                 record["hybrid_accuracy"] = hybrid.get("accuracy")

@@ -110,16 +110,18 @@ def comparisons(results: dict[str, dict]) -> list[str]:
     for setting, result in results.items():
         if difference := result.get("paired"):
             low_high = between([difference["low"], difference["high"]], "+.3f")
-            p = max(difference["p"], 1e-3)
-            p = f"p {'<' if difference['p'] < p else '='} {p:.2g}"
+            p = f"p = {difference['p']:.2g}" if difference["p"] >= 1e-3 else "p < 0.001"
             lines.append(f"{ADAPTIVE} minus {setting}: accuracy {difference['difference']:+.3f} ({low_high}), {p}")
         if hybrid := result.get("hybrid"):
             better = ", ".join(f"{mode} for {share:.3f}" for mode, share in hybrid["better"].items())
             text = f"{hybrid['accuracy']:.3f} ({between(hybrid['interval'])})"
             lines.append(f"Hybrid Accuracy {text}: took the better mode of the question, which is {better}")
     for setting, result in results.items():
-        if passed := result.get("pass_at"):
-            lines.append(f"{setting}: " + ", ".join(f"pass@{k} {value:.3f}" for k, value in passed.items()))
+        votes = [f"pass@{k} {value:.3f}" for k, value in result.get("pass_at", {}).items()]
+        if "maj_k" in result:
+            votes.append(f"maj@{result['maj_k']} {result['maj_accuracy']:.3f} ({between(result['maj_interval'])})")
+        if votes:
+            lines.append(f"{setting}: {', '.join(votes)}")
     return lines
 
 

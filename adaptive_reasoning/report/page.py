@@ -129,10 +129,10 @@ def benchmark(run: Run, name: str) -> dict[str, list[dict]]:
 
 def compared(run: Run, name: str) -> list[str]:
     """Return what the newest evaluation of a benchmark in all its settings says about them, a line each."""
-    settings = [ADAPTIVE, *run.forced(name)]
-    newest = {s: run.results(name, s)[-1] for s in settings if run.results(name, s)}
-    last = max((step for step, _ in newest.values()), default=0)
-    return console.comparisons({s: result for s, (step, result) in newest.items() if step == last})
+    found = {setting: dict(run.results(name, setting)) for setting in (ADAPTIVE, *run.forced(name))}
+    *_, steps = found.values()  # of a forced setting, where there is one: those are measured less often
+    last = max(steps, default=0)
+    return console.comparisons({setting: results[last] for setting, results in found.items() if last in results})
 
 
 def glossary(run: Run) -> list[dict]:
