@@ -177,6 +177,7 @@ def test_summary_of_graded_responses():
             "2": {"accuracy": 1.0, "interval": None, "mean_tokens": 23.0, "modes": dict.fromkeys(MODES, 0.5)},
         },
     }
+    assert summarise(rows[::-1], MODES) == summarise(rows, MODES), "processes hand their rows over in any order"
     alone = summarise(rows[:1], MODES)
     assert alone["modes"]["thinking"] == {"share": 0.0, "accuracy": None, "mean_tokens": None}
     assert alone["pass_at"] == {} and alone["samples"] == 1
