@@ -1,6 +1,10 @@
 """Evaluation beyond one setting: consensus, the vote of k responses, the rows of the papers."""
 
+import csv
+import json
+
 import pytest
+import yaml
 
 from adaptive_reasoning.benchmark.__main__ import Args, check_args
 from adaptive_reasoning.benchmark.official import (
@@ -13,6 +17,8 @@ from adaptive_reasoning.benchmark.official import (
     same_text,
 )
 from adaptive_reasoning.benchmark.papers import FOLDER, load_paper, paper_table
+from adaptive_reasoning.benchmark.run_folder import of_run
+from adaptive_reasoning.benchmark.tables import as_csv, as_markdown
 from adaptive_reasoning.benchmark.votes import consensus, majority
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.run.evaluation import EvalSpec, summarise
@@ -62,9 +68,9 @@ def test_consensus_pairs_samples_of_one_question():
 
 
 def votes(*answers, right, k=8, grader=None):
-    return majority(
-        [row(a, a is not None and a in right, sample=i) for i, a in enumerate(answers)], k, grader or ExactGrader()
-    )
+    rows = [row(a, a is not None and a in right, sample=i) for i, a in enumerate(answers)]
+    ((verdict,),) = majority(rows, k, grader or ExactGrader()).values()
+    return verdict
 
 
 def test_majority():
@@ -85,7 +91,7 @@ def test_majority_of_equal_numbers():
 
 def test_a_question_counts_once():
     rows = [row("A", True, sample=0), row("A", True, sample=1), row("B", False, question=1, sample=0)]
-    assert majority(rows, 8, ExactGrader()) == 0.5
+    assert majority(rows, 8, ExactGrader()) == {0: [True], 1: [False]}
 
 
 def test_rows_of_the_paper():
@@ -240,3 +246,106 @@ def test_macro_average_of_the_seven_sets():
     assert next(x for x in lines if "here, adaptive " in x).endswith("50.0 / 100 / 25.0")
     assert next(x for x in lines if "paper, ARM, k=1" in x).endswith("72.0 / 766")
     assert next(x for x in paper_table(ours[:6], paper).splitlines() if "here" in x).endswith("-")
+
+
+# --- tables for other programs
+
+
+def test_tables_of_an_evaluation():
+    modes = {"think": {"share": 0.25, "accuracy": 1.0, "mean_tokens": 40.0}}
+    E = {"accuracy": 0.5, "interval": [0.25, 0.75], "mean_tokens": 1234.5, "modes": modes, "by_difficulty": {},
+         "questions": 10, "samples": 4, "pass_at": {"2": 0.625}}  # fmt: skip
+    level = {"accuracy": 1.0, "interval": None, "mean_tokens": 8.0, "modes": {"think": 1.0}}
+    paired = {"difference": -0.125, "low": -0.25, "high": 0.0, "p": 0.0625}
+    hybrid = {"accuracy": 0.75, "interval": [0.5, 0.875], "better": {"think": 1.0}}
+    rows = [
+        {"benchmark": "a|b", "setting": "adaptive", "result": E | {"by_difficulty": {"2": level}, "hybrid": hybrid}},
+        {"benchmark": "a|b", "setting": "always", "result": E | {"paired": paired, "maj_accuracy": 0.6}},
+        {"benchmark": "old", "setting": "adaptive", "result": {"accuracy": 0.5, "mean_tokens": 9.0, "modes": modes,
+                                                               "by_difficulty": {}}},
+    ]  # fmt: skip
+    found = list(csv.DictReader(as_csv(rows).splitlines()))
+    assert [(r["benchmark"], r["setting"], r["difficulty"]) for r in found] == [
+        ("a|b", "adaptive", "2"), ("a|b", "adaptive", "all"), ("a|b", "always", "all"), ("old", "adaptive", "all")
+    ]  # fmt: skip
+    assert (found[0]["low"], found[0]["tokens"], found[0]["share_think"], found[0]["questions"]) == (
+        "",
+        "8.0",
+        "1.0",
+        "",
+    )
+    whole = {
+        "low": "0.25",
+        "high": "0.75",
+        "tokens": "1234.5",
+        "share_think": "0.25",
+        "questions": "10",
+        "samples": "4",
+    }
+    assert whole.items() <= found[1].items() and found[1]["pass@2"] == "0.625" and found[1]["hybrid_high"] == "0.875"
+    assert (
+        found[2]["adaptive_minus_this"] == "-0.125"
+        and found[2]["difference_p"] == "0.0625"
+        and found[2]["maj"] == "0.6"
+    )
+    assert found[3]["accuracy"] == "0.5" and found[3]["low"] == ""
+    first, second = as_markdown(rows).split("\n\n## old\n")
+    assert "| adaptive | 2 | 1.000 | - | 8.0 | 1.000 |" in first and "10 questions, 4 responses to each" in first
+    assert "| always | all | 0.500 | 0.250..0.750 | 1,234.5 | 0.250 |" in first
+    assert "- adaptive minus always: accuracy -0.125 (-0.250..+0.000), p = 0.062" in first
+    assert "| adaptive | all | 0.500 | - | 9.0 | 0.250 |" in second
+
+
+# --- a run from its folder
+
+
+def a_run(folder, *models, best=None, **options):
+    """Write what `of_run` reads of a run: config.yaml, and models or adapters of checkpoints."""
+    folder.mkdir()
+    for path in models:
+        file = "adapter_config.json" if path.endswith("adapter") else "config.json"
+        (folder / path).mkdir(parents=True)
+        (folder / path / file).write_text("{}")
+    for checkpoint in folder.glob("checkpoints/*"):
+        (checkpoint / "state.json").write_text(
+            json.dumps({"state": {"state": {"best": {"step": best}} if best else {}}})
+        )
+    config = {"algorithm": "x", "format": "adaptive_reasoning.formats.native.Native", "answer_format": "thinkless"}
+    config |= {"task": "chain", "model": "start", "chat_template": "think", "delta": 0.1, "temperature": 0.7, **options}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_options_of_a_run_and_its_model(tmp_path):
+    """The model that is evaluated is the run's, whatever --config says of protocol; the command line wins over all."""
+    run = a_run(tmp_path / "run", "checkpoints/step_000010/model", "checkpoints/step_000020/model", seed=3)
+    below, line = of_run(run, Args)
+    assert below == {"answer_format": "adaptive_reasoning.formats.native.Native", "task": "chain", "temperature": 0.7,
+                     "seed": 3}  # fmt: skip
+    (tmp_path / "protocol.yaml").write_text("model: another\ntemperature: 0.6\neval_samples: 4\n")
+    args = parse_args(Args, [*line, "--config", str(tmp_path / "protocol.yaml"), "--eval_samples", "8"], below)
+    assert (args.model, args.seed, args.temperature, args.eval_samples, args.chat_template) == (
+        str(run / "checkpoints/step_000020/model"), 3, 0.6, 8, ""
+    )  # fmt: skip
+    assert args.output_dir == str(run / "benchmark" / "step_000020")
+
+    line = of_run(run / "checkpoints" / "step_000010", Args)[1]
+    assert line[1::2] == [str(run / "checkpoints/step_000010/model"), str(run / "benchmark" / "step_000010")]
+    best = a_run(tmp_path / "best", "checkpoints/step_000010/model", "checkpoints/step_000020/model", best=10)
+    assert of_run(best, Args)[1][1] == str(best / "checkpoints/step_000010/model")
+    lora = a_run(tmp_path / "lora", "checkpoints/step_000010/adapter")
+    line = of_run(lora, Args)[1]
+    assert line[1] == str(lora / "checkpoints/step_000010/adapter") and line[-1] == "--merge_adapter"
+    supervised = a_run(tmp_path / "sft", "model", "checkpoints/step_000010/model")
+    assert of_run(supervised, Args)[1][1] == str(supervised / "model")
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="not the folder of a run, there is no .*config.yaml.*goes with --model"):
+        of_run(tmp_path, Args)
+    with pytest.raises(UserError, match="no model is saved there yet"):
+        of_run(a_run(tmp_path / "new"), Args)
+    with pytest.raises(UserError, match="config.yaml: --temperature: "):
+        of_run(a_run(tmp_path / "odd", "model", temperature=-1), Args)
+    with pytest.raises(UserError, match="names no answer_format"):
+        of_run(a_run(tmp_path / "older", "model", format=None, answer_format=None), Args)

@@ -99,6 +99,25 @@ def test_an_evaluation_measures_only_what_is_not_finished(go, model, tmp_path, m
     assert code == 2 and "holds a run with chain_mix" in error
 
 
+def test_a_run_is_evaluated_again_from_its_folder_alone(go, model, tmp_path):
+    """Nothing but the folder is given, and every number of the run's last evaluation comes out again."""
+    assert go("adaptthink", *training(model, tmp_path), "--eval_samples", "2", "--eval_every", "1") == (0, "")
+    run, found = tmp_path / "run", tmp_path / "run" / "benchmark" / "step_000002"
+    assert go("benchmark.__main__", run) == (0, "")
+    results = {row["setting"]: row["result"] for row in json.loads((found / "evaluation.json").read_text())}
+    last = {row["setting"]: row["result"] for row in read_jsonl(run / "evaluations.jsonl") if row["step"] == 2}
+    assert results == last and set(results) == {"adaptive", "always_think", "never_think"}
+    assert results["adaptive"]["hybrid"] and "2" in results["adaptive"]["pass_at"]
+    assert results["never_think"]["paired"].keys() == {"difference", "low", "high", "p"}
+    assert "## chain" in (found / "evaluation.md").read_text()
+
+    # A checkpoint of it, and a setting of one's own.
+    assert go("benchmark.__main__", run / "checkpoints" / "step_000001", "--settings", "adaptive") == (0, "")
+    (row,) = json.loads((run / "benchmark" / "step_000001" / "evaluation.json").read_text())
+    (old,) = (row for row in read_jsonl(run / "evaluations.jsonl") if row["step"] == 1)
+    assert row["result"] == old["result"] | {"hybrid": None}
+
+
 def test_presampling_continues_with_the_rounds_that_are_missing(go, model, tmp_path, monkeypatch):
     """P6: a round is a file, written whole or not at all; what is sampled again is what was there, token for token."""
     monkeypatch.setattr(bank, "QUESTIONS_PER_ROUND", 3)
@@ -132,6 +151,8 @@ def test_a_run_shortened_to_its_checkpoint_is_evaluated_as_a_whole_one(go, model
     assert summary["steps"] == 1 and summary["after"] == rows[3]["result"]
     (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))  # adaptive alone
     assert go("adaptthink", *again) == (0, "")
+    for row in rows[4:]:  # responses of the setting measured before are not kept
+        del row["result"]["paired"]
     assert read_jsonl(run / "evaluations.jsonl") == rows
 
 

@@ -1,6 +1,7 @@
 """math.py: questions from files, hub and benchmark names, and one clear message for every malformed file."""
 
 import csv
+import dataclasses
 import gzip
 import json
 import os
@@ -16,6 +17,8 @@ from pyarrow import parquet
 
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
+from adaptive_reasoning.tasks import fetch
+from adaptive_reasoning.tasks.answers import same_answer
 from adaptive_reasoning.tasks.math import BENCHMARKS, load_questions, read_rows
 
 DATA = os.environ.get("ADAPTIVE_REASONING_DATA", "")
@@ -47,7 +50,13 @@ def hub(monkeypatch):
             raise ConnectionError(f"Couldn't reach '{name}' on the Hub")
         return Arrow(known[name, config, split])
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    def get_dataset_config_names(name):
+        if not any(name == found for found, _, _ in known):
+            raise ConnectionError(f"Couldn't reach '{name}' on the Hub")
+        return [config for found, config, _ in known if found == name]
+
+    of_the_hub = types.SimpleNamespace(load_dataset=load_dataset, get_dataset_config_names=get_dataset_config_names)
+    monkeypatch.setitem(sys.modules, "datasets", of_the_hub)
     return known
 
 
@@ -204,6 +213,10 @@ def test_benchmarks_by_name(hub, tmp_path, monkeypatch):
         "obqa": 1,
         "svamp": 1,
         "bbh": 1,
+        "minerva": 1,
+        "olympiad": 1,
+        "gpqa": 1,
+        "amc23": 16,
         "aime25": 16,
         "aime24": 16,
     }
@@ -214,8 +227,6 @@ def test_benchmarks_by_name(hub, tmp_path, monkeypatch):
     hub["tau/commonsense_qa", None, "validation"] = [{"question": "Why?", "choices": "A B", "answerKey": "B"}]
     with pytest.raises(UserError, match="'choices' has to be a list of texts, or labels with their texts"):
         load_questions("csqa")
-    with pytest.raises(UserError, match="Put bbh_test.jsonl in the folder"):
-        load_questions("bbh")
 
     # A folder with local copies goes before the hub, a path of that name before both.
     jsonl(tmp_path / "math500_test.jsonl")
@@ -225,6 +236,80 @@ def test_benchmarks_by_name(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "math500", ROWS[:1])
     assert [q.id for q in load_questions("math500")] == ["math500/0"]
+
+
+def test_benchmarks_of_physics_olympiads_and_competitions(hub):
+    """Rows in the columns that these data sets of the hub have, and answers that the grader takes for theirs."""
+    hub["math-ai/amc23", None, "test"] = [{"id": 0, "question": "How many?", "answer": "27.0", "url": "..."}]
+    assert load_questions("amc23") == [Question("amc23/0", "How many?", "27.0", None, "amc23")]
+    hub["math-ai/minervamath", None, "test"] = [{"question": "What mass?", "answer": "4.5e33"}]
+    assert load_questions("minerva") == [Question("minerva/0", "What mass?", "4.5e33", None, "minerva")]
+    hub["math-ai/aime25", None, "test"] = [{"problem": "p", "answer": "70", "id": "0"}]
+    assert load_questions("aime25")[0].answer == "70"
+    olympiad = {"id": 1, "subfield": "Algebra", "context": None, "solution": ["so"], "difficulty": "Competition"}
+    hub["Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"] = [
+        olympiad | {"question": "Find $x$.", "final_answer": ["$-2,1$"], "is_multiple_answer": True},
+        olympiad | {"question": "Find $y$.", "final_answer": ["$2$", "$\\frac{1}{2}$"], "context": "Let $y>0$."},
+    ]
+    assert load_questions("olympiad") == [
+        Question("olympiad/0", "Find $x$.", "$-2,1$", "Algebra", "olympiad"),
+        Question("olympiad/1", "Let $y>0$.\nFind $y$.", "$2$, $\\frac{1}{2}$", "Algebra", "olympiad"),
+    ]
+    for answer, gold, same in (
+        ("27", "27.0", True), ("26", "27.0", False), ("4.5 \\times 10^{33}", "4.5e33", True),
+        ("4.4e33", "4.5e33", False), ("1, -2", "$-2,1$", True), ("2", "$2$, $\\frac{1}{2}$", False),
+        ("\\frac{1}{2}, 2", "$2$, $\\frac{1}{2}$", True),
+    ):  # fmt: skip
+        assert same_answer(answer, gold) == same, (answer, gold)
+
+
+def test_the_options_of_gpqa_are_shuffled_the_same_way_every_time(hub):
+    rows = [
+        {"Question": f"Which {i}?", "Correct Answer": " right\n", "High-level domain": "Physics", "Subdomain": "Optics"}
+        | {f"Incorrect Answer {k}": f"wrong {k}" for k in (1, 2, 3)}
+        for i in range(40)
+    ]
+    hub["Idavidrein/gpqa", "gpqa_diamond", "train"] = rows
+    questions = load_questions("gpqa")
+    for i, q in enumerate(questions):
+        asked, options = q.problem.split("\n")
+        letter = dict(part.split(")", 1)[::-1] for part in options.replace("(", "").split("  "))
+        assert asked == f"Which {i}?" and set(letter) == {"right", "wrong 1", "wrong 2", "wrong 3"}
+        assert letter["right"] == q.answer and q.difficulty == "Physics" and list(letter.values()) == list("ABCD")
+    assert {q.answer for q in questions} == set("ABCD")
+    assert load_questions("gpqa[20:]") == questions[20:], "a question is shuffled alike wherever it stands"
+    hub["Idavidrein/gpqa", "gpqa_diamond", "train"] = [rows[0] | {"Incorrect Answer 2": None}]
+    with pytest.raises(UserError, match="row 0: 'incorrect answer 2' has no value"):
+        load_questions("gpqa")
+
+
+def test_the_tasks_of_bbh_are_its_levels(hub):
+    hub["SaylorTwift/bbh", "navigate", "test"] = [{"input": "Do you return?\nOptions:\n- Yes\n- No", "target": "Yes"}]
+    hub["SaylorTwift/bbh", "ruin_names", "test"] = [{"input": "Which?\nOptions:\n(A) a\n(B) b", "target": "(B)"}]
+    assert [(q.problem[:5], q.answer, q.difficulty) for q in load_questions("bbh")] == [
+        ("Do yo", "Yes", "navigate"), ("Which", "B", "ruin_names")
+    ]  # fmt: skip
+
+
+def test_a_benchmark_that_cannot_be_loaded_says_how_to_fetch_it(hub, tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError) as error:
+        load_questions("gpqa")
+    for part in ("huggingface.co/datasets/Idavidrein/gpqa", "hf auth login", "ADAPTIVE_REASONING_DATA", "fetch gpqa"):
+        assert part in str(error.value)
+    with pytest.raises(UserError, match="(?s)Couldn't reach.*fetch bbh` on another writes bbh_test.jsonl") as error:
+        load_questions("bbh")
+    assert "hf auth" not in str(error.value)
+
+    # What it writes is what is read from the hub.
+    hub["SaylorTwift/bbh", "navigate", "test"] = [{"input": "Return? \u00fc", "target": "(A)"}]
+    found = load_questions("bbh")
+    monkeypatch.chdir(tmp_path)
+    fetch.main(["bbh"])
+    assert capsys.readouterr().out == "bbh_test.jsonl: 1 questions\n"
+    monkeypatch.setenv("ADAPTIVE_REASONING_DATA", str(tmp_path))
+    hub.clear()
+    (stored,) = load_questions("bbh")
+    assert stored == dataclasses.replace(found[0], id="bbh_test/0")
 
 
 def test_worked_solutions_and_the_fields_of_svamp(hub):

@@ -31,7 +31,7 @@ from adaptive_reasoning.report.__main__ import main
 from adaptive_reasoning.report.alarms import Alarms
 from adaptive_reasoning.report.curves import svgs
 from adaptive_reasoning.report.page import render, write_report
-from adaptive_reasoning.report.panels import INK, MODE_COLOURS, Line, Panel, smooth, training_panels
+from adaptive_reasoning.report.panels import INK, MODE_COLOURS, Line, Panel, result_panels, smooth, training_panels
 from adaptive_reasoning.report.run_folder import Run, difficulty_order, load_run
 from adaptive_reasoning.report.sample_table import MOST_CHARS_EACH, choose, sample_table
 from adaptive_reasoning.run.journal import Journal
@@ -363,6 +363,46 @@ def test_the_evaluation_table_is_aligned_and_has_the_bounds(tmp_path):
     assert [line.split()[0] for line in body] == [*"123456", "all", "always_think", "never_think"]
     assert {len(line) for line in (header, rule, *body)} == {len(header)}
     assert body[-1].split()[1:] == [f"{rows[2]['result']['accuracy']:.3f}", "4.0", "0.000", "1.000"]
+
+
+def test_what_an_evaluation_is_sure_of_is_shown_wherever_its_accuracy_is(tmp_path):
+    """The table of the console, the table, the cards and the curve of the page; older runs have no intervals."""
+    plain, folder = (make_run(tmp_path / name, steps=20, finished=False) for name in ("plain", "sure"))
+    rows = load_run(folder).evaluations
+    for row in rows:
+        level = row["result"]["by_difficulty"]["6"]
+        level["interval"], row["result"]["interval"] = [0.5, 0.75], [0.7, 0.8125]
+        if row["setting"] == "always_think":
+            row["result"]["paired"] = {"difference": -0.0125, "low": -0.03, "high": 0.005, "p": 0.0001}
+        elif row["setting"] == "adaptive" and row["step"] == 0:
+            row["result"] |= {"pass_at": {"2": 0.875}, "maj_k": 4, "maj_accuracy": 0.9, "maj_interval": [0.8, 1.0]}
+            row["result"]["hybrid"] = {"accuracy": 0.6, "interval": [0.5, 0.7], "better": {"thinking": 1.0}}
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = [row for row in rows if row["step"] == 0]
+    title, header, rule, *body = console.evaluation_table(first).splitlines()
+    assert header.split()[:4] == ["difficulty", "accuracy", "95%", "tokens"]
+    assert [line.split()[2] for line in body[:8]] == ["-"] * 5 + ["0.500..0.750"] + ["0.700..0.812"] * 2
+    said = [
+        "Hybrid Accuracy 0.600 (0.500..0.700): took the better mode of the question, which is thinking for 1.000",
+        "adaptive minus always_think: accuracy -0.013 (-0.030..+0.005), p < 0.001",
+        "adaptive: pass@2 0.875, maj@4 0.900 (0.800..1.000)",
+    ]
+    assert [line.strip() for line in body[9:]] == said
+    text = page(folder)
+    assert text.count("<small>70.0 to 81.2%</small>") >= 3 and "<small>50.0 to 75.0%</small>" in text
+    assert all(f"<li>{line}</li>" in text.replace("&lt;", "<") for line in said), "of the step that has all settings"
+    assert "<small>" not in page(plain)
+    bars = [[line.points for line in result_panels(load_run(f))[0].lines] for f in (folder, plain)]
+    tokens = load_run(folder).before_after("chain")[1]["mean_tokens"]
+    assert [[(tokens, 0.7), (tokens, 0.8125)] in lines for lines in bars] == [True, False]
+    panels = [training_panels(load_run(f))[0] for f in (folder, plain)]
+    assert panels[0].title == "Accuracy" and [bool(line.band) for line in panels[0].lines] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert ["PolyCollection" in chart for chart in svgs(panels)] == [True, False], "a band goes before the next panel"
 
 
 # ------------------------------------------------------------------------------------------------ charts

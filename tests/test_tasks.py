@@ -10,11 +10,12 @@ from transformers import AutoTokenizer
 
 from adaptive_reasoning import formats
 from adaptive_reasoning.adaptthink import Args
+from adaptive_reasoning.core.intervals import accuracy_interval
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.formats.think import Think
 from adaptive_reasoning.learner.model import load_tokenizer
-from adaptive_reasoning.run.evaluation import summarise
+from adaptive_reasoning.run.evaluation import EvalSpec, compare, summarise
 from adaptive_reasoning.run.options import RunArgs, parse_args
 from adaptive_reasoning.sft import episodes_of, rate
 from adaptive_reasoning.tasks import chain, prompts
@@ -150,28 +151,60 @@ def test_exact_grader():
 # --- evaluation
 
 
-def test_summary_of_graded_responses():
-    def row(mode, level, correct, tokens):
-        return {"mode": mode, "difficulty": level, "correct": correct, "tokens": tokens}
+MODES = ("thinking", "nothinking")
 
-    rows = [row("nothinking", "1", True, 6), row("nothinking", "1", False, 8), row("thinking", "2", True, 40)]
-    assert summarise(rows, ("thinking", "nothinking")) == {
-        "accuracy": 2 / 3,
-        "mean_tokens": 18.0,
+
+def test_summary_of_graded_responses():
+    def row(question, mode, correct, tokens):
+        level = str(question + 1)
+        return {"question": question, "mode": mode, "difficulty": level, "correct": correct, "tokens": tokens}
+
+    rows = [row(0, "nothinking", True, 6), row(1, "thinking", True, 40), row(0, "nothinking", False, 8)]
+    rows.append(row(1, "nothinking", True, 6))
+    assert summarise(rows, MODES) == {
+        "accuracy": 3 / 4,
+        "interval": accuracy_interval({0: [1, 0], 1: [1, 1]}),
+        "questions": 2,
+        "samples": 2,
+        "pass_at": {"2": 1.0},
+        "mean_tokens": 15.0,
         "modes": {
-            "thinking": {"share": 1 / 3, "accuracy": 1.0, "mean_tokens": 40.0},
-            "nothinking": {"share": 2 / 3, "accuracy": 0.5, "mean_tokens": 7.0},
+            "thinking": {"share": 1 / 4, "accuracy": 1.0, "mean_tokens": 40.0},
+            "nothinking": {"share": 3 / 4, "accuracy": 2 / 3, "mean_tokens": 20 / 3},
         },
-        "by_difficulty": {
-            "1": {"accuracy": 0.5, "mean_tokens": 7.0, "modes": {"thinking": 0.0, "nothinking": 1.0}},
-            "2": {"accuracy": 1.0, "mean_tokens": 40.0, "modes": {"thinking": 1.0, "nothinking": 0.0}},
+        "by_difficulty": {  # one question each: no interval
+            "1": {"accuracy": 0.5, "interval": None, "mean_tokens": 7.0, "modes": {"thinking": 0, "nothinking": 1}},
+            "2": {"accuracy": 1.0, "interval": None, "mean_tokens": 23.0, "modes": dict.fromkeys(MODES, 0.5)},
         },
     }
-    assert summarise(rows[:1], ("thinking", "nothinking"))["modes"]["thinking"] == {
-        "share": 0.0,
-        "accuracy": None,
-        "mean_tokens": None,
-    }
+    assert summarise(rows[::-1], MODES) == summarise(rows, MODES), "processes hand their rows over in any order"
+    alone = summarise(rows[:1], MODES)
+    assert alone["modes"]["thinking"] == {"share": 0.0, "accuracy": None, "mean_tokens": None}
+    assert alone["pass_at"] == {} and alone["samples"] == 1
+
+
+def test_settings_are_compared_question_by_question():
+    """Four questions: thinking is right on all, skipping on two; the model skips the first and the last."""
+    spec = EvalSpec({"adaptive": (), "think": ((1, 1.0),), "skip": ((2, 1.0),), "own_prompt": ()}, None, None, {})
+
+    def rows(modes: str, right) -> list[dict]:
+        of = {"t": ("thinking", 40), "n": ("nothinking", 5)}
+        names = ("question", "mode", "tokens", "correct")
+        return [dict(zip(names, (i, *of[m], r))) for i, (m, r) in enumerate(zip(modes, right))]
+
+    thought, skipped = rows("tttt", (1, 1, 1, 1)), rows("nnnn", (1, 1, 0, 0))
+    graded = {"adaptive": rows("nttn", (1, 1, 1, 0)), "think": thought, "skip": skipped, "own_prompt": thought}
+    results = {setting: {} for setting in graded}
+    compare(results, graded, spec)
+    assert {s: r["paired"]["difference"] for s, r in results.items() if s != "adaptive"} == {
+        "think": -0.25, "skip": 0.25, "own_prompt": -0.25
+    }  # fmt: skip
+    # Better is to skip 0 and 1 (both right, fewer tokens) and to think on 2 and 3: the model was right about 0 and 2.
+    assert results["adaptive"]["hybrid"]["accuracy"] == 0.5
+    assert results["adaptive"]["hybrid"]["better"] == {"thinking": 0.5, "nothinking": 0.5}
+    alone = {"think": {}}
+    compare(alone, {"think": graded["think"]}, spec)
+    assert alone == {"think": {}}
 
 
 # --- cold start

@@ -1,11 +1,14 @@
 """Evaluation of a model: accuracy against tokens, free and with the mode forced, by difficulty, beside a paper's rows.
 
     python -m adaptive_reasoning.benchmark --config experiments/eval_adaptthink_1_5b.yaml --model runs/.../model
+    python -m adaptive_reasoning.benchmark runs/adaptthink-1.5b     # a run: its own format, task, options, newest model
 
-A setting that is finished is kept in finished.jsonl: after a kill the same command measures the others alone.
+Behind the folder of a run, or of one of its checkpoints, --config and the command line may say other things. A setting
+that is finished is kept in finished.jsonl: after a kill the same command measures the others alone.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +24,11 @@ from adaptive_reasoning.benchmark import routers as router
 from adaptive_reasoning.benchmark.lenient import aime_answer, lenient_answer, lenient_same
 from adaptive_reasoning.benchmark.official import official
 from adaptive_reasoning.benchmark.papers import load_paper, paper_table
+from adaptive_reasoning.benchmark.run_folder import of_run
+from adaptive_reasoning.benchmark.tables import write_tables
 from adaptive_reasoning.benchmark.votes import consensus, majority
 from adaptive_reasoning.core.files import append_jsonl, read_jsonl, write_bytes_atomic, write_json_atomic
+from adaptive_reasoning.core.intervals import accuracy_interval, pass_at
 from adaptive_reasoning.errors import UserError, run_cli, say
 from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.formats.dialogue import DialogueArgs, DialogueFormat, check_budgets
@@ -33,7 +39,7 @@ from adaptive_reasoning.learner.runtime import all_gather, end, make_accelerator
 from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.report.console import evaluation_table
 from adaptive_reasoning.rollout import Decoder, Engine
-from adaptive_reasoning.run.evaluation import EvalSpec, Evaluator, evaluate, summarise
+from adaptive_reasoning.run.evaluation import EvalSpec, Evaluator, compare, evaluate, summarise
 from adaptive_reasoning.run.folder import MAY_CHANGE, check_inputs, data_of, inputs_of, keep_date, open_folder
 from adaptive_reasoning.run.options import NonNegative, PositiveShare, RunArgs, parse_args
 from adaptive_reasoning.run.start import start_of
@@ -220,10 +226,13 @@ def measure_benchmark(
         watch.phase(f"evaluate {benchmark.name} {setting}")
         result, samples, graded[setting] = measure_setting(on, benchmark, setting, graded, judged)
         if on.args.maj_k:
-            result["maj_accuracy"] = majority(graded[setting], on.args.maj_k, on.grader)
+            votes = majority(graded[setting], on.args.maj_k, on.grader)
+            vote = {"maj_k": on.args.maj_k, "maj_accuracy": pass_at(votes, 1)}
+            result |= vote | {"maj_interval": accuracy_interval(votes)}
         rows.append({"step": 0, "setting": setting, "benchmark": benchmark.name, "result": result})
         line = {"benchmark": benchmark.name, "setting": setting, "row": rows[-1], "rows": graded[setting]}
         keep(line | {"samples": [{"step": 0, "split": "eval", **sample} for sample in samples]})
+    compare({row["setting"]: row["result"] for row in rows}, graded, on.spec)
     return rows
 
 
@@ -265,24 +274,28 @@ def measure(args, accelerator, watch: Watch) -> None:
 
 
 def report(folder: Path, args, spec: EvalSpec, rows: list[dict]) -> None:
-    """Write evaluation.json and samples.jsonl, and print the results beside the paper's."""
+    """Write evaluation.json, .csv and .md, and samples.jsonl, and print the results beside the paper's."""
+    write_tables(folder, rows)
     write_json_atomic(folder / "evaluation.json", rows)
     write_bytes_atomic(folder / "samples.jsonl", b"")
     for sample in (sample for line in read_jsonl(folder / "finished.jsonl") for sample in line["samples"]):
         append_jsonl(folder / "samples.jsonl", sample)
     say(evaluation_table(rows))
-    titles = {"maj_accuracy": f"maj@{args.maj_k}", "fallback_share": f"{spec.modes.get(spec.fallback)} asked"}
     for row in rows:
-        for key, title in titles.items():
-            if key in row["result"]:
-                say(f"  {row['benchmark']}, {row['setting']}: {title} {row['result'][key]:.3f}")
+        if "fallback_share" in row["result"]:
+            asked = f"{spec.modes.get(spec.fallback)} asked {row['result']['fallback_share']:.3f}"
+            say(f"  {row['benchmark']}, {row['setting']}: {asked}")
     if args.paper:
         say(paper_table(rows, load_paper(args.paper)))
-    say(f"wrote {folder / 'evaluation.json'}")
+    say(f"wrote {folder / 'evaluation.json'}, evaluation.csv and evaluation.md")
 
 
 def main() -> None:
-    args = parse_args(Args)
+    argv, below = sys.argv[1:], {}
+    if argv and not argv[0].startswith("-"):
+        below, of_the_run = of_run(Path(argv[0]), Args)
+        argv = [*of_the_run, *argv[1:]]
+    args = parse_args(Args, argv, below)
     check_args(args)
     accelerator = make_accelerator(args)
     with Watch(accelerator, args.patience) as watch:

@@ -23,8 +23,8 @@ def by_sample(rows: list[dict]) -> dict[tuple[int, int], dict]:
     return {(row["question"], row["sample"]): row for row in rows}
 
 
-def majority(rows: list[dict], k: int, grader) -> float:
-    """Return maj@k: the share of questions whose most frequent answer of the first k samples is right.
+def majority(rows: list[dict], k: int, grader) -> dict[int, list[bool]]:
+    """Return {question: [whether its most frequent answer of the first k samples is right]}: maj@k is their mean.
 
     Two answers are peers if they are the same text without spaces and dollar signs, or else by the grader, the earlier
     one as its reference: math-verify for numbers and LaTeX, the same letter for letters. Ties go to the earliest, a
@@ -49,5 +49,5 @@ def majority(rows: list[dict], k: int, grader) -> float:
         a = key(row)
         return sum(key(r) == a or (i, key(r), a) in same or (i, a, key(r)) in same for r in voters[i])
 
-    winners = [max(part, key=lambda r: peers(i, r)) if part else None for i, part in voters.items()]
-    return sum(bool(r and r["correct"]) for r in winners) / len(winners)
+    winners = {i: max(part, key=lambda r: peers(i, r)) if part else None for i, part in voters.items()}
+    return {i: [bool(r and r["correct"])] for i, r in winners.items()}

@@ -73,22 +73,56 @@ def step_line(row: dict, max_steps: int, declared: dict[str, Metric], eta_s: flo
 def evaluation_table(rows: list[dict]) -> str:
     """Return the evaluations of one step as aligned plain text, one block per benchmark.
 
-    A block has a row per difficulty and a row "all" for the setting "adaptive" (accuracy, mean tokens, share of each
-    mode), then one row for every setting with a forced first token: the bounds.
+    A block has a row per difficulty and a row "all" for the setting "adaptive" (accuracy and its 95 % interval, mean
+    tokens, share of each mode), then one row for every setting with a forced first token: the bounds. Below it stand
+    the comparisons.
     """
     assert rows and len({row["step"] for row in rows}) == 1, "the table shows the evaluations of one step"
     blocks = []
     for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
         results = {row["setting"]: row["result"] for row in rows if row["benchmark"] == benchmark}
         modes = list(dict.fromkeys(mode for result in results.values() for mode in result["modes"]))
-        lines = [["difficulty", "accuracy", "tokens", *modes]]
+        known = any("interval" in result for result in results.values())
+        lines = [["difficulty", "accuracy", *["95%"] * known, "tokens", *modes]]
         for setting, result in sorted(results.items(), key=lambda item: item[0] != ADAPTIVE):
             parts = breakdown(result) if setting == ADAPTIVE else {setting: breakdown(result)["all"]}
             for name, part in parts.items():
-                shares = [number(part["modes"].get(mode, 0.0), "share") for mode in modes]
-                lines.append([name, number(part["accuracy"], "share"), number(part["mean_tokens"], "tokens"), *shares])
+                numbers = [number(part["accuracy"], "share"), *[between(part.get("interval"))] * known]
+                numbers.append(number(part["mean_tokens"], "tokens"))
+                lines.append([name, *numbers, *(number(part["modes"].get(mode, 0.0), "share") for mode in modes)])
         blocks.append(f"evaluation at step {rows[0]['step']}: {benchmark}\n" + aligned(lines))
+        blocks += [f"  {line}" for line in comparisons(results)]
     return "\n".join(blocks)
+
+
+def between(interval: list[float] | None, form: str = ".3f") -> str:
+    """Return an interval as text, "-" where there is none."""
+    return "..".join(f"{x:{form}}" for x in interval) if interval else "-"
+
+
+def comparisons(results: dict[str, dict]) -> list[str]:
+    """Return what the results of one benchmark say beside their accuracies, a line each.
+
+    Args:
+        results: setting -> result.
+    """
+    lines = []
+    for setting, result in results.items():
+        if difference := result.get("paired"):
+            low_high = between([difference["low"], difference["high"]], "+.3f")
+            p = f"p = {difference['p']:.2g}" if difference["p"] >= 1e-3 else "p < 0.001"
+            lines.append(f"{ADAPTIVE} minus {setting}: accuracy {difference['difference']:+.3f} ({low_high}), {p}")
+        if hybrid := result.get("hybrid"):
+            better = ", ".join(f"{mode} for {share:.3f}" for mode, share in hybrid["better"].items())
+            text = f"{hybrid['accuracy']:.3f} ({between(hybrid['interval'])})"
+            lines.append(f"Hybrid Accuracy {text}: took the better mode of the question, which is {better}")
+    for setting, result in results.items():
+        votes = [f"pass@{k} {value:.3f}" for k, value in result.get("pass_at", {}).items()]
+        if "maj_k" in result:
+            votes.append(f"maj@{result['maj_k']} {result['maj_accuracy']:.3f} ({between(result['maj_interval'])})")
+        if votes:
+            lines.append(f"{setting}: {', '.join(votes)}")
+    return lines
 
 
 def aligned(rows: list[list[str]], indent: str = "  ") -> str:

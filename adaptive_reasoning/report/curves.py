@@ -62,8 +62,8 @@ def svgs(panels: list[Panel]) -> list[str]:
         for side in (axis.xaxis, axis.yaxis):  # without a label: do not measure where it would go
             side.set_label_coords(0, 0)
         for panel in panels:
-            for line in [*axis.lines]:
-                line.remove()
+            for drawn in [*axis.lines, *axis.collections]:
+                drawn.remove()
             axis.relim()
             axis.autoscale()
             draw(axis, panel)
@@ -86,6 +86,8 @@ def draw(axis, panel: Panel) -> None:
             marker=line.mark or (None if len(line.points) > 1 else "o"), markersize=3.2 if line.style else 6,
             markerfacecolor="none" if line.hollow else None,
         )  # fmt: skip
+        if line.band:
+            axis.fill_between(*zip(*line.band), color=line.colour, alpha=0.15, linewidth=0)
     round_steps = [1, 2, 2.5, 5, 10]
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=round_steps))
     axis.yaxis.set_major_locator(MaxNLocator(5, steps=round_steps))

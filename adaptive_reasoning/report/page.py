@@ -13,7 +13,7 @@ from adaptive_reasoning.core.files import write_text_atomic
 from adaptive_reasoning.report import console, panels
 from adaptive_reasoning.report.alarms import Alarms
 from adaptive_reasoning.report.curves import svgs, write_curves
-from adaptive_reasoning.report.run_folder import Run, breakdown, load_run
+from adaptive_reasoning.report.run_folder import ADAPTIVE, Run, breakdown, load_run
 from adaptive_reasoning.report.sample_table import sample_table
 
 
@@ -46,6 +46,11 @@ def number(value: float | None, unit: str = "") -> str:
     return console.number(value, unit)
 
 
+def percent(interval: list[float]) -> str:
+    """Return an interval of shares for the page, in percent."""
+    return " to ".join(f"{100 * x:.1f}" for x in interval) + "%"
+
+
 def change(before: float | None, after: float | None, unit: str) -> str:
     """Return the change of a share in points, that of an amount in percent; "" where a value is missing."""
     if before is None or after is None or not before and unit != "share":
@@ -61,7 +66,7 @@ ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-ENVIRONMENT.filters |= {"number": number}
+ENVIRONMENT.filters |= {"number": number, "percent": percent}
 
 
 def render(run: Run, samples: dict) -> str:
@@ -77,6 +82,7 @@ def render(run: Run, samples: dict) -> str:
         evaluated=" to ".join(f"step {step}" for step in sorted({steps[0], steps[-1]})) if steps else "",
         columns=columns(run),
         benchmarks={name: benchmark(run, name) for name in run.benchmarks},
+        comparisons={name: compared(run, name) for name in run.benchmarks},
         results=results,
         modes=modes,
         training=training,
@@ -113,10 +119,20 @@ def benchmark(run: Run, name: str) -> dict[str, list[dict]]:
     for label, pair in parts.items():
         values = [(E["accuracy"], E["mean_tokens"], E["modes"].get(mode, 0.0)) if E else (None,) * 3 for E in pair]
         rows[label] = [
-            {"name": name, "before": old, "after": new, "unit": unit, "change": change(old, new, unit)}
+            {"name": name, "before": old, "after": new, "unit": unit, "change": change(old, new, unit),
+             "intervals": [None, None]}
             for old, new, (name, unit) in zip(*values, columns(run).items())
-        ]
+        ]  # fmt: skip
+        rows[label][0]["intervals"] = [E and E.get("interval") for E in pair]
     return rows
+
+
+def compared(run: Run, name: str) -> list[str]:
+    """Return what the newest evaluation of a benchmark in all its settings says about them, a line each."""
+    found = {setting: dict(run.results(name, setting)) for setting in (ADAPTIVE, *run.forced(name))}
+    *_, steps = found.values()  # of a forced setting, where there is one: those are measured less often
+    last = max(steps, default=0)
+    return console.comparisons({setting: results[last] for setting, results in found.items() if last in results})
 
 
 def glossary(run: Run) -> list[dict]:

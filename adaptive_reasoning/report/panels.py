@@ -19,7 +19,7 @@ NAMES = {ADAPTIVE: "free choice", "always_think": "always think", "never_think":
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a panel. `points`: [(step, value)] in order of the steps."""
+    """One line of a panel. `points`: [(step, value)] in order of the steps; `band`: [(step, low, high)] around it."""
 
     label: str  # "": not in the legend
     points: list[tuple[float, float]]
@@ -28,6 +28,7 @@ class Line:
     mark: str = ""  # of matplotlib, on every point: evaluations are few and far between
     faint: bool = False
     hollow: bool = False
+    band: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,17 +77,23 @@ def result_panels(run: Run) -> list[Panel]:
     for benchmark in run.benchmarks:
         lines, ends = [], {}
         for setting, mode in {ADAPTIVE: "", **run.forced(benchmark)}.items():
-            found = [(s, (E["mean_tokens"], E["accuracy"])) for s, E in run.results(benchmark, setting)]
-            found = [(step, point) for step, point in found if None not in point]
+            results = [
+                (s, E) for s, E in run.results(benchmark, setting) if None not in (E["mean_tokens"], E["accuracy"])
+            ]
+            found = [(step, (E["mean_tokens"], E["accuracy"])) for step, E in results]
             colour = INK if setting == ADAPTIVE else colours.get(mode, MUTED)
             lines.append(Line("", [point for _, point in found], colour, faint=True))
             before = [point for step, point in found[:1] if step == 0]
             after = [point for step, point in found[-1:] if step > 0]
+            if after and (interval := results[-1][1].get("interval")):
+                lines.append(Line("", [(after[0][0], y) for y in interval], colour, faint=True))
             label, mark = NAMES.get(setting, setting), MARKS.get(setting, "s")
             lines.append(Line("" if after else label, before, colour, "", mark, hollow=True))
             lines.append(Line(label, after, colour, "", mark))
             ends.update((setting, point) for point in after)
-        note = "Up and to the left is better. Hollow marks: before training. Filled marks: after."
+        note = (
+            "Up and to the left is better. Hollow marks: before training. Filled marks: after, with their 95% interval."
+        )
         if "never_think" in ends and "always_think" in ends:
             coin = [ends["never_think"], ends["always_think"]]
             lines.append(Line("", coin, MUTED, "--"))
@@ -155,16 +162,19 @@ def _evaluations(run: Run) -> list[Panel]:
     panels = []
     for name, unit, key, title, note in (
         ("accuracy", "share", "reward/accuracy", "Accuracy",
-         "Dashed: every response forced into one mode. Training samples both modes."),
+         "Dashed: every response forced into one mode. Training samples both modes. Shaded: 95% interval."),
         ("mean_tokens", "tokens", "rollout/response_tokens_mean", "Mean response tokens",
          "Training length depends on how the modes are forced."),
     ):  # fmt: skip
         lines = []
         for benchmark, own in zip(run.benchmarks, [INK] if one else cycle(MODE_COLOURS)):
             for setting, mode in {ADAPTIVE: "", **(run.forced(benchmark) if one else {})}.items():
-                points = [(step, E[name]) for step, E in run.results(benchmark, setting) if E[name] is not None]
+                found = [(step, E) for step, E in run.results(benchmark, setting) if E[name] is not None]
+                points = [(step, E[name]) for step, E in found]
                 if setting == ADAPTIVE:
-                    lines.append(Line("evaluation" if one else benchmark, points, own, mark="o"))
+                    sure = name == "accuracy" and all(E.get("interval") for _, E in found)
+                    band = tuple((step, *E["interval"]) for step, E in found) if sure else ()
+                    lines.append(Line("evaluation" if one else benchmark, points, own, mark="o", band=band))
                 else:
                     lines.append(Line(setting, points, colours.get(mode, MUTED), "--", "o"))
         lines.append(Line("training", smooth(run.points(key), smoothing_width(run)), MUTED))

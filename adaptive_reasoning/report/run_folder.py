@@ -20,8 +20,9 @@ DEAR = ("thinking", "think", "long_cot", "slow")  # modes that think, whatever t
 class Run:
     """One run folder. Every list is in the order of its file; a file that is not there yet gives an empty one.
 
-    E stands for the result of one evaluation: {"accuracy", "mean_tokens", "modes": {mode: {"share", "accuracy",
-    "mean_tokens"}}, "by_difficulty": {level: {"accuracy", "mean_tokens", "modes": {mode: share}}}}.
+    E stands for the result of one evaluation: {"accuracy", "interval", "mean_tokens", "modes": {mode: {"share",
+    "accuracy", "mean_tokens"}}, "by_difficulty": {level: {"accuracy", "interval", "mean_tokens", "modes": {mode:
+    share}}}}; older runs have no intervals. What else is in it: `run.evaluation`.
     """
 
     folder: Path
@@ -151,12 +152,12 @@ def _evaluations(folder: Path, summary: dict | None) -> list[dict]:
 
 
 def breakdown(E: dict | None) -> dict[str, dict]:
-    """Return {difficulty, then "all": {"accuracy", "mean_tokens", "modes": {mode: share}}} of E; {} for None."""
+    """Return {difficulty, then "all": {"accuracy", "mean_tokens", "modes": {mode: share}, ...}} of E; {} for None."""
     if E is None:
         return {}
     shares = {mode: values["share"] for mode, values in E["modes"].items()}
     levels = {level: E["by_difficulty"][level] for level in sorted(E["by_difficulty"], key=difficulty_order)}
-    return levels | {"all": {"accuracy": E["accuracy"], "mean_tokens": E["mean_tokens"], "modes": shares}}
+    return levels | {"all": E | {"modes": shares}}
 
 
 def difficulty_order(level: str) -> tuple:

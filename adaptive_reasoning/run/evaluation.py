@@ -4,12 +4,14 @@ The settings show what choosing when to think is worth: the first one forces not
 of a mode and bound what the model could reach.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from adaptive_reasoning.core.intervals import accuracy_interval, hybrid_accuracy, paired_difference, pass_at
 from adaptive_reasoning.learner.runtime import all_gather
 from adaptive_reasoning.rollout import Engine, Request, Sampling, request_seed
 from adaptive_reasoning.rollout.dialogue import Dialogue, converse
@@ -89,8 +91,8 @@ def evaluate(on: Evaluator, benchmark: Benchmark, setting: str, progress: str = 
     Random streams depend on the question and sample alone: every evaluation of a run draws the same random numbers.
 
     Returns:
-        the result (accuracy, mean_tokens, modes, by_difficulty), the samples for samples.jsonl, and one row for every
-        graded response; all three of all processes.
+        the result (`summarise`), the samples for samples.jsonl, and one row for every graded response; all three of
+        all processes.
     """
     rank, ranks = (on.accelerator.process_index, on.accelerator.num_processes) if on.accelerator else (0, 1)
     everything = [(i, q, k) for i, q in enumerate(benchmark.questions) for k in range(benchmark.samples)]
@@ -204,9 +206,10 @@ def hold_dialogues(on: Evaluator, jobs: list, setting: str, progress: str) -> tu
 
 
 def summarise(rows: list[dict], modes: Iterable[str]) -> dict:
-    """Return the result of graded responses: rows with mode, difficulty, correct and tokens.
+    """Return the result of graded responses: rows with question, mode, difficulty, correct and tokens.
 
-    A question has the same number of samples everywhere, so means over responses are means over questions.
+    A question has the same number of samples everywhere, so means over responses are means over questions. `interval`
+    is the 95 % interval of an accuracy, clustered by question; `pass_at` has k = 2, 4, ... up to that number.
     """
 
     def mean(values):
@@ -224,14 +227,57 @@ def summarise(rows: list[dict], modes: Iterable[str]) -> dict:
 
     levels = sorted({r["difficulty"] for r in rows if r["difficulty"] is not None})
     by_level = {level: [r for r in rows if r["difficulty"] == level] for level in levels}
+    scores = by_question(rows, "correct")
+    samples = min(map(len, scores.values()))
+    powers = [2**i for i in range(1, samples.bit_length())]
     return {
         **accuracy_and_tokens(rows),
+        "interval": accuracy_interval(scores),
+        "questions": len(scores),
+        "samples": samples,
+        "pass_at": {str(k): pass_at(scores, k) for k in powers},
         "modes": {
             mode: {"share": share(rows, mode), **accuracy_and_tokens([r for r in rows if r["mode"] == mode])}
             for mode in modes
         },
         "by_difficulty": {
-            level: {**accuracy_and_tokens(part), "modes": {mode: share(part, mode) for mode in modes}}
+            level: {
+                **accuracy_and_tokens(part),
+                "interval": accuracy_interval(by_question(part, "correct")),
+                "modes": {mode: share(part, mode) for mode in modes},
+            }
             for level, part in by_level.items()
         },
     }
+
+
+def by_question(rows: list[dict], *columns: str) -> dict[int, list]:
+    """Return {question: a value, or tuple of values, for every response}, the same on any number of processes."""
+    out: dict[int, list] = {}
+    for row in sorted(rows, key=lambda row: row["question"]):
+        values = tuple(row[column] for column in columns)
+        out.setdefault(row["question"], []).append(values if len(columns) > 1 else values[0])
+    return out
+
+
+def compare(results: dict[str, dict], graded: dict[str, list[dict]], spec: EvalSpec) -> None:
+    """Add to the results of one benchmark what they say about each other, question by question.
+
+    Of the free setting (the first of the format) `hybrid`, its Hybrid Accuracy against the forced modes; of every other
+    one `paired`, the accuracy of the free setting minus its own.
+
+    Args:
+        results, graded: setting -> result, and setting -> rows of its graded responses.
+    """
+    free, *others = spec.settings
+    if free not in graded:
+        return
+    mine = by_question(graded[free], "correct")
+    for setting in graded.keys() - {free}:
+        results[setting]["paired"] = paired_difference(mine, by_question(graded[setting], "correct"))
+    forced = {}
+    for setting in others:
+        if spec.settings[setting] and setting in graded:
+            (mode, _), *_ = Counter(row["mode"] for row in graded[setting]).most_common(1)
+            forced.setdefault(mode, by_question(graded[setting], "correct", "tokens"))
+    results[free]["hybrid"] = hybrid_accuracy(by_question(graded[free], "mode"), forced)

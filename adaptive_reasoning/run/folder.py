@@ -87,13 +87,16 @@ def take_folder(folder: Path) -> None:
         raise UserError(f"--output_dir {folder}: cannot write there: {error}") from error
 
 
-def open_folder(folder: Path, algorithm: str, args, begun: bool | None = None, may_change=MAY_CHANGE) -> None:
+def open_folder(
+    folder: Path, algorithm: str, args, begun: bool | None = None, may_change=MAY_CHANGE, about: dict | None = None
+) -> None:
     """Create the folder of a run with its config.yaml, or check that what is in it is this run; take its lock.
 
     Args:
         algorithm: name of what runs there; an evaluation and a cold start have one too.
         begun: whether the folder holds anything that would be continued; None: a checkpoint.
         may_change: options that it may be continued with other values of.
+        about: texts that config.yaml has beside the options.
 
     Raises:
         UserError: it holds a run of another algorithm or with other options, or a finished one without checkpoints;
@@ -110,7 +113,7 @@ def open_folder(folder: Path, algorithm: str, args, begun: bool | None = None, m
             )
     if path.is_file() and begun:
         check_same(folder, read_config(path), algorithm, config, may_change)
-    write_text_atomic(path, yaml.safe_dump({"algorithm": algorithm, **config}, sort_keys=False))
+    write_text_atomic(path, yaml.safe_dump({"algorithm": algorithm, **(about or {}), **config}, sort_keys=False))
 
 
 def read_config(path: Path) -> dict:

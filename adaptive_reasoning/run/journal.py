@@ -67,6 +67,7 @@ class Journal:
         self.started, self.spent = time.perf_counter(), 0.0  # spent: seconds of earlier parts of a resumed run
         self.state: dict = {}  # JSON values that are saved with every checkpoint, and come back from it
         self.inputs: dict[str, str] = {}
+        self.about: dict[str, str] = {}  # what config.yaml has beside the options
         self.checkpoint: Path | None = None
 
     @property
@@ -88,7 +89,7 @@ class Journal:
         self.inputs = inputs
         on_main(
             self.accelerator,
-            lambda: open_folder(self.folder, self.algorithm, self.args, may_change=self.may_change),
+            lambda: open_folder(self.folder, self.algorithm, self.args, may_change=self.may_change, about=self.about),
         )
         self.checkpoint, damaged = whole_checkpoint(self.root, self.accelerator)
         for line in damaged:

@@ -66,7 +66,7 @@ class RunArgs(ThinkingArgs):
     eval_limit: NonNegativeInt = 0
     """Use only the first so many questions of every evaluation set (0: all of them)."""
     eval_samples: PositiveInt = 1
-    """Responses per evaluation question (the built-in AIME benchmarks always take 16)."""
+    """Responses per evaluation question (the built-in AIME and AMC benchmarks always take 16)."""
     chain_mix: str = "0.6,0.1,0.1,0.1,0.05,0.05"
     """Share of the questions with 1, 2, ... operations (tasks "chain" and "words")."""
     chain_questions: PositiveInt = 960
@@ -162,8 +162,11 @@ def parser_of(cls: type, *more: type) -> ArgumentParser:
     return parser
 
 
-def parse_args(cls: type, argv: list[str] | None = None):
+def parse_args(cls: type, argv: list[str] | None = None, below: dict | None = None):
     """Return `cls` filled from `--config FILE.yaml` and the command line (which wins).
+
+    Args:
+        below: options (`checked`) that hold where neither gives another value.
 
     `--preflight` prints the memory plan instead, on the machine that the options of `Place` describe, and ends.
 
@@ -178,7 +181,7 @@ def parse_args(cls: type, argv: list[str] | None = None):
     first.add_argument("--config")
     try:
         config, rest = first.parse_known_args(argv)
-        written = read_yaml(Path(config.config), cls) if config.config else {}
+        written = (below or {}) | (read_yaml(Path(config.config), cls) if config.config else {})
         options = parser_of(*asked).parse_args(rest, namespace=Namespace(written))
     except ArgumentError as error:
         raise UserError(in_words(error, *asked)) from error
@@ -230,6 +233,11 @@ def read_yaml(path: Path, cls: type) -> dict:
             raise UserError(f"{path}: unknown option '{key}'.{suggestion(key, names)}")
         if value is None:  # which jsonargparse takes for "not given"
             raise UserError(f"{path}: option '{key}' has no value.")
+    return checked(values, path, cls)
+
+
+def checked(values: dict, path: Path, cls: type) -> dict:
+    """Return the options of a file, each checked against its field of `cls`; UserError names file and option."""
     try:
         return parser_of(cls).parse_object(values, defaults=False).as_dict()
     except (ArgumentError, OverflowError) as error:

@@ -51,7 +51,7 @@ from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling
 from adaptive_reasoning.rollout.dialogue import Dialogue, converse
 from adaptive_reasoning.rollout.engine import CPU_CACHE_BYTES
 from adaptive_reasoning.run.balance import deal, expected_tokens
-from adaptive_reasoning.run.evaluation import Evaluator, evaluate, openings_line
+from adaptive_reasoning.run.evaluation import Evaluator, compare, evaluate, openings_line
 from adaptive_reasoning.run.folder import data_of, inputs_of, keep_date
 from adaptive_reasoning.run.journal import Journal
 from adaptive_reasoning.run.memory import Where
@@ -119,6 +119,7 @@ class Run:
         with self.watch.telling():
             self.form, self.spec = form, form.eval_spec()
             follows = self.spec.template and len(self.spec.template.nothinking) > 1
+            self.journal.about["format"] = f"{type(form).__module__}.{type(form).__qualname__}"
             self.journal.declare(metrics | (OPENING_METRICS if follows else {}), form.modes)
             self.task = load_task(self.args, self.tokenizer)  # prompts as the format wants them
             if not self.offline:  # says at once if there are too few questions
@@ -400,12 +401,15 @@ class Run:
         known = {(row["benchmark"], row["setting"]) for row in there}
         rows, samples_of_all = [], []
         for benchmark in self.task.benchmarks:
+            results, graded = {}, {}
             for setting in (s for s in settings if (benchmark.name, s) not in known):
-                self.watch.phase(f"evaluate {benchmark.name} {setting}", self.step)
                 title = f"evaluate {benchmark.name} {setting}"
-                result, samples, _ = evaluate(self.evaluator, benchmark, setting, title)
-                rows.append({"step": self.step, "setting": setting, "benchmark": benchmark.name, "result": result})
+                self.watch.phase(title, self.step)
+                results[setting], samples, graded[setting] = evaluate(self.evaluator, benchmark, setting, title)
                 samples_of_all += samples
+            compare(results, graded, self.spec)
+            about = {"step": self.step, "benchmark": benchmark.name}
+            rows += [{**about, "setting": setting, "result": result} for setting, result in results.items()]
         if not rows:
             return
         if first and self.spec.template:

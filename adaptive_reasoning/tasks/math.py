@@ -1,7 +1,8 @@
 """Math questions: local files, data sets of the hub, and the benchmarks known by name.
 
 A row has a problem and an answer, perhaps a level; which columns and files are read is in docs/add_a_task_or_reward.md.
-Options of a multiple-choice row are written behind the question as ARM writes them, and the answer is the letter.
+Options of a multiple-choice row are written behind the question as ARM writes them, and the answer is the letter; those
+of GPQA, whose right one comes first, are shuffled by a random generator that the question seeds.
 Answers stay text as they are; only GSM8K's worked solutions are cut down to what follows "####". Grading is
 `answers.same_answer` or what the algorithm names, through a `GraderPool`.
 """
@@ -13,6 +14,7 @@ import string
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 
@@ -24,9 +26,9 @@ from adaptive_reasoning.tasks.rows import FILE_TYPES, READ, known_columns, read_
 DATA_FOLDER = "ADAPTIVE_REASONING_DATA"
 """Environment variable: a folder whose <name>_test.jsonl files stand in for the benchmarks of the hub."""
 
-PROBLEM = ("problem", "question_concat", "question", "question_stem")
-ANSWER = ("answer", "answerKey")
-LABEL = ("level", "difficulty", "subject")  # BBH's tasks are its subjects
+PROBLEM = ("problem", "question_concat", "question", "question_stem", "input")
+ANSWER = ("answer", "answerKey", "target")
+LABEL = ("subfield", "level", "difficulty", "subject", "high-level domain")  # BBH's tasks are its subjects
 UNREAD = re.compile(r"(option|choice)s?[ _-]?\w?", re.IGNORECASE)  # option_a, choice1: a column for each option
 OWN_LETTER = re.compile(r"\(?([A-Z])[).:]\s*(.+)", re.DOTALL)  # "A) one"
 
@@ -35,9 +37,10 @@ OWN_LETTER = re.compile(r"\(?([A-Z])[).:]\s*(.+)", re.DOTALL)  # "A) one"
 class Known:
     """A test set known by name."""
 
-    hub: str  # data set, with ":config" where it has several; "" if only files have it in one piece
+    hub: str  # data set, with ":config" where it has several, ":*" for all of them
     split: str
-    samples: int = 1  # responses per question in the paper's tables
+    samples: int = 1  # responses per question in the papers' tables, where a few questions say little
+    gated: bool = False  # whether the hub asks for an account that has accepted terms
 
 
 BENCHMARKS = {
@@ -47,9 +50,13 @@ BENCHMARKS = {
     "csqa": Known("tau/commonsense_qa", "validation"),
     "obqa": Known("allenai/openbookqa:main", "test"),
     "svamp": Known("ChilleD/SVAMP", "test"),
-    "bbh": Known("", "test"),
+    "bbh": Known("SaylorTwift/bbh:*", "test"),
+    "minerva": Known("math-ai/minervamath", "test"),
+    "olympiad": Known("Hothan/OlympiadBench:OE_TO_maths_en_COMP", "train"),  # text only, in English
+    "gpqa": Known("Idavidrein/gpqa:gpqa_diamond", "train", gated=True),
+    "amc23": Known("math-ai/amc23", "test", samples=16),  # 40 questions
     "aime25": Known("math-ai/aime25", "test", samples=16),
-    "aime24": Known("HuggingFaceH4/aime_2024", "train", samples=16),  # 30 questions: one sample each says little
+    "aime24": Known("HuggingFaceH4/aime_2024", "train", samples=16),  # 30 questions
 }
 
 
@@ -79,14 +86,9 @@ def load_questions(source: str, limit: int = 0, split: str = "train", beside: st
     if benchmark and not path.exists():
         folders = [Path(f) for f in (os.environ.get(DATA_FOLDER), beside and Path(beside).parent) if f]
         stored = [f / f"{source}_test.jsonl" for f in folders if (f / f"{source}_test.jsonl").is_file()]
-        if stored:
-            path = stored[0]
-        elif not benchmark.hub:
-            raise UserError(
-                f"{source}: no data set of the hub has it. Put {source}_test.jsonl in the folder {DATA_FOLDER}."
-            )
-        else:
-            return _questions(_hub_rows(benchmark.hub, benchmark.split), source, source, limit)
+        if not stored:
+            return _questions(_hub_rows(benchmark.hub, benchmark.split, source), source, source, limit)
+        path = stored[0]
     elif not path.exists():
         if not source.lower().endswith(FILE_TYPES) and not source.startswith((".", "/", "~")):
             return _questions(_hub_rows(source, split), source.split(":")[0].split("/")[-1], source, limit)
@@ -98,6 +100,7 @@ def load_questions(source: str, limit: int = 0, split: str = "train", beside: st
 def _questions(rows: Iterable[tuple[str, dict]], prefix: str, source: str, limit: int) -> list[Question]:
     questions, places = [], {}
     for where, row in rows:
+        row = _in_usual_columns(row, where)
         problem, answer, options = _text(row, PROBLEM, where), _answer(row, where), _options(row, where)
         if options:
             written = next((row[name] for name in ANSWER if row.get(name) is not None), None)
@@ -126,6 +129,21 @@ def _questions(rows: Iterable[tuple[str, dict]], prefix: str, source: str, limit
     if not questions:
         raise UserError(f"Data set {source} is empty. Give one with a row per question.")
     return questions
+
+
+def _in_usual_columns(row: dict, where: str) -> dict:
+    """Return a row of GPQA, OlympiadBench or BBH with its options and answer where other data sets have them."""
+    if row.get("correct answer") is not None:
+        names = ("correct answer", *(f"incorrect answer {i}" for i in (1, 2, 3)))
+        texts = [_text(row, (name,), where) for name in names]
+        order = np.random.default_rng(crc32(_text(row, PROBLEM, where).encode())).permutation(len(texts)).tolist()
+        row = row | {"options": [texts[i] for i in order], "answer": string.ascii_uppercase[order.index(0)]}
+    if isinstance(row.get("final_answer"), list):
+        problem = "\n".join(text for text in (row.get("context"), _text(row, PROBLEM, where)) if text)
+        row = row | {"problem": problem, "answer": ", ".join(map(str, row["final_answer"]))}
+    if letter := re.fullmatch(r"\(([A-Z])\)", str(row.get("target"))):
+        row = row | {"target": letter[1]}
+    return row
 
 
 def _answer(row: dict, where: str) -> str:
@@ -221,21 +239,37 @@ def _as_text(value: object, name: str, where: str) -> str:
     return value
 
 
-def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
+def _hub_rows(name: str, split: str, benchmark: str = "") -> Iterator[tuple[str, dict]]:
+    """Yield the rows of a data set of the hub; those of ":*" have the configuration as their subject.
+
+    Raises:
+        UserError: it cannot be loaded; for a benchmark the message says how to fetch it elsewhere.
+    """
     try:
-        from datasets import load_dataset
+        from datasets import get_dataset_config_names, load_dataset
     except ImportError as error:
         raise UserError(f"Data set {name}: needs datasets. pip install datasets, or give a local file.") from error
     hub, _, config = name.partition(":")
     try:
-        data = load_dataset(hub, config or None, split=split).with_format("arrow")
+        configs = get_dataset_config_names(hub) if config == "*" else [config or None]
+        parts = {each: load_dataset(hub, each, split=split).with_format("arrow") for each in configs}
     except Exception as error:  # the hub, the network and every data format have exceptions of their own
-        raise UserError(
-            f"Data set {name}, split {split}, cannot be loaded: {type(error).__name__}: {error}\n"
+        mend = (
             f"Check its name (owner/name, owner/name:config) and the network, or give a local file ({READ}); "
             f"{DATA_FOLDER} names a folder with <benchmark>_test.jsonl files."
+        )
+        if benchmark:
+            login = f"Accept its terms at https://huggingface.co/datasets/{hub} and log in with `hf auth login`. "
+            mend = login * BENCHMARKS[benchmark].gated + (
+                f"For a machine without the network, `python -m adaptive_reasoning.tasks.fetch {benchmark}` on another "
+                f"writes {benchmark}_test.jsonl: put it in a folder that {DATA_FOLDER} names, or beside --data."
+            )
+        raise UserError(
+            f"Data set {name}, split {split}, cannot be loaded: {type(error).__name__}: {error}\n{mend}"
         ) from error
-    yield from known_columns(table_rows(f"data set {name}, split {split}", data.iter(1000)))
+    for each, data in parts.items():
+        for where, row in known_columns(table_rows(f"data set {name}, split {split}", data.iter(1000))):
+            yield where, row | {"subject": each} if config == "*" else row
 
 
 def _part(part: re.Match, questions: list[Question]) -> list[Question]:

@@ -16,7 +16,9 @@ import numpy as np
 from adaptive_reasoning.errors import UserError
 
 COLUMNS = ("problem", "question", "question_stem", "question_concat", "choices", "options", "solution", "response")
-COLUMNS += ("answer", "answerKey", "level", "difficulty", "subject")
+COLUMNS += ("answer", "answerKey", "level", "difficulty", "subject", "input", "target")  # the last two: BBH
+COLUMNS += ("context", "final_answer", "subfield")  # OlympiadBench
+COLUMNS += ("correct answer", *(f"incorrect answer {i}" for i in (1, 2, 3)), "high-level domain")  # GPQA
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".zst")
 READ = "JSONL, CSV or Parquet"
 PACKED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd"}  # first bytes -> name of the codec
