@@ -49,6 +49,7 @@ setup(
     extras_require={
         "gpu": ["deepspeed>=0.18,<1", "flash-attn>=2.8,<3", "triton>=3.4,<4"],
         "gguf": ["gguf>=0.17,<1"],
+        "gym": ["reasoning-gym==0.1.25"],  # questions by seed and their scores are what this version makes them
         "peft": ["peft>=0.18,<1"],
         "test": [
             "deepspeed>=0.18,<1",

@@ -143,8 +143,8 @@ extract_answer = Arm.extract_answer  # what is graded: the one answer block, beh
 
 
 def reward(e: Episode, args) -> float:
-    """Return r: 1 for a right answer that passes the gate, else 0."""
-    return float(e.correct)
+    """Return r: 1 for a right answer that passes the gate, else 0; or what a task's own score or --reward gave."""
+    return e.score
 
 
 def advantages(episodes: list[Episode], args, step: int) -> list[float]:
@@ -168,7 +168,7 @@ def advantages(episodes: list[Episode], args, step: int) -> list[float]:
     base, std = r if args.std == "raw" else None, "none" if args.std == "none" else "unbiased"
     A = kernels.group_advantage(shaped, groups, std, STD_EPS, spread=STD_EPS, base=base).tolist()
     if args.drop_all_correct:
-        missed = {e.group for e in episodes if not e.reward}
+        missed = {e.group for e in episodes if not e.correct}
         A = [a if e.group in missed else 0.0 for e, a in zip(episodes, A)]
     return A
 

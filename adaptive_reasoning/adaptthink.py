@@ -125,6 +125,8 @@ class Args(ThinkArgs, RunArgs):
 
     def __post_init__(self):
         check_minibatches(self)
+        if self.reward and self.ref_results:
+            raise UserError("--ref_results: they are no means of --reward. Leave it empty: these are measured.")
         if self.forcing == "exact" and (self.num_generations * self.nothinking_share) % 1:
             raise UserError(
                 f"--forcing exact: {self.nothinking_share:g} of --num_generations {self.num_generations} is no whole "
@@ -213,13 +215,13 @@ chain.FORMS["adaptthink"] = Think
 
 
 def reward(e: Episode) -> float:
-    """Return R(x, y): 1 for a well-formed right answer, else 0."""
-    return float(e.correct)
+    """Return R(x, y): 1 for a well-formed right answer, else 0; or what a task's own score or --reward gave."""
+    return e.score
 
 
 def advantage(e: Episode, baseline: float, args) -> float:
     """Return A(x, y) = delta 1(y_1 = </think>) + R(x, y) - Rbar_ref(x)   (Eq. 6)."""
-    pays = e.mode == "nothinking" and (args.delta_on == "all" or e.reward == 1)
+    pays = e.mode == "nothinking" and (args.delta_on == "all" or e.correct)
     return args.delta * pays + e.reward - baseline
 
 

@@ -166,13 +166,17 @@ def plan_rollouts(questions, args, stop_ids, step: int) -> list[Request]:
 
 
 def reward(e: Episode, gamma: float, args) -> float:
-    """Return r: 1 - gamma for a right thinking answer, 1 for any other right one, -1 for a wrong or malformed one."""
+    """Return r: 1 - gamma for a right thinking answer, 1 for any other right one, -1 for a wrong or malformed one.
+
+    A task's own score or --reward, s in place of 1 or 0, pays s r(right) - (1 - s).
+    """
     mode = e.mode
     if args.mode_rule == "substring":
         mode = "short" if "<short>" in e.text else "think"
-    if not e.correct or mode == Thinkless.malformed:
+    if mode == Thinkless.malformed:
         return -1.0
-    return 1.0 - gamma if mode == "think" else 1.0
+    right = 1.0 - gamma if mode == "think" else 1.0
+    return e.score * right - (1 - e.score)
 
 
 def advantages(episodes: list[Episode], args) -> list[float]:

@@ -220,7 +220,7 @@ def graded_attempts(run: Run, episodes: list[Episode]) -> list[list[tuple[str, b
         split.append(split_attempts(prompts.decode(run.tokenizer, thinking, ())))
         for j, (_, answer) in enumerate(split[-1]):
             if answer:
-                grader.submit(answer, e.question.answer, (k, j))
+                grader.submit(answer, e.question, (k, j))
     right = {key for key, grade in grader.drain().items() if grade.correct}
     return [[(text, (k, j) in right) for j, (text, _) in enumerate(parts)] for k, parts in enumerate(split)]
 

@@ -110,8 +110,8 @@ def plan_rollouts(questions, args, stop_ids, step: int) -> list[Request]:
 
 
 def reward(e: Episode, args) -> float:
-    """Return r: 1 for a right answer that passes the gate, else 0."""
-    return float(e.correct)
+    """Return r: 1 for a right answer that passes the gate, else 0; or what a task's own score or --reward gave."""
+    return e.score
 
 
 def advantages(episodes: list[Episode], args) -> list[float]:

@@ -196,7 +196,7 @@ def next_stage(turns: dict[str, Turn], setting: str, args) -> str | None:
 
 def reward(stage: str, turns: dict[str, Turn], p: float, args) -> float:
     """Return R of a stage: the four rewards of the paper (the baseline's one turn is paid like Fast and Slow)."""
-    right = float(turns[stage].correct)  # what "correct" means for a stage: `DialogueFormat.target`
+    right = turns[stage].score  # 1 or 0; what "correct" means for a stage: `DialogueFormat.target`
     if stage in ("fast", "slow", "qa"):
         return right  # R_fast = 1{y_fast = y*}, R_slow = 1{y_slow = y*}
     if stage == "verify":  # R_verify = (1 - p) 1{Yes} if y_fast = y*, else p 1{No}

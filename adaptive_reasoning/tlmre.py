@@ -151,16 +151,17 @@ def rewards(episodes: list[Episode], args) -> list[float]:
     """Return r_i = 1{right} (1 - alpha sigmoid(z_i)), z_i = (L_i - mean L) / (std L + 1e-7), of each episode.
 
     Mean and std (population) are over the right responses to the question; a cut one is none of them. Where there is
-    one alone, or all are equally long, z = 0.
+    one alone, or all are equally long, z = 0. A task's own score or --reward takes the place of 1{right}: right are
+    those with more than 0, and a number below 0 is the reward itself.
     """
-    right = [i for i, e in enumerate(episodes) if e.correct and e.finish_reason == "stop"]
+    right = [i for i, e in enumerate(episodes) if e.score > 0 and e.finish_reason == "stop"]
     device = kernels.device()
     L = torch.tensor([episodes[i].num_tokens for i in right], dtype=torch.float64, device=device)  # [R]
     groups = Groups.of(torch.tensor([episodes[i].group for i in right], device=device))
     z = kernels.group_advantage(L, groups, std="population", eps=STD_EPS)
     z = torch.where(groups.offsets.diff()[groups.index] > 1, z, 0.0)  # a group of one is not centred
-    r = torch.zeros(len(episodes), dtype=torch.float64)
-    r[right] = (1 - args.alpha * z.sigmoid()).cpu()
+    r = torch.tensor([e.score for e in episodes], dtype=torch.float64).clamp(max=0)
+    r[right] = torch.tensor([episodes[i].score for i in right]) * (1 - args.alpha * z.sigmoid()).cpu()
     return r.tolist()
 
 

@@ -3,6 +3,7 @@
 python tests/test_docs.py         # after an edit: sets every such line number anew
 """
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -210,7 +211,9 @@ def test_the_task_and_the_verifier(tmp_path, monkeypatch):
     args = SimpleNamespace(chain_questions=3, chain_eval_questions=2, seed=0, eval_samples=1)
     source = my_task.doubling(args, train=True)
     assert [int(q.answer) for q in source.questions] == [2 * int(q.problem[2:]) for q in source.questions]
-    assert source.exact and [len(b.questions) for b in source.benchmarks] == [2]
+    assert [len(b.questions) for b in source.benchmarks] == [2] and source.score is my_task.score
+    question = dataclasses.replace(source.questions[0], answer="34")
+    assert [source.score(answer, question) for answer in ("34", "24", "35")] == [1, 0.5, 0]
 
 
 def main() -> None:

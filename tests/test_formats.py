@@ -143,7 +143,7 @@ def test_a_third_mode_of_thinkless():
 def test_what_degrpo_pays_for_a_third_mode():
     rule = SimpleNamespace(mode_rule="first_token")
     paid = {
-        (mode, right): reward(SimpleNamespace(mode=mode, correct=right, text=""), 0.2, rule)
+        (mode, right): reward(SimpleNamespace(mode=mode, score=float(right), text=""), 0.2, rule)
         for mode in ("think", "short", "outline", "malformed")
         for right in (True, False)
     }

@@ -117,8 +117,8 @@ def test_healthy_answers_among_hanging_crashing_and_memory_eating_ones():
         "segfault": ("error", "the worker died with exit code -11"),
         "eat": ("error", "MemoryError"),
         "nibble": ("error", "MemoryError"),
-        "raise": ("error", "ValueError"),
-        "quit": ("error", "SystemExit"),
+        "raise": ("error", "ValueError: cannot be compared (test_grader.py, line 43)"),
+        "quit": ("error", "SystemExit: 0 (test_grader.py, line 45)"),
     }
     jobs = [(f"{n}", f"{n + n % 2}", n) for n in range(100)] + [(name, "1", name) for name in bad]
     random.Random(0).shuffle(jobs)
@@ -303,7 +303,7 @@ def test_a_check_that_cannot_be_imported_is_an_error_not_a_wait():
     import pytest
 
     with GraderPool(workers=2, timeout=1.0, check=ghost) as pool:
-        with pytest.raises(UserError, match="cannot import module_that_is_not_there:ghost: ModuleNotFoundError"):
+        with pytest.raises(UserError, match="cannot import module_that_is_not_there:ghost: .* there is no module"):
             pool.submit("", "", 0)
             pool.drain()
         with pytest.raises(UserError, match="cannot import"):

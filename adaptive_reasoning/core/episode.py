@@ -30,6 +30,7 @@ class Episode:
     text: str = ""  # decoded response, for grading and tables only
     answer: str | None = None  # what was graded; None where the response breaks its format
     correct: bool = False
+    given: float | None = None  # what the task's own score or --reward gave in place of 1 or 0
     grader: str = ""  # what the grader said where it could not decide: "timeout: ..." or "error: ..."
     reward: float = 0.0
     advantage: float = 0.0  # of every token; where tokens differ their mean, for tables, beside `advantages`
@@ -60,6 +61,11 @@ class Episode:
             completion.forced,
             **more,
         )
+
+    @property
+    def score(self) -> float:
+        """What takes the place of correctness in a method's reward: 1 for right, 0 for wrong, or what was given."""
+        return float(self.correct) if self.given is None else self.given
 
     @property
     def num_tokens(self) -> int:

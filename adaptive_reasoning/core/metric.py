@@ -98,6 +98,14 @@ SHARED = {
         "share", "higher", "acc",
         alarms=(Alarm("no response is right for five steps: compare the answer format in the samples with what the "
                       "grader accepts", below=0.001, steps=5),)),
+    "reward/score_mean": Metric(
+        "Mean of what takes the place of 1 for right and 0 for wrong: the task's own score, or what --reward returned.",
+        "", "higher", panel="Score | The task's own, or that of --reward."),
+    "reward/failed_share": Metric(
+        "Share of the responses on which --reward raised, hung or returned no finite number; their score is 0.",
+        "share", "0",
+        alarms=(Alarm("--reward fails: the console and 'grader' in the samples say why; mend the function and start "
+                      "anew", above=0.0),)),
     "loss/policy": Metric(
         "Policy loss, mean over the optimiser steps of this step. Its size means little; watch for jumps.",
         "", "no jumps", "loss", panel="Policy loss | Its size means little; jumps do.",

@@ -1,6 +1,7 @@
 """Question: the one thing every task hands out; benchmarks are made of them."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -10,6 +11,7 @@ class Question:
     `id` is unique within its data set and stable between runs (reference accuracies and samples are keyed by it).
     `difficulty` is a short label used for tables ("1" ... "6", a MATH level, a task of BBH), None if there is none.
     `work` is the operations worked out, one by one, where the question is made by code.
+    `metadata` is whatever else the task knows, for its `score` and for a reward; it travels to other processes.
     """
 
     id: str
@@ -18,6 +20,7 @@ class Question:
     difficulty: str | None = None
     source: str = ""
     work: tuple[str, ...] = ()
+    metadata: dict = field(default_factory=dict, compare=False)
 
 
 @dataclass
@@ -31,8 +34,13 @@ class Benchmark:
 
 @dataclass
 class Source:
-    """What a task gives: training questions, benchmarks, and whether answers are compared as text, in this process."""
+    """What a task gives: training questions, benchmarks, and how answers are checked.
+
+    By default the response format's `check` compares with `Question.answer`; `exact`: as text, in this process.
+    `score`: (answer, question) -> 0 to 1, a function of a module that is run in the graders; 1 is a right answer.
+    """
 
     questions: list[Question]
     benchmarks: list[Benchmark]
     exact: bool = False
+    score: Callable[[str, Question], float] | None = None

@@ -183,11 +183,11 @@ class DialogueFormat(ResponseFormat):
         """Return the answer of a stage to grade, or None."""
         return None if cut and self.options.require_stop else self.extract_answer(text, stage)
 
-    def target(self, stage: str, d: Dialogue) -> str:
+    def target(self, stage: str, d: Dialogue) -> str | Question:
         """Return what the answer of a stage has to equal: Summary the answer of Slow, Verify the truth about Fast."""
         if stage == "verify":
             return "yes" if d.turns["fast"].correct else "no"
-        return d.turns["slow"].answer if stage == "summary" else d.question.answer
+        return d.turns["slow"].answer if stage == "summary" else d.question
 
     @classmethod
     def mode_of(cls, turns: dict[str, Turn]) -> str:

@@ -10,7 +10,7 @@ What is asked, in which order, and what an answer has to be is the business of t
     script.ids(stage, problem)                  tokens before the response of a stage; `problem` None in later turns
     script.budget(stage)                        most tokens of its response
     script.read(stage, text, cut)               the answer to grade, or None
-    script.target(stage, dialogue)               what that answer has to equal
+    script.target(stage, dialogue)               what that answer has to equal; the question itself: its answer
 """
 
 import re
@@ -85,8 +85,13 @@ class Turn:
     text: str
     answer: str | None
     correct: bool = False  # whether the answer is what script.target says
+    given: float | None = None  # as in Episode
     logprob: float = 0.0  # of the response in another context, where a reward asks for it
     reward: float = 0.0
+
+    @property
+    def score(self) -> float:
+        return float(self.correct) if self.given is None else self.given
 
 
 @dataclass(eq=False)
@@ -166,7 +171,7 @@ def converse(engine, grader, dialogues, script, sampling: Sampling, setting: str
             asked = time.perf_counter()
             for i, grade in grader.drain().items():
                 d, stage = live[i]
-                d.turns[stage].correct = grade.correct
+                d.turns[stage].correct, d.turns[stage].given = grade.correct, grade.score
                 if grade.status != "ok":
                     d.grader = f"{stage}: {grade.status}: {grade.detail}"
             waited += time.perf_counter() - asked

@@ -29,6 +29,7 @@ from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.runtime import all_gather, on_main
 from adaptive_reasoning.rollout import Request, Sampling, request_seed
 from adaptive_reasoning.run.folder import weights_of
+from adaptive_reasoning.run.rewards import check_failures, failed_rewards, failures
 
 STREAM = 104_729  # keeps the random numbers of banked samples apart from those of training
 QUESTIONS_PER_ROUND = 256  # on each process; what a kill can cost
@@ -58,6 +59,7 @@ class Bank:
             "sampling": repr(sampling),
             "format": f"{type(run.form).__module__}.{type(run.form).__qualname__}",
             "dtype": run.args.dtype,
+            **{what: digest(*text) for what, text in run.code.items()},  # files of one's own: a reward, a format
         }
         self.run, self.needed = run, needed
         self.folder = Path(folder) / digest(json.dumps(about))[:16]
@@ -82,6 +84,8 @@ class Bank:
             mine = todo[start : start + per_round][run.rank :: run.ranks]
             requests = [request for i in mine for request in make_requests(i)]
             episodes = run.rollout(requests, sampling, f"answers {start}/{len(todo)}")
+            failed, number = failures(run, episodes), run.sum([len(episodes)])[0]
+            check_failures(run, {"reward/failed_share": failed_rewards(failed) / number}, failed)
             if episodes:
                 write(self.folder / f"{mine[0]:08d}.safetensors", episodes)  # a question is in one file
             run.accelerator.wait_for_everyone()
@@ -104,9 +108,9 @@ class Bank:
                 start += row["tokens"]
 
     def pass_rates(self) -> dict[int, float]:
-        """Return {question: share of right responses}, and tell the run how long its responses are."""
+        """Return {question: share of right responses, or mean score}, and tell the run how long its responses are."""
         known = {i: self.rows[i] for i in self.needed}
-        rates = {i: sum(row["correct"] for row in rows) / len(rows) for i, rows in known.items()}
+        rates = {i: sum(row.get("score", row["correct"]) for row in rows) / len(rows) for i, rows in known.items()}
         self.run.know_lengths({i: sum(row["tokens"] for row in rows) / len(rows) for i, rows in known.items()})
         mean = sum(rates.values()) / len(rates)
         self.run.journal.say(f"pass rates of {len(rates)} questions from {self.folder}: mean {mean:.3f}")
@@ -157,7 +161,7 @@ def write(path: Path, episodes: list[Episode]) -> None:
     rows = []
     for e in episodes:
         sample = places[e.group] = places.get(e.group, -1) + 1
-        row = {"question": e.group, "sample": sample, "tokens": e.num_tokens, "correct": e.correct}
+        row = {"question": e.group, "sample": sample, "tokens": e.num_tokens, "correct": e.correct, "score": e.score}
         rows.append({**row, "cut": e.finish_reason == "length", "mode": e.mode, "answer": e.answer})
     tensors = {
         "ids": torch.cat([e.response_ids for e in episodes]).int(),

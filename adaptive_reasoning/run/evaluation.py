@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from adaptive_reasoning.core.intervals import accuracy_interval, hybrid_accuracy, paired_difference, pass_at
+from adaptive_reasoning.errors import say
 from adaptive_reasoning.learner.runtime import all_gather
 from adaptive_reasoning.rollout import Engine, Request, Sampling, request_seed
 from adaptive_reasoning.rollout.dialogue import Dialogue, converse
@@ -100,16 +101,22 @@ def evaluate(on: Evaluator, benchmark: Benchmark, setting: str, progress: str = 
     hold = respond if on.spec.script is None else hold_dialogues
     rows, texts = hold(on, jobs, setting, progress if rank == 0 else "")
     every = max(1, len(everything) // KEPT_SAMPLES)  # the same responses are shown whatever the number of processes
+    failed = next((j for j, row in enumerate(rows) if "grader" in row), None)  # one more sample: its reason is in it
     samples = []
     for j, ((_, q, _), row, (text, reason)) in enumerate(zip(jobs, rows, texts)):
-        if (place := rank + j * ranks) % every == 0:
+        if (place := rank + j * ranks) % every == 0 or j == failed:
             sample = {"setting": setting, "benchmark": benchmark.name, "mode": row["mode"]}
             sample |= {"difficulty": q.difficulty, "problem": q.problem, "answer": q.answer, "response": text}
-            sample |= {"reward": float(row["correct"]), "tokens": row["tokens"], "finish_reason": reason}
+            sample |= {"reward": row.get("score", float(row["correct"])), "tokens": row["tokens"]}
+            sample |= {"finish_reason": reason} | ({"grader": row["grader"]} if "grader" in row else {})
             samples.append((place, sample))
     rows = on.of_all(rows)
     samples = [sample for _, sample in sorted(on.of_all(samples), key=lambda pair: pair[0])]
     result = summarise(rows, on.spec.modes)
+    if reasons := [row["grader"] for row in rows if "grader" in row]:
+        result["ungraded"] = len(reasons)
+        if rank == 0:
+            say(f"warning: {len(reasons)} of {len(rows)} answers could not be graded, the first: {reasons[0]}")
     template = on.spec.template
     if template and len(template.nothinking) > 1 and setting == next(iter(on.spec.settings)):
         asked = [prompts.render(on.tokenizer, q.problem) for q in benchmark.questions[:ASKED]]
@@ -158,6 +165,7 @@ def respond(on: Evaluator, jobs: list, setting: str, progress: str) -> tuple[lis
         said = ids if thinking is None else template.as_response(ids, "", thinking)[0]
         row = {"question": i, "sample": k, "mode": on.spec.mode_of(said), "difficulty": q.difficulty}
         row |= {"answer": g.answer, "correct": g.correct, "tokens": len(ids)}
+        row |= ({"score": g.score} if on.grader.score else {}) | ({"grader": g.trouble} if g.trouble else {})
         if template and len(template.nothinking) > 1:
             row["leaks"] = template.leaks(ids)
         if on.spec.extra_tokens is not None:  # prompt, template and response, whose end token the template counts
@@ -202,6 +210,7 @@ def hold_dialogues(on: Evaluator, jobs: list, setting: str, progress: str) -> tu
         mode = on.spec.mode_of(d.turns)
         row |= {"question": d.group, "mode": mode, "difficulty": d.question.difficulty, "tokens": d.num_tokens}
         row["correct"] = d.turns[mode].correct
+        row |= ({"score": d.turns[mode].score} if on.grader.score else {}) | ({"grader": d.grader} if d.grader else {})
     return rows, [(d.text, "length" if d.cut else "stop") for d in dialogues]
 
 
@@ -218,6 +227,8 @@ def summarise(rows: list[dict], modes: Iterable[str]) -> dict:
 
     def accuracy_and_tokens(part):
         out = {"accuracy": mean(r["correct"] for r in part), "mean_tokens": mean(r["tokens"] for r in part)}
+        if rows and "score" in rows[0]:
+            out["mean_score"] = mean(r["score"] for r in part)
         if rows and "tokens_paper" in rows[0]:
             out["mean_tokens_paper"] = mean(r["tokens_paper"] for r in part)
         return out

@@ -71,6 +71,8 @@ def counts_of(episodes: list[Episode], grader: dict[str, float]) -> dict:
         "cut": sum(e.finish_reason == "length" for e in episodes),
         "correct": sum(e.correct for e in episodes),
         "reward": sum(e.reward for e in episodes),
+        "score": sum(e.score for e in episodes),
+        "failed": [j for j, e in enumerate(episodes) if e.grader],
         "grader": grader,
         "groups": [e.group for e in episodes],
         "lengths": lengths,

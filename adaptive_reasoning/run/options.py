@@ -56,7 +56,8 @@ class RunArgs(ThinkingArgs):
     output_dir: str = "runs/unnamed"
     """Folder of the run. The same command again continues the run found there."""
     task: str = "math"
-    """Questions: "math" (data files or data sets), "chain", "words" (made by code), or your own "module.function"."""
+    """Questions: "math" (data files or data sets), "chain", "words" (made by code), "reasoning-gym:chain_sum,..." (its
+    options in brackets: "chain_sum(max_terms=3)"), or your own: "path/to/file.py:function", "module.function"."""
     data: str = ""
     """Training questions, comma separated: JSONL, CSV, Parquet with `problem` and `answer`, or hub data sets."""
     train_limit: NonNegativeInt = 0
@@ -70,9 +71,9 @@ class RunArgs(ThinkingArgs):
     chain_mix: str = "0.6,0.1,0.1,0.1,0.05,0.05"
     """Share of the questions with 1, 2, ... operations (tasks "chain" and "words")."""
     chain_questions: PositiveInt = 960
-    """Number of training questions (tasks "chain" and "words")."""
+    """Number of training questions (tasks "chain", "words" and "reasoning-gym")."""
     chain_eval_questions: PositiveInt = 600
-    """Number of evaluation questions (tasks "chain" and "words")."""
+    """Number of evaluation questions (tasks "chain", "words" and "reasoning-gym")."""
 
     # --- how long
     seed: NonNegativeInt = 0
@@ -130,12 +131,16 @@ class RunArgs(ThinkingArgs):
     """Linear layers with an adapter, comma separated, e.g. "q_proj,v_proj"; "all-linear": all of the decoder layers."""
 
     # --- grading, logging
+    reward: str = ""
+    """Your own reward, "path/to/file.py:function" or "module.function": (core.response.Response) -> number, which takes
+    the place of 1 for right and 0 for wrong in the method's formula. Run in the graders; evaluations go without it."""
     grader_workers: PositiveInt = 8
-    """Processes that check answers (task "math")."""
+    """Processes that check answers (not those of "chain" and "words"), and as many for --reward."""
     grader_timeout: Positive = 10.0
-    """Seconds one answer may take before its worker is killed and the answer counts as not verified."""
+    """Seconds one answer or reward may take before its worker is killed and it counts as not verified."""
     max_ungraded: ClosedUnitInterval = 0.2
-    """Stop when more than this share of a step's answers hang or crash the grader: their reward would be a guess."""
+    """Stop when more than this share of a step's answers hang or crash the grader, or of its responses --reward: what
+    they are worth would be a guess."""
     samples_per_step: NonNegativeInt = 4
     """Training responses per step that go into samples.jsonl."""
     patience: Positive = 7200.0

@@ -17,6 +17,7 @@ any method: what a run needs besides the policy, a frozen reference or a critic,
         run.finish()
 """
 
+import sys
 import time
 from collections.abc import Iterator
 
@@ -24,6 +25,7 @@ import torch
 
 from adaptive_reasoning.core.episode import Episode, sample_row
 from adaptive_reasoning.core.metric import GAP_LIMIT, OPENING_METRICS, Metric
+from adaptive_reasoning.core.named import own_code
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.critic import Critic, load_critic
@@ -57,9 +59,19 @@ from adaptive_reasoning.run.journal import Journal
 from adaptive_reasoning.run.memory import Where
 from adaptive_reasoning.run.metrics import Drift, counts_of, mean_losses, over_processes, picked, sums_of
 from adaptive_reasoning.run.preflight import preflight
+from adaptive_reasoning.run.rewards import (
+    check_failures,
+    failures,
+    paid_responses,
+    paid_turns,
+    pay,
+    reward_module,
+    score_metrics,
+)
 from adaptive_reasoning.run.sampling import sample_and_grade
 from adaptive_reasoning.run.start import start_of
 from adaptive_reasoning.tasks import prompts
+from adaptive_reasoning.tasks.grader import GraderPool
 from adaptive_reasoning.tasks.task import load_task
 
 
@@ -88,6 +100,7 @@ class Run:
         self.journal = Journal(args, algorithm, self.accelerator)
         with self.watch.telling():
             lora_config(args)  # says at once what is wrong with it
+            self.modules = [sys.modules[kind.__module__], *reward_module(args.reward, algorithm, offline)]
             self.model = start_of(args, self.accelerator, kind.needed_tokens())
             self.config = load_config(self.model)
             check_weights(self.model, self.config)
@@ -96,6 +109,7 @@ class Run:
             check_vocabulary(self.config, self.tokenizer)
             self.stop_ids = prompts.stop_tokens(self.tokenizer, generation_config(self.model))
         self.offline = offline
+        self.told: set[str] = set()  # what kept responses from being scored
         self.clock: dict[str, float] = {}  # when the step and its update began; seconds of what came before it
         self.cache_bytes = CPU_CACHE_BYTES
         self.latest: dict | None = None  # adaptive result of the newest evaluation
@@ -160,7 +174,9 @@ class Run:
             args, journal = self.args, self.journal
             self.watch.phase("load")
             read_again = args.model if self.has_reference or args.lora_rank else None  # by a continued run
-            journal.open(inputs_of(data_of(self.task), self.tokenizer, read_again))
+            scored = [sys.modules[self.task.score.__module__]] if self.task.score else []
+            self.code = own_code(*self.modules, self.task.module, *scored)
+            journal.open(inputs_of(data_of(self.task) | self.code, self.tokenizer, read_again))
             self.learner = Learner(args, load_model(self.model, args)[0], self.accelerator)
             self.reference = self.critic = None
             if self.has_reference and not args.lora_rank:
@@ -178,12 +194,16 @@ class Run:
             self.grader = self.task.grader(args.grader_workers, args.grader_timeout, self.form.check)
             self.engine.refresh(self.learner.named_weights())
             self.grader.__enter__()
+            self.rewards = None
+            if args.reward:  # a response has one reward: nothing is kept
+                self.rewards = GraderPool(args.grader_workers, args.grader_timeout, args.reward, kept=0).__enter__()
             self.sampler = (self.engine, self.grader, self.tokenizer, self.stop_ids)
             self.evaluator = Evaluator(*self.sampler, self.spec, args, self.accelerator)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self.grader.__exit__(kind, error, trace)
+        for pool in filter(None, (self.grader, self.rewards)):
+            pool.__exit__(kind, error, trace)
         self.watch.stop(error)
         self.journal.close()
         if error is None:
@@ -228,6 +248,8 @@ class Run:
             sampled=lambda: self.watch.phase("grade", self.step),
         )  # fmt: skip
         episodes = [g.episode(self.form.mode_of(g.completion.response_ids)) for g in graded]
+        if self.rewards:
+            waited += pay(self.rewards, paid_responses(episodes))
         self._sampled(start, waited)
         return episodes
 
@@ -237,6 +259,8 @@ class Run:
         start, progress = time.perf_counter(), "rollout" if self.main else ""
         sampling = Sampling(self.args.temperature)
         waited = converse(self.engine, self.grader, dialogues, self.form, sampling, "train", progress)
+        if self.rewards:
+            waited += pay(self.rewards, paid_turns(dialogues, self.form.target))
         self._sampled(start, waited)
         return [d.episode() for d in dialogues]
 
@@ -324,20 +348,17 @@ class Run:
         if args.on_nonfinite == "skip":
             row["loss/skipped_updates"] = sum(u["skipped_updates"] for u in updates)
         row |= self._evaluated()
+        failed = failures(self, episodes)
+        row |= score_metrics(bool(self.task.score), bool(args.reward), failed, parts)
         batch = self.task.batch(self.step, args.prompts_per_step, args.seed)
         chosen = picked([part["groups"] for part in parts], batch, args.samples_per_step, self.step)
+        broken = [(rank, j) for rank, part in enumerate(parts) for j in part["failed"][:1]]  # the samples say why
+        chosen += [place for place in broken if place not in chosen]
         kept = {j: sample_row(episodes[j], self.step, "train") for rank, j in chosen if rank == self.rank}
         kept = all_gather(self.accelerator, kept)
         self.journal.write(row, [kept[rank][j] for rank, j in chosen])
         self._check_gap(row.get("check/logprob_gap_mean"))
-        slow, broken = (row.get(f"grader/{kind}_rate") or 0.0 for kind in ("timeout", "error"))
-        if slow + broken > args.max_ungraded:
-            raise UserError(
-                f"step {self.step}: {slow + broken:.0%} of the answers could not be graded (timeouts {slow:.0%}, "
-                f"errors {broken:.0%}), more than --max_ungraded {args.max_ungraded}. Look at 'grader' in "
-                f"{self.journal.folder / 'samples.jsonl'}; raise --grader_timeout or --grader_workers if the machine "
-                "is too slow. The same command continues the run from its newest checkpoint."
-            )
+        check_failures(self, row, failed)
 
     def _check_gap(self, gap: float | None) -> None:
         """Raise UserError where sampler and learner disagree in the first step."""

@@ -26,10 +26,18 @@ class Graded:
     def correct(self) -> bool:
         return self.grade is not None and self.grade.correct
 
+    @property
+    def score(self) -> float:
+        return self.grade.score if self.grade else 0.0
+
+    @property
+    def trouble(self) -> str:
+        """What the grader said where it could not decide."""
+        return f"{self.grade.status}: {self.grade.detail}" if self.grade and self.grade.status != "ok" else ""
+
     def episode(self, mode: str) -> Episode:
         e = Episode.of(self.completion, text=self.text, answer=self.answer, mode=mode, correct=self.correct)
-        if self.grade and self.grade.status != "ok":
-            e.grader = f"{self.grade.status}: {self.grade.detail}"
+        e.given, e.grader = self.score, self.trouble
         return e
 
 
@@ -61,7 +69,7 @@ def sample_and_grade(
         answer = extract_answer(texts[i])
         if answer is not None:
             answers[i] = answer
-            grader.submit(answer, requests[i].tag[0].answer, i)
+            grader.submit(answer, requests[i].tag[0], i)
 
     def on_finish(i: int, completion: Completion) -> None:
         texts[i] = prompts.decode(tokenizer, completion.response_ids.tolist(), stop_ids)

@@ -14,6 +14,9 @@ workers forked from itself: a killed worker is replaced in milliseconds, without
 kernel ends a worker whose check misses its deadline, whatever code it hangs in; pebble sees the death and forks the
 next one. Where the server itself ends, the run starts another and sends it what has no verdict yet.
 
+A check says whether an answer equals its reference, or scores it with a number; what is neither, NaN among it, is an
+error. `--reward` is such a check of whole responses, in a pool of its own.
+
 A verdict is a function of the answer and its reference alone, on whatever rank and after whatever other answers: hashes
 and random numbers, by which sympy orders sets and tries points, start from the same seed for every answer. What a clock
 decides cannot be such a function. An answer that missed its deadline is not tried again: a retry of every hanging
@@ -22,7 +25,7 @@ answer would double what they cost, and a slow machine shows in `rates`, which t
 
 import contextlib
 import gc
-import importlib
+import math
 import os
 import random
 import signal
@@ -30,28 +33,38 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
+from numbers import Real
 
+from adaptive_reasoning.core.named import module_of, named
+from adaptive_reasoning.core.question import Question
+from adaptive_reasoning.core.response import Response
 from adaptive_reasoning.errors import UserError
 
 START_SECONDS = 120.0  # a server that is not ready by then never will be
 MAX_STARTS = 3  # in a row without a verdict
-CACHE_SIZE = 100_000  # verdicts kept for identical (answer, gold) pairs
 OUT_OF_MEMORY = 99  # exit code of a worker
 LOST_SECONDS = 2.0  # past its deadline a check without an end is taken for lost
+MOST_CHARS = 300  # of what an error says
+SAME_ANSWER = "adaptive_reasoning.tasks.answers:same_answer"  # by name: the parent need not import sympy
 
 
 @dataclass(frozen=True)
 class Grade:
-    """Verdict on one answer. `correct` is False unless the check itself said otherwise (status "ok")."""
+    """Verdict on one answer. The score is 0 unless the check itself said otherwise (status "ok")."""
 
-    correct: bool
+    score: float  # 1 or 0 of a check that says true or false
     status: str  # "ok", "timeout" (killed at the deadline) or "error" (the check raised or its process died)
     detail: str = ""  # what happened, where the status is not "ok"
     seconds: float = 0.0  # wall-clock time of the check; 0 where its process died before the deadline
+
+    @property
+    def correct(self) -> bool:
+        return self.score >= 1
 
 
 @dataclass(eq=False)
@@ -61,23 +74,25 @@ class GraderPool:
     Args:
         workers: number of processes.
         timeout: seconds one check may take. Starting a worker is not charged to an answer.
-        check: check(answer, gold) -> bool, a module-level function of an importable module that leaves SIGALRM alone.
-            None: `same_answer`.
+        check: check(answer, gold) -> bool or a finite number, a module-level function of an importable module that
+            leaves SIGALRM alone, or its name (`core.named`). None: `same_answer`.
         memory_gib: address space of one worker (RLIMIT_AS); beyond it the check gets a MemoryError. 0: no limit.
+        score: such a function (answer, question), for the answers whose gold is a whole question. None: `check`
+            compares with the question's answer.
+        kept: verdicts to keep for identical (answer, gold) pairs.
     """
 
     workers: int
     timeout: float
-    check: Callable[[str, str | int | float], bool] | None = None
+    check: Callable[[str, str | int | float], bool] | str | None = None
     memory_gib: float = 4.0
+    score: Callable[[str, Question], float] | None = None
+    kept: int = 100_000
 
     def __post_init__(self):
         assert self.workers >= 1 and self.timeout > 0 and self.memory_gib >= 0
-        if self.check is None:
-            self._target = "adaptive_reasoning.tasks.answers:same_answer"  # by name: the parent need not import sympy
-        else:
-            self._target = f"{self.check.__module__}:{self.check.__qualname__}"
-            assert "<" not in self._target and self.check.__module__ != "__main__", "workers have to import the check"
+        check = self.check or SAME_ANSWER
+        self._targets = (name_of(check), name_of(self.score or check))
         self._changed = threading.Condition()  # guards everything below
         self._waiting: dict[tuple, list] = {}  # (answer, gold, type of gold) without a verdict -> its keys
         self._cache: dict[tuple, Grade] = {}
@@ -101,14 +116,16 @@ class GraderPool:
             self._kill()
         self._thread.join()
 
-    def submit(self, answer: str, gold: str | int | float, key: Hashable) -> None:
+    def submit(self, answer: str, gold: Hashable, key: Hashable) -> None:
         """Queue one answer and return at once. `key` names it in what drain() returns; identical pairs share a check.
 
         Raises:
             UserError: no worker can be started.
         """
         assert self._thread is not None, "submit inside `with GraderPool(...) as pool`"
-        assert isinstance(answer, str) and isinstance(gold, (str, int, float))
+        if isinstance(gold, Question) and self.score is None:
+            gold = gold.answer
+        assert isinstance(answer, str)
         pair = (answer, gold, type(gold))
         with self._changed:
             self._raise_failure()
@@ -207,11 +224,11 @@ class GraderPool:
         """Take the server's verdicts until it ends, and return whether there was one."""
         answered, patience = False, START_SECONDS + 3 * self.timeout
         with contextlib.suppress(EOFError, OSError):  # the server has ended
-            self._connection.send((os.getpid(), self._target, self.workers, self.timeout, self.memory_gib))
+            self._connection.send((os.getpid(), self._targets, self.workers, self.timeout, self.memory_gib))
             if not self._connection.poll(START_SECONDS):
                 raise UserError(f"A grader is not ready after {START_SECONDS:.0f} s. Use fewer --grader_workers.")
             if failure := self._connection.recv():
-                raise UserError(f"A grader process cannot import {self._target}: {failure}")
+                raise UserError(f"A grader process cannot import {' or '.join(set(self._targets))}: {failure}")
             with self._changed:
                 self._ready = True
                 for pair in self._waiting:
@@ -228,7 +245,7 @@ class GraderPool:
     def _finish(self, pair: tuple, grade: Grade) -> None:
         with self._changed:
             if grade.status == "ok":  # a failure may be the machine's, so the next step tries again
-                if len(self._cache) >= CACHE_SIZE:
+                if len(self._cache) >= self.kept:
                     self._cache.clear()
                 self._cache[pair] = grade
             for key in self._waiting.pop(pair):
@@ -237,7 +254,16 @@ class GraderPool:
                 self._changed.notify_all()
 
 
+def name_of(function: Callable | str) -> str:
+    """Return the name by which a worker imports a function."""
+    name = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
+    assert "<" not in name and not name.startswith("__main__"), "workers have to import the check"
+    return name
+
+
 # --- the server and its workers
+
+_checks: list[Callable] = []  # of a server, for answers and for whole questions; its workers inherit them
 
 
 def serve() -> None:
@@ -247,25 +273,23 @@ def serve() -> None:
     ((answer, gold, type), Grade) in any order. It ends with the connection, or where the pool breaks.
     """
     run = Connection(int(sys.argv[1]))
-    parent, target, workers, timeout, memory_gib = run.recv()
+    parent, targets, workers, timeout, memory_gib = run.recv()
     _die_with(parent)
     try:
         from pebble import ProcessPool
 
-        module, name = target.split(":")
-        check = importlib.import_module(module)
-        getattr(check, "warm_up", lambda: None)()
-        for part in name.split("."):
-            check = getattr(check, part)
+        for target in dict.fromkeys(targets):
+            getattr(module_of(target, {}, "check")[0], "warm_up", lambda: None)()
+        _checks[:] = [named(target, {}, "check") for target in targets]
     except Exception as error:
-        return run.send(f"{type(error).__name__}: {error}")
+        return run.send(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
     gc.freeze()  # a collection in a worker would touch, and so copy, every page it shares with its parent
     pool = ProcessPool(workers, 0, _prepare, (run, os.getpid(), memory_gib), get_context("fork"))
     sending = threading.Lock()
 
     def schedule(pair: tuple, tries: int) -> None:
         # The deadline is the kernel's; pebble's is for a worker that ended with exit code 0, which it overlooks.
-        future = pool.schedule(_check, (check, *pair[:2], timeout), timeout=timeout + LOST_SECONDS)
+        future = pool.schedule(_check, (*pair[:2], timeout), timeout=timeout + LOST_SECONDS)
         future.add_done_callback(lambda future: finish(pair, tries, future))
 
     def finish(pair: tuple, tries: int, future) -> None:
@@ -274,17 +298,17 @@ def serve() -> None:
         if error is None:
             grade = future.result()
         elif code == -signal.SIGALRM:
-            grade = Grade(False, "timeout", f"no verdict after {timeout:g} s", timeout)
+            grade = Grade(0.0, "timeout", f"no verdict after {timeout:g} s", timeout)
         elif code is None and not isinstance(error, TimeoutError):
             return  # the pool is broken: the server ends, and the run sends the answer to the next one
         elif tries == 1:  # pebble may take the answer before it for the one that its worker died of
             schedule(pair, tries=2)
             return
         elif code == OUT_OF_MEMORY:
-            grade = Grade(False, "error", "MemoryError")
+            grade = Grade(0.0, "error", "MemoryError")
         else:
             how = f"died with exit code {code}" if code else "ended without a verdict"
-            grade = Grade(False, "error", f"the worker {how}")
+            grade = Grade(0.0, "error", f"the worker {how}")
         with sending:
             run.send((pair, grade))
 
@@ -311,23 +335,41 @@ def _prepare(run: Connection, parent: int, memory_gib: float) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
-def _check(check, answer: str, gold: str | int | float, timeout: float) -> Grade:
+def _check(answer: str, gold, timeout: float) -> Grade:
     """Grade one answer in a worker, which SIGALRM ends at the deadline."""
     random.seed(0)
     if "sympy" in sys.modules:  # it tries random points of its own
         sys.modules["sympy"].core.random.seed(0)
     start = time.monotonic()
     signal.setitimer(signal.ITIMER_REAL, timeout)
-    correct, status, detail = False, "ok", ""
+    score, status, detail = 0.0, "ok", ""
     try:
-        correct = bool(check(answer, gold))
+        check = _checks[isinstance(gold, Question)]
+        said = check(gold) if isinstance(gold, Response) else check(answer, gold)
+        said = said.item() if hasattr(said, "item") else said  # of NumPy or torch
+        if isinstance(said, Real) and math.isfinite(said):
+            score = float(said)
+        else:
+            status, detail = "error", f"it returned {repr(said)[:MOST_CHARS]}, not a finite number"
     except MemoryError:
         os._exit(OUT_OF_MEMORY)  # what else is broken in there nobody knows
     except BaseException as error:  # SystemExit too: whatever the check raises is a verdict that was not reached
-        # The name alone: the message of a failed comparison may itself take forever to print.
-        status, detail = "error", type(error).__name__
+        status, detail = "error", _in_words(error)  # before the deadline: to print it may itself take forever
     signal.setitimer(signal.ITIMER_REAL, 0)
-    return Grade(correct, status, detail, time.monotonic() - start)
+    return Grade(score, status, detail, time.monotonic() - start)
+
+
+def _in_words(error: BaseException) -> str:
+    """Return kind and text of an error, and the line that raised it."""
+    name = type(error).__name__
+    try:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return (
+            f"{name}: {' '.join(str(error).split())}"[:MOST_CHARS]
+            + f" ({os.path.basename(last.filename)}, line {last.lineno})"
+        )
+    except Exception:
+        return name
 
 
 def _die_with(parent: int) -> None:

@@ -1,11 +1,13 @@
 """Task: the questions of one run, their prompts, and how an answer to them is checked."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import numpy as np
 
-from adaptive_reasoning.core.named import named
-from adaptive_reasoning.core.question import Benchmark, Question
+from adaptive_reasoning.core.named import module_of, named
+from adaptive_reasoning.core.question import Benchmark, Question, Source
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.grader import Grade, GraderPool
@@ -20,6 +22,8 @@ class Task:
     skipped: int  # questions left out because their prompt is too long
     benchmarks: list[Benchmark] = field(default_factory=list)
     exact: bool = False  # answers are compared as text, in this process
+    score: Callable[[str, Question], float] | None = None  # the task's own, in place of a comparison
+    module: ModuleType | None = None  # where the task comes from
 
     def batch(self, step: int, size: int, seed: int) -> list[int]:
         """Return the indices of the questions of training step 1, 2, ...: an epoch is a permutation, its rest dropped.
@@ -52,11 +56,15 @@ class Task:
 
     def grader(self, workers: int, timeout: float, check=None) -> "GraderPool | ExactGrader":
         """Return a context manager that checks answers: submit(answer, gold, key), drain() -> {key: Grade}."""
-        return ExactGrader() if self.exact else GraderPool(workers, timeout, check)
+        if self.exact and self.score is None:
+            return ExactGrader()
+        return GraderPool(workers, timeout, check, score=self.score)
 
 
 class ExactGrader:
     """Compares answers as text: enough for chains, whose answer is one digit. Same interface as GraderPool."""
+
+    score = None
 
     def __init__(self):
         self.grades: dict[object, Grade] = {}
@@ -67,8 +75,8 @@ class ExactGrader:
     def __exit__(self, *exception) -> None:
         pass
 
-    def submit(self, answer: str, gold: str, key: object) -> None:
-        self.grades[key] = Grade(answer == gold, "ok")
+    def submit(self, answer: str, gold: str | Question, key: object) -> None:
+        self.grades[key] = Grade(answer == (gold.answer if isinstance(gold, Question) else gold), "ok")
 
     def drain(self) -> dict[object, Grade]:
         grades, self.grades = self.grades, {}
@@ -85,6 +93,7 @@ TASKS = {  # a task is a function of (options, whether training questions are wa
     "math": "adaptive_reasoning.tasks.math.source",
     "chain": "adaptive_reasoning.tasks.chain.source",
     "words": "adaptive_reasoning.tasks.words.source",
+    "reasoning-gym": "adaptive_reasoning.tasks.gym.source",
 }
 
 
@@ -97,6 +106,11 @@ def load_task(args, tokenizer, train: bool = True) -> Task:
     Raises:
         UserError: data that is missing or malformed (the message names file and line), or a task that does not exist.
     """
-    source = named(args.task, TASKS, "task")(args, train)
+    name = args.task.partition(":")[0]  # what follows names the data sets of reasoning-gym
+    name = name if name == "reasoning-gym" else args.task
+    source = named(name, TASKS, "task")(args, train)
+    if not isinstance(source, Source):
+        raise UserError(f"task {name!r}: it returned {type(source).__name__}, not a Source of questions.")
     kept, ids = prompts.fitting(source.questions, tokenizer, args.max_prompt_tokens) if train else ([], [])
-    return Task(kept, ids, len(source.questions) - len(kept), source.benchmarks, source.exact)
+    skipped, module = len(source.questions) - len(kept), module_of(name, TASKS, "task")[0]
+    return Task(kept, ids, skipped, source.benchmarks, source.exact, source.score, module)
