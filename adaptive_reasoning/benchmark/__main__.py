@@ -35,6 +35,7 @@ from adaptive_reasoning.report.console import evaluation_table
 from adaptive_reasoning.rollout import Decoder, Engine
 from adaptive_reasoning.run.evaluation import EvalSpec, Evaluator, evaluate, summarise
 from adaptive_reasoning.run.folder import MAY_CHANGE, check_inputs, data_of, inputs_of, keep_date, open_folder
+from adaptive_reasoning.run.leak import add_leaks
 from adaptive_reasoning.run.options import NonNegative, PositiveShare, RunArgs, parse_args
 from adaptive_reasoning.run.start import start_of
 from adaptive_reasoning.tasks import prompts
@@ -224,6 +225,8 @@ def measure_benchmark(
         rows.append({"step": 0, "setting": setting, "benchmark": benchmark.name, "result": result})
         line = {"benchmark": benchmark.name, "setting": setting, "row": rows[-1], "rows": graded[setting]}
         keep(line | {"samples": [{"step": 0, "split": "eval", **sample} for sample in samples]})
+    if on.spec.skips:
+        add_leaks({row["setting"]: row["result"] for row in rows}, graded, on.spec.skips, {})
     return rows
 
 

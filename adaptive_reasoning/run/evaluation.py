@@ -39,6 +39,7 @@ class EvalSpec:
     script: of dialogues (`rollout.dialogue`): they are held in place of single responses, and mode_of gets their turns.
     extra_tokens: what published tables add to prompt and response for the template; None: they count responses.
     template: of a format with a chat template's own two modes: what opens them, and the template's own prompts.
+    skips, traces: modes that skip the thinking, and (text, mode, tokens, whether it ended) -> what `run.leak` needs.
     """
 
     settings: dict[str, tuple[tuple[int, float], ...]]
@@ -51,6 +52,8 @@ class EvalSpec:
     script: object = None
     extra_tokens: int | None = None
     template: ThinkTemplate | None = None
+    skips: tuple[str, ...] = ()
+    traces: Callable[[str, str, int, bool], dict] | None = None
 
 
 @dataclass
@@ -112,7 +115,6 @@ def evaluate(on: Evaluator, benchmark: Benchmark, setting: str, progress: str = 
     if template and len(template.nothinking) > 1 and setting == next(iter(on.spec.settings)):
         asked = [prompts.render(on.tokenizer, q.problem) for q in benchmark.questions[:ASKED]]
         result["opening_rest_prob"] = probability(on, asked, template.nothinking, 1)
-        result["leak_share"] = sum(row["leaks"] for row in rows) / len(rows)
     if on.spec.script is not None:
         result |= stage_table(rows)
         for level, part in result["by_difficulty"].items():
@@ -153,14 +155,14 @@ def respond(on: Evaluator, jobs: list, setting: str, progress: str) -> tuple[lis
     rows = []
     for (i, q, k), g in zip(jobs, graded):
         ids = g.completion.response_ids.tolist()
-        said = ids if thinking is None else template.as_response(ids, "", thinking)[0]
+        ended = g.completion.finish_reason == "stop"
+        said, text = (ids, g.text) if thinking is None else template.as_response(ids, g.text, thinking)
         row = {"question": i, "sample": k, "mode": on.spec.mode_of(said), "difficulty": q.difficulty}
         row |= {"answer": g.answer, "correct": g.correct, "tokens": len(ids)}
-        if template and len(template.nothinking) > 1:
-            row["leaks"] = template.leaks(ids)
+        if on.spec.skips:
+            row["traces"] = on.spec.traces(text, row["mode"], len(said), ended)
         if on.spec.extra_tokens is not None:  # prompt, template and response, whose end token the template counts
-            end = g.completion.finish_reason == "stop"
-            row["tokens_paper"] = len(g.completion.context_ids) + len(ids) - end + on.spec.extra_tokens
+            row["tokens_paper"] = len(g.completion.context_ids) + len(ids) - ended + on.spec.extra_tokens
         rows.append(row)
     return rows, [(g.text, g.completion.finish_reason) for g in graded]
 

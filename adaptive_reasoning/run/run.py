@@ -54,6 +54,7 @@ from adaptive_reasoning.run.balance import deal, expected_tokens
 from adaptive_reasoning.run.evaluation import Evaluator, evaluate, openings_line
 from adaptive_reasoning.run.folder import data_of, inputs_of, keep_date
 from adaptive_reasoning.run.journal import Journal
+from adaptive_reasoning.run.leak import add_leaks, leak_metrics, leak_row, traces_of
 from adaptive_reasoning.run.memory import Where
 from adaptive_reasoning.run.metrics import Drift, counts_of, mean_losses, over_processes, picked, sums_of
 from adaptive_reasoning.run.preflight import preflight
@@ -119,7 +120,8 @@ class Run:
         with self.watch.telling():
             self.form, self.spec = form, form.eval_spec()
             follows = self.spec.template and len(self.spec.template.nothinking) > 1
-            self.journal.declare(metrics | (OPENING_METRICS if follows else {}), form.modes)
+            more = leak_metrics(form.modes, form.skips) | (OPENING_METRICS if follows else {})
+            self.journal.declare(metrics | more, form.modes)
             self.task = load_task(self.args, self.tokenizer)  # prompts as the format wants them
             if not self.offline:  # says at once if there are too few questions
                 self.task.batch(1, self.args.prompts_per_step, self.args.seed)
@@ -299,7 +301,8 @@ class Run:
         self.watch.phase("log", self.step)
         args, clock, now = self.args, self.clock, time.perf_counter()
         mine = counts_of(episodes, self.grader.rates())
-        parts = all_gather(self.accelerator, mine | {"losses": sums_of(losses), "drift": self.drift})
+        mine |= {"losses": sums_of(losses), "drift": self.drift, "traces": traces_of(episodes, self.form)}
+        parts = all_gather(self.accelerator, mine)
         lengths = {i: sum(tokens) / len(tokens) for part in parts for i, tokens in part["lengths"].items()}
         self.know_lengths(lengths)
         row = {
@@ -319,6 +322,7 @@ class Run:
             "time/update_s": now - clock["update"],
             **own,
         }
+        row |= leak_row([trace for part in parts for trace in part["traces"]], self.form.skips)
         row["rollout/tokens_per_s"] = row["rollout/tokens"] / clock["rollout"]
         if args.on_nonfinite == "skip":
             row["loss/skipped_updates"] = sum(u["skipped_updates"] for u in updates)
@@ -374,6 +378,8 @@ class Run:
         row = {} if "eval" not in self.clock else {"time/eval_s": self.clock.pop("eval")}
         if self.latest is not None:
             row |= {f"eval/{mode}_share": part["share"] for mode, part in self.latest["modes"].items()}
+            leak = self.latest.get("leak", {})  # of a run that began before there was any: none
+            row |= {f"eval/{mode}_leak_share": table["share"] for mode, table in leak.items()}
             row |= {key: self.latest[name] for key in OPENING_METRICS if (name := key.split("/")[1]) in self.latest}
         return row
 
@@ -400,12 +406,18 @@ class Run:
         known = {(row["benchmark"], row["setting"]) for row in there}
         rows, samples_of_all = [], []
         for benchmark in self.task.benchmarks:
+            graded, here = {}, len(rows)
             for setting in (s for s in settings if (benchmark.name, s) not in known):
                 self.watch.phase(f"evaluate {benchmark.name} {setting}", self.step)
                 title = f"evaluate {benchmark.name} {setting}"
-                result, samples, _ = evaluate(self.evaluator, benchmark, setting, title)
+                result, samples, graded[setting] = evaluate(self.evaluator, benchmark, setting, title)
                 rows.append({"step": self.step, "setting": setting, "benchmark": benchmark.name, "result": result})
                 samples_of_all += samples
+            if graded and self.spec.skips:
+                kept = self.journal.state.setdefault("answer_tokens", {})  # {benchmark: [[question, yardstick]]}
+                results = {row["setting"]: row["result"] for row in rows[here:]}
+                before = dict(kept.get(benchmark.name, []))
+                kept[benchmark.name] = [*add_leaks(results, graded, self.spec.skips, before).items()]
         if not rows:
             return
         if first and self.spec.template:
