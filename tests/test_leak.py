@@ -64,6 +64,8 @@ def test_shares_by_hand():
         row(0, "short", 3, words=2), row(1, "short", 3, words=1, tags=True),
     ]  # fmt: skip
     (table,) = leaks(answers, ["short"], yardsticks(THOUGHT)).values()
+    cut = row(0, "short", None, words=0)  # an ARM rationale that is not closed has no answer yet
+    assert leaks([*answers, cut], ["short"], yardsticks(THOUGHT))["short"]["long"] == 1 / 3
     assert table == {
         "answers": 5, "share": 3 / 5, "words": 2 / 5, "words_per_answer": 3 / 5, "long": 1 / 3, "tags": 1 / 5
     }  # fmt: skip
@@ -157,7 +159,8 @@ def test_every_format_with_a_mode_that_skips_knows_what_begins_it():
 def test_a_step_of_adaptthink_by_hand():
     """An answer has 6 tokens behind `</think>`; worked out once more behind it, it is long and says Wait."""
     form = opened("think")
-    said = {"Okay, let me see.\n3*7=1\nSo it is 1.\n</think>\n\\boxed{1}": "thinking", "</think>\n\\boxed{1}": "nothinking",
+    said = {"Okay, let me see.\n3*7=1\nSo it is 1.\n</think>\n\\boxed{1}": "thinking",
+            "</think>\n\\boxed{1}": "nothinking",
             "</think>\nWait, let me check.\n3*7=1\nSo it is 1.\n\\boxed{1}": "nothinking"}  # fmt: skip
     episodes = []
     for text, mode in said.items():
@@ -204,7 +207,9 @@ def test_the_panel_shows_training_and_every_setting():
     run = Run(Path("run"), {}, steps, [], rows, None)
     panel = next(panel for panel in training_panels(run) if panel.title.startswith("Thinking hidden"))
     assert {line.label: line.points for line in panel.lines} == {
-        "nothinking": [(1, 0.1), (2, 0.2)], "nothinking, free choice": [(2, 0.25)], "nothinking, never think": [(0, 0.5)]
+        "nothinking": [(1, 0.1), (2, 0.2)],
+        "nothinking, free choice": [(2, 0.25)],
+        "nothinking, never think": [(0, 0.5)],
     }  # fmt: skip
     bare = Run(Path("run"), {}, [{"step": 1}], [], [{**rows[0], "result": {**rows[0]["result"], "leak": {}}}], None)
     assert not any(panel.title.startswith("Thinking hidden") for panel in training_panels(bare))

@@ -15,6 +15,7 @@ from adaptive_reasoning.errors import INTERRUPTED, run_cli
 
 def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may stop reading
+    sys.stdout.reconfigure(errors="replace")  # and need not read UTF-8
     try:
         from adaptive_reasoning.ask.session import hold  # torch takes seconds, in which Ctrl-C is no traceback either
 

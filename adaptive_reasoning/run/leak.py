@@ -52,7 +52,10 @@ def leaks(rows: list[dict], skips: Iterable[str], yardstick: dict[int, float]) -
         mine = [(row["question"], row["traces"]) for row in rows if row["mode"] == mode]
         found = {
             "words": [t["words"] > 0 for _, t in mine],
-            "long": [t["answer_tokens"] > LONG * yardstick[q] if q in yardstick else None for q, t in mine],
+            "long": [
+                t["answer_tokens"] > LONG * yardstick[q] if q in yardstick and t["answer_tokens"] is not None else None
+                for q, t in mine
+            ],
             "tags": [t["tags"] for _, t in mine],
         }
         out[mode] = {
