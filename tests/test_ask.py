@@ -269,7 +269,8 @@ def on_terminal(*argv, stop=None) -> tuple[str, int]:
     command = [sys.executable, "-m", "adaptive_reasoning.ask", *map(str, argv)]
     child = subprocess.Popen(
         command, cwd=ROOT, env={k: v for k, v in ENV.items() if k != "NO_COLOR"}, stdin=theirs, stdout=theirs,
-        stderr=theirs, start_new_session=True, preexec_fn=lambda: os.close(ours),
+        stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
     )  # fmt: skip
     os.close(theirs)
     out, end = b"", time.monotonic() + 300
@@ -285,8 +286,10 @@ def on_terminal(*argv, stop=None) -> tuple[str, int]:
         if stop and stop in out.decode(errors="replace"):
             child.send_signal(signal.SIGINT)
             stop = None
+    else:
+        child.kill()
     os.close(ours)
-    return out.decode().replace("\r\n", "\n"), child.wait(60)
+    return out.decode(errors="replace").replace("\r\n", "\n"), child.wait(60)
 
 
 @pytest.mark.slow
