@@ -417,6 +417,16 @@ eval-thinker-r1.5b: $(INSTALLED)  ## the same, R1-Distill-Qwen-1.5B
 eval-thinker-r7b: $(INSTALLED)  ## the same, R1-Distill-Qwen-7B
 	$(call paper,benchmark)
 
+# Q= reaches the program through the environment, as it was typed: quotation marks, dollars and all.
+Q ?=
+MODE ?=
+override export Q := $(value Q)
+.PHONY: ask
+ask: $(INSTALLED)  ## ask a model: RUN=runs/quickstart (a checkpoint, a folder, a GGUF file) Q="3*7+4"; MODE=think or skip
+	@$(if $(filter 0,$(NUM_GPUS)),$(ON_CPU)) $(PY) -m adaptive_reasoning.ask \
+	  --model "$(if $(filter file,$(origin RUN)),$(MODEL),$(RUN))" $(if $(Q),--question="$$Q") $(if $(MODE),--mode "$(MODE)") \
+	  $(PRECISION) $(ARGS)
+
 .PHONY: report
 report: $(INSTALLED)  ## write curves.png and report.html anew; RUN="runs/a runs/b" (all runs if not given)
 	@$(if $(strip $(RUN)),$(PY) -m adaptive_reasoning.report $(RUN) $(ARGS),echo "there is no run in runs/ yet")

@@ -9,13 +9,15 @@ from adaptive_reasoning.core.metric import SHARED, Alarm
 from adaptive_reasoning.formats.arm import Arm
 from adaptive_reasoning.formats.boxed import Boxed
 from adaptive_reasoning.formats.statistics import mode_metrics
+from adaptive_reasoning.formats.think import Think
 from adaptive_reasoning.formats.thinkless import Thinkless
 from adaptive_reasoning.report.alarms import Alarms
+from adaptive_reasoning.run.leak import leak_metrics
 
 METHODS = (grpo, ada_grpo, degrpo, tlmre, adaptthink, thinker)
 DECLARED = {key: metric for method in METHODS for key, metric in method.METRICS.items()} | SHARED
-for form in (Boxed, Arm, Thinkless):
-    DECLARED |= mode_metrics(form)
+for form in (Boxed, Arm, Thinkless, Think):
+    DECLARED |= leak_metrics(form.modes, form.skips) | (mode_metrics(form) if form is not Think else {})
 
 HEALTHY = {  # what a run that is well may log for as long as it likes
     "loss/policy": [-0.02, 0.01], "loss/grad_norm": [0.3, 0.5], "loss/entropy": [0.9, 0.4, 0.3],
@@ -27,6 +29,7 @@ HEALTHY = {  # what a run that is well may log for as long as it likes
     "adapt_think/first_eot_prob": [0.001, 0.4, 0.8], "degrpo/first_think_prob": [0.5, 0.9, 0.6],
     "thinker/verify_unparsable_share": [0.01, 0.3],
     **{f"mode/{mode}_share": [0.25, 0.0, 0.5, 1.0] for mode in ("direct", "cot", "code", "long_cot", "think", "short")},
+    **{f"leak/{mode}_share": [0.02, 0.2, 0.0] for mode in ("direct", "cot", "short", "nothinking")},
     "mode/unknown_share": [0.02, 0.3], "mode/malformed_share": [0.0],
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "adaptive_reasoning"
 METHODS = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
-ROOMS = ("errors", "core", "kernels", "tasks", "rollout", "learner", "report", "run", "formats", "benchmark")  # upwards
+ROOMS = ("errors", "core", "kernels", "tasks", "rollout", "learner", "report", "run", "formats", "benchmark", "ask")
 SOURCES = {
     **{p.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): p for p in PACKAGE.rglob("*.py")},
     **{f"adaptive_reasoning.kernels.{p.stem}": p for p in (ROOT / "kernels").glob("*.py")},

@@ -8,6 +8,7 @@ class Alarm:
     """Raise `advice` once a metric is below / above a bound for `steps` steps in a row, or null if `null` is set.
 
     `of_start`: below this share of the first value that the run logged, for what has no scale of its own.
+    `rising`: only while this metric, where it is logged, is above the first value that the run logged of it.
     """
 
     advice: str
@@ -16,6 +17,7 @@ class Alarm:
     null: bool = False
     steps: int = 1
     of_start: float | None = None
+    rising: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,6 @@ OPENING_METRICS = {  # where the opening of NoThinking has more than one token
         "share", "1: whoever skips the thinking also closes the block",
         alarms=(Alarm("the model begins to skip its thinking and does not close the block: warm it up on supervised "
                       "rows with `thinking`, --supervise_opening true", below=0.99),)),
-    "eval/leak_share": Metric(
-        "Share of the free responses that begin as NoThinking and go on otherwise, in the newest evaluation.", "share",
-        "0"),
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from adaptive_reasoning.core.named import named
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.run.evaluation import EvalSpec
+from adaptive_reasoning.run.leak import reasoning_words
 from adaptive_reasoning.tasks import chain, think_template, words
 from adaptive_reasoning.tasks.answers import same_answer
 
@@ -77,6 +78,7 @@ class ResponseFormat(ABC):
     consensus: ClassVar[tuple[str, ...]] = ()  # settings whose answers have to agree; else the fallback's answer counts
     fallback: ClassVar[str] = ""
     chooses: ClassVar[bool] = False  # whether its modes are the two of a chat template that can think
+    skips: ClassVar[tuple[str, ...]] = ()  # modes that say they skip the thinking, or the long one
     Options: ClassVar[type] = NoOptions  # a dataclass, from which the `Args` of a command may inherit
 
     # The laboratory's tokenizer: chat template, marks of a turn (special tokens), marks inside a response.
@@ -117,6 +119,38 @@ class ResponseFormat(ABC):
         """Return the token ids that force a mode."""
         raise UserError(f"{type(self).__name__} has no tokens that force the mode {mode!r}.")
 
+    def mode_openings(self) -> dict[str, tuple[int, ...]]:
+        """Return {mode: token ids that a response of it begins with}; what begins otherwise is of the one mode left."""
+        return {mode: self.opening(mode) for mode in self.tags}
+
+    def answer_part(self, response: str, mode: str) -> str | None:
+        """Return what stands behind the thinking, or the opening of a mode without one; None if that is not there."""
+        return None if mode == self.malformed else response
+
+    def hidden_in(self, response: str, mode: str) -> tuple[str, tuple[str, ...]]:
+        """Return where the thinking of a mode of `skips` would hide, and the tags that may not stand there."""
+        return self.answer_part(response, mode), ()
+
+    def traces(self, response: str, mode: str, tokens: int, ended: bool) -> dict:
+        """Return what `run.leak` needs of a response of so many tokens, its end token included if it `ended`."""
+        answer, skips = self.answer_part(response, mode), mode in self.skips
+        length = None
+        if answer is not None and (ended or skips):  # a thinking that was cut is no yardstick
+            length = self.answer_tokens(response, answer, tokens, ended)
+        if not skips:
+            return {"answer_tokens": length}
+        body, tags = self.hidden_in(response, mode)
+        words = len(reasoning_words(body))
+        return {"answer_tokens": length, "words": words, "tags": any(tag in body for tag in tags)}
+
+    def answer_tokens(self, response: str, answer: str, tokens: int, ended: bool) -> int:
+        """Return the tokens of the end of a response, its end token included: of both parts the shorter one is
+        tokenised."""
+        before = response.removesuffix(answer)
+        if len(before) < len(answer):
+            return tokens - len(self.tokenizer.encode(before, add_special_tokens=False))
+        return len(self.tokenizer.encode(answer, add_special_tokens=False)) + ended
+
     def empty_rationale(self, response: str) -> bool | None:
         """Return whether a rationale has nothing in it; None for a response without one."""
         return None
@@ -138,6 +172,7 @@ class ResponseFormat(ABC):
         return EvalSpec(
             {"adaptive": (), **forced, **own}, self.mode_of, self.extract_answer, self.modes, self.check,
             self.consensus, self.fallback, template=self.template if self.chooses else None,
+            skips=self.skips, traces=self.traces,
         )  # fmt: skip
 
     def template_tokens(self) -> int | None:

@@ -10,6 +10,7 @@ On chains and stories, the cheaper a mode, the more of a long one it has to do i
 """
 
 import re
+from os.path import commonprefix
 
 import numpy as np
 
@@ -35,6 +36,7 @@ class Arm(ResponseFormat):
     }
     malformed = "unknown"
     check = staticmethod(verified_answer)
+    skips = ("direct", "cot")  # a Short CoT has its rationale, but not the long one
     consensus, fallback = ("direct", "cot", "code"), "long_cot"
 
     TEMPLATE = chat_template.ARM
@@ -54,8 +56,13 @@ class Arm(ResponseFormat):
     def passes_gate(cls, response: str) -> bool:
         """Return whether a response opens with a tag and holds no rationale tag of another mode (official code)."""
         mode = cls.format_of(response)
+        return mode != "unknown" and not any(tag in response for tag in cls.foreign_tags(mode))
+
+    @classmethod
+    def foreign_tags(cls, mode: str) -> tuple[str, ...]:
+        """Return the tags that open and close the rationales of the other modes."""
         others = [tag for other, tag in cls.tags.items() if other not in (mode, "direct")]
-        return mode != "unknown" and not any(f"<{tag}>" in response or f"</{tag}>" in response for tag in others)
+        return tuple(f"<{slash}{tag}>" for tag in others for slash in ("", "/"))
 
     def mode_of(self, response_ids) -> str:
         opening = self.tokenizer.decode(list(response_ids[:16]), clean_up_tokenization_spaces=False)
@@ -81,6 +88,21 @@ class Arm(ResponseFormat):
     def opening(self, mode: str) -> tuple[int, ...]:
         """Return the tokens of a tag and the newline after it."""
         return tuple(self.tokenizer.encode(f"<{self.tags[mode]}>\n", add_special_tokens=False))
+
+    def mode_openings(self) -> dict[str, tuple[int, ...]]:
+        """As far as the tag alone goes: its last sign may join with the newline in one token."""
+        tags = {mode: self.tokenizer.encode(f"<{tag}>", add_special_tokens=False) for mode, tag in self.tags.items()}
+        return {mode: tuple(commonprefix([self.opening(mode), tuple(ids)])) for mode, ids in tags.items()}
+
+    def answer_part(self, response: str, mode: str) -> str | None:
+        """Return what stands behind the rationale; a Direct Answer is one, tags and all."""
+        if mode in ("direct", "unknown"):
+            return response if mode == "direct" else None
+        _, closed, answer = response.partition(f"</{self.tags[mode]}>")
+        return answer if closed else None
+
+    def hidden_in(self, response: str, mode: str) -> tuple[str, tuple[str, ...]]:
+        return response, self.foreign_tags(mode)
 
     def findings(self) -> dict[str, str]:
         tags = ", ".join(f"<{tag}>" for tag in self.tags.values())

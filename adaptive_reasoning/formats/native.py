@@ -40,5 +40,11 @@ class Native(Thinkless):
     def opening(self, mode: str) -> tuple[int, ...]:
         return self.openings[mode]
 
+    def answer_part(self, response: str, mode: str) -> str | None:
+        return None if mode == self.malformed else self.template.answer_part(response, mode in self.skips)
+
+    def hidden_in(self, response: str, mode: str) -> tuple[str, tuple[str, ...]]:
+        return self.answer_part(response, mode), self.template.tags
+
     def findings(self) -> dict[str, str]:
         return {}

@@ -31,6 +31,7 @@ class Think(ResponseFormat):
     """Two modes by whether a response begins with the template's NoThinking opening, `</think>` in R1's."""
 
     modes = {"thinking": "Thinking", "nothinking": "NoThinking"}
+    skips = ("nothinking",)
     Options, chooses = ThinkArgs, True
 
     TEMPLATE = ResponseFormat.TEMPLATE.replace("<|Assistant|>{% endif %}", "<|Assistant|><think>\n{% endif %}")
@@ -61,6 +62,15 @@ class Think(ResponseFormat):
         Where anything but the NoThinking opening is Thinking, Thinking opens with w_start.
         """
         return self.template.nothinking if mode == "nothinking" else tuple(self.word)
+
+    def mode_openings(self) -> dict[str, tuple[int, ...]]:
+        return {"nothinking": self.template.nothinking}
+
+    def answer_part(self, response: str, mode: str) -> str | None:
+        return self.template.answer_part(response, mode in self.skips)
+
+    def hidden_in(self, response: str, mode: str) -> tuple[str, tuple[str, ...]]:
+        return self.answer_part(response, mode), self.template.tags
 
     def forced_settings(self) -> dict[str, str]:
         return {"always_think": "thinking", "never_think": "nothinking"}

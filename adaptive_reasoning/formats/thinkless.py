@@ -36,7 +36,7 @@ class Thinkless(ResponseFormat):
 
     tags = {"think": "think", "short": "short"}
     modes = {"think": "Think", "short": "Short", "malformed": "without a control token"}
-    malformed = "malformed"
+    malformed, skips = "malformed", ("short",)
     Options = ThinklessArgs
 
     SPECIAL = (*ResponseFormat.SPECIAL, SLOT)
@@ -94,6 +94,16 @@ class Thinkless(ResponseFormat):
 
     def opening(self, mode: str) -> tuple[int, ...]:
         return (self.tokens[mode],)
+
+    def answer_part(self, response: str, mode: str) -> str | None:
+        """Return what stands behind the thinking, or behind the control token of another mode."""
+        if mode == self.malformed:
+            return None
+        _, found, answer = response.partition("</think>" if mode == "think" else f"<{self.tags[mode]}>")
+        return answer if found else None
+
+    def hidden_in(self, response: str, mode: str) -> tuple[str, tuple[str, ...]]:
+        return self.answer_part(response, mode), ("<think>", "</think>")
 
     def forced_settings(self) -> dict[str, str]:
         return {"never_think" if mode == "short" else f"always_{mode}": mode for mode in self.tags}

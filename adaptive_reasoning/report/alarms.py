@@ -4,6 +4,7 @@ The console raises them while the run goes on, the page lists them afterwards; b
 """
 
 from dataclasses import dataclass
+from math import inf
 
 from adaptive_reasoning.core.metric import Alarm, Metric
 
@@ -46,9 +47,12 @@ class Alarms:
         for key in [key for key in row if key in self.declared]:
             if row[key] is not None:
                 self._start.setdefault(key, row[key])
+        for key in [key for key in row if key in self.declared]:
             for number, rule in enumerate(self.declared[key].alarms):
                 name = (key, number)
-                if not _broken(rule, row[key], self._start.get(key)):
+                level = row.get(rule.rising, inf)
+                rises = level is not None and level > self._start.get(rule.rising, -inf)
+                if not rises or not _broken(rule, row[key], self._start.get(key)):
                     self._going_on.pop(name, None)
                     self._lengths.pop(name, None)
                     continue

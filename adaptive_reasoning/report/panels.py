@@ -109,7 +109,7 @@ def training_panels(run: Run) -> list[Panel]:
     for key in sorted(run.declared.keys() & set(run.metric_keys()), key=list(run.declared).index):
         titles.setdefault(run.declared[key].panel, []).append(key)
     titles.pop("", None)
-    panels, colours = _evaluations(run), mode_colours(run.modes)
+    panels, colours = [*_evaluations(run), _leaks(run)], mode_colours(run.modes)
     for title, keys in sorted(titles.items(), key=lambda item: item[1][0] in SHARED):
         title, _, note = title.partition(" | ")
         labels = {key: run.declared[key].line or title.lower() for key in keys}
@@ -180,6 +180,22 @@ def _evaluations(run: Run) -> list[Panel]:
         lines.append(Line("training", smooth(run.points(key), smoothing_width(run)), MUTED))
         panels.append(Panel(title, note, lines, unit))
     return panels
+
+
+def _leaks(run: Run) -> Panel:
+    """The answers that think although their mode skips it: in training, and in the evaluations of each setting."""
+    colours, lines = mode_colours(run.modes), []
+    for mode in run.modes:
+        lines += _noisy(run, f"leak/{mode}_share", mode, colours[mode])
+        for benchmark in run.benchmarks:
+            for setting in (ADAPTIVE, *run.forced(benchmark)):
+                found = [(step, E.get("leak", {}).get(mode, {})) for step, E in run.results(benchmark, setting)]
+                points = [(step, table["share"]) for step, table in found if table.get("share") is not None]
+                label = f"{mode}, {NAMES.get(setting, setting)}" + _of(run, benchmark)
+                style = "--" if setting == ADAPTIVE else ""
+                lines.append(Line(label, points, colours[mode], style, MARKS.get(setting, "s")))
+    note = "Leak: share of the answers with a reasoning word, a tag, or more than twice an answer's length."
+    return Panel("Thinking hidden in answers that skip it", note, lines, "share", (0.0, 1.0))
 
 
 def _noisy(run: Run, key: str, label: str, colour: str) -> list[Line]:

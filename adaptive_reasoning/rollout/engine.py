@@ -118,11 +118,18 @@ class Engine:
 
     @torch.no_grad()
     def stream(
-        self, requests: list[Request], sampling: Sampling, progress: str = ""
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        progress: str = "",
+        on_step: Callable[[int, torch.Tensor], None] | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (index of the request, completion) in the order in which responses end.
 
         One stream of an engine at a time; starting another one ends it.
+
+        Args:
+            on_step: called with (index, response ids so far [n] int64) of every live row, each `sync_every` steps.
         """
         if not requests:
             return
@@ -143,6 +150,9 @@ class Engine:
                 row_steps += n * self.sync_every
                 bar.update(n * self.sync_every)
 
+            if on_step is not None:
+                for row, seq in enumerate(run.live):
+                    on_step(seq.index, rows.out_token[row, : int(rows.count[row])])
             finished = rows.done[: len(run.live)].nonzero().flatten().tolist()
             for row in finished:
                 seq = run.live[row]

@@ -16,6 +16,7 @@ from adaptive_reasoning.errors import say
 from adaptive_reasoning.learner.runtime import all_gather
 from adaptive_reasoning.rollout import Engine, Request, Sampling, request_seed
 from adaptive_reasoning.rollout.dialogue import Dialogue, converse
+from adaptive_reasoning.run.leak import add_leaks
 from adaptive_reasoning.run.sampling import sample_and_grade
 from adaptive_reasoning.run.stages import stage_rows, stage_table
 from adaptive_reasoning.tasks import prompts
@@ -42,6 +43,7 @@ class EvalSpec:
     script: of dialogues (`rollout.dialogue`): they are held in place of single responses, and mode_of gets their turns.
     extra_tokens: what published tables add to prompt and response for the template; None: they count responses.
     template: of a format with a chat template's own two modes: what opens them, and the template's own prompts.
+    skips, traces: modes that skip the thinking, and (text, mode, tokens, whether it ended) -> what `run.leak` needs.
     """
 
     settings: dict[str, tuple[tuple[int, float], ...]]
@@ -54,6 +56,8 @@ class EvalSpec:
     script: object = None
     extra_tokens: int | None = None
     template: ThinkTemplate | None = None
+    skips: tuple[str, ...] = ()
+    traces: Callable[[str, str, int, bool], dict] | None = None
 
 
 @dataclass
@@ -121,7 +125,6 @@ def evaluate(on: Evaluator, benchmark: Benchmark, setting: str, progress: str = 
     if template and len(template.nothinking) > 1 and setting == next(iter(on.spec.settings)):
         asked = [prompts.render(on.tokenizer, q.problem) for q in benchmark.questions[:ASKED]]
         result["opening_rest_prob"] = probability(on, asked, template.nothinking, 1)
-        result["leak_share"] = sum(row["leaks"] for row in rows) / len(rows)
     if on.spec.script is not None:
         result |= stage_table(rows)
         for level, part in result["by_difficulty"].items():
@@ -162,15 +165,15 @@ def respond(on: Evaluator, jobs: list, setting: str, progress: str) -> tuple[lis
     rows = []
     for (i, q, k), g in zip(jobs, graded):
         ids = g.completion.response_ids.tolist()
-        said = ids if thinking is None else template.as_response(ids, "", thinking)[0]
+        ended = g.completion.finish_reason == "stop"
+        said, text = (ids, g.text) if thinking is None else template.as_response(ids, g.text, thinking)
         row = {"question": i, "sample": k, "mode": on.spec.mode_of(said), "difficulty": q.difficulty}
         row |= {"answer": g.answer, "correct": g.correct, "tokens": len(ids)}
         row |= ({"score": g.score} if on.grader.score else {}) | ({"grader": g.trouble} if g.trouble else {})
-        if template and len(template.nothinking) > 1:
-            row["leaks"] = template.leaks(ids)
+        if on.spec.skips:
+            row["traces"] = on.spec.traces(text, row["mode"], len(said), ended)
         if on.spec.extra_tokens is not None:  # prompt, template and response, whose end token the template counts
-            end = g.completion.finish_reason == "stop"
-            row["tokens_paper"] = len(g.completion.context_ids) + len(ids) - end + on.spec.extra_tokens
+            row["tokens_paper"] = len(g.completion.context_ids) + len(ids) - ended + on.spec.extra_tokens
         rows.append(row)
     return rows, [(g.text, g.completion.finish_reason) for g in graded]
 
@@ -271,18 +274,24 @@ def by_question(rows: list[dict], *columns: str) -> dict[int, list]:
     return out
 
 
-def compare(results: dict[str, dict], graded: dict[str, list[dict]], spec: EvalSpec) -> None:
+def compare(results: dict[str, dict], graded: dict[str, list[dict]], spec: EvalSpec, known: list = ()) -> list:
     """Add to the results of one benchmark what they say about each other, question by question.
 
     Of the free setting (the first of the format) `hybrid`, its Hybrid Accuracy against the forced modes; of every other
-    one `paired`, the accuracy of the free setting minus its own.
+    one `paired`, the accuracy of the free setting minus its own. Of all `leak`, where the format has modes that skip.
 
     Args:
         results, graded: setting -> result, and setting -> rows of its graded responses.
+        known: what an evaluation before returned, for one of the free setting alone.
+
+    Returns:
+        [[question, usual tokens of its answer]], the yardstick of the leak.
     """
+    if graded and spec.skips:
+        known = [*add_leaks(results, graded, spec.skips, dict(known)).items()]
     free, *others = spec.settings
     if free not in graded:
-        return
+        return list(known)
     mine = by_question(graded[free], "correct")
     for setting in graded.keys() - {free}:
         results[setting]["paired"] = paired_difference(mine, by_question(graded[setting], "correct"))
@@ -292,3 +301,4 @@ def compare(results: dict[str, dict], graded: dict[str, list[dict]], spec: EvalS
             (mode, _), *_ = Counter(row["mode"] for row in graded[setting]).most_common(1)
             forced.setdefault(mode, by_question(graded[setting], "correct", "tokens"))
     results[free]["hybrid"] = hybrid_accuracy(by_question(graded[free], "mode"), forced)
+    return list(known)

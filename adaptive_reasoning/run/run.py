@@ -52,22 +52,15 @@ from adaptive_reasoning.learner.weights import check_weights
 from adaptive_reasoning.rollout import Decoder, Engine, Request, Sampling
 from adaptive_reasoning.rollout.dialogue import Dialogue, converse
 from adaptive_reasoning.rollout.engine import CPU_CACHE_BYTES
+from adaptive_reasoning.run import rewards
 from adaptive_reasoning.run.balance import deal, expected_tokens
 from adaptive_reasoning.run.evaluation import Evaluator, compare, evaluate, openings_line
 from adaptive_reasoning.run.folder import data_of, inputs_of, keep_date
 from adaptive_reasoning.run.journal import Journal
+from adaptive_reasoning.run.leak import leak_metrics, leak_row, traces_of
 from adaptive_reasoning.run.memory import Where
 from adaptive_reasoning.run.metrics import Drift, counts_of, mean_losses, over_processes, picked, sums_of
 from adaptive_reasoning.run.preflight import preflight
-from adaptive_reasoning.run.rewards import (
-    check_failures,
-    failures,
-    paid_responses,
-    paid_turns,
-    pay,
-    reward_module,
-    score_metrics,
-)
 from adaptive_reasoning.run.sampling import sample_and_grade
 from adaptive_reasoning.run.start import start_of
 from adaptive_reasoning.tasks import prompts
@@ -100,7 +93,7 @@ class Run:
         self.journal = Journal(args, algorithm, self.accelerator)
         with self.watch.telling():
             lora_config(args)  # says at once what is wrong with it
-            self.modules = [sys.modules[kind.__module__], *reward_module(args.reward, algorithm, offline)]
+            self.modules = [sys.modules[kind.__module__], *rewards.reward_module(args.reward, algorithm, offline)]
             self.model = start_of(args, self.accelerator, kind.needed_tokens())
             self.config = load_config(self.model)
             check_weights(self.model, self.config)
@@ -134,7 +127,8 @@ class Run:
             self.form, self.spec = form, form.eval_spec()
             follows = self.spec.template and len(self.spec.template.nothinking) > 1
             self.journal.about["format"] = f"{type(form).__module__}.{type(form).__qualname__}"
-            self.journal.declare(metrics | (OPENING_METRICS if follows else {}), form.modes)
+            more = leak_metrics(form.modes, form.skips) | (OPENING_METRICS if follows else {})
+            self.journal.declare(metrics | more, form.modes)
             self.task = load_task(self.args, self.tokenizer)  # prompts as the format wants them
             if not self.offline:  # says at once if there are too few questions
                 self.task.batch(1, self.args.prompts_per_step, self.args.seed)
@@ -249,7 +243,7 @@ class Run:
         )  # fmt: skip
         episodes = [g.episode(self.form.mode_of(g.completion.response_ids)) for g in graded]
         if self.rewards:
-            waited += pay(self.rewards, paid_responses(episodes))
+            waited += rewards.pay(self.rewards, rewards.paid_responses(episodes))
         self._sampled(start, waited)
         return episodes
 
@@ -260,7 +254,7 @@ class Run:
         sampling = Sampling(self.args.temperature)
         waited = converse(self.engine, self.grader, dialogues, self.form, sampling, "train", progress)
         if self.rewards:
-            waited += pay(self.rewards, paid_turns(dialogues, self.form.target))
+            waited += rewards.pay(self.rewards, rewards.paid_turns(dialogues, self.form.target))
         self._sampled(start, waited)
         return [d.episode() for d in dialogues]
 
@@ -324,7 +318,8 @@ class Run:
         self.watch.phase("log", self.step)
         args, clock, now = self.args, self.clock, time.perf_counter()
         mine = counts_of(episodes, self.grader.rates())
-        parts = all_gather(self.accelerator, mine | {"losses": sums_of(losses), "drift": self.drift})
+        mine |= {"losses": sums_of(losses), "drift": self.drift, "traces": traces_of(episodes, self.form)}
+        parts = all_gather(self.accelerator, mine)
         lengths = {i: sum(tokens) / len(tokens) for part in parts for i, tokens in part["lengths"].items()}
         self.know_lengths(lengths)
         row = {
@@ -344,12 +339,13 @@ class Run:
             "time/update_s": now - clock["update"],
             **own,
         }
+        row |= leak_row([trace for part in parts for trace in part["traces"]], self.form.skips)
         row["rollout/tokens_per_s"] = row["rollout/tokens"] / clock["rollout"]
         if args.on_nonfinite == "skip":
             row["loss/skipped_updates"] = sum(u["skipped_updates"] for u in updates)
         row |= self._evaluated()
-        failed = failures(self, episodes)
-        row |= score_metrics(bool(self.task.score), bool(args.reward), failed, parts)
+        failed = rewards.failures(self, episodes)
+        row |= rewards.score_metrics(bool(self.task.score), bool(args.reward), failed, parts)
         batch = self.task.batch(self.step, args.prompts_per_step, args.seed)
         chosen = picked([part["groups"] for part in parts], batch, args.samples_per_step, self.step)
         broken = [(rank, j) for rank, part in enumerate(parts) for j in part["failed"][:1]]  # the samples say why
@@ -358,7 +354,7 @@ class Run:
         kept = all_gather(self.accelerator, kept)
         self.journal.write(row, [kept[rank][j] for rank, j in chosen])
         self._check_gap(row.get("check/logprob_gap_mean"))
-        check_failures(self, row, failed)
+        rewards.check_failures(self, row, failed)
 
     def _check_gap(self, gap: float | None) -> None:
         """Raise UserError where sampler and learner disagree in the first step."""
@@ -396,6 +392,8 @@ class Run:
         row = {} if "eval" not in self.clock else {"time/eval_s": self.clock.pop("eval")}
         if self.latest is not None:
             row |= {f"eval/{mode}_share": part["share"] for mode, part in self.latest["modes"].items()}
+            leak = self.latest.get("leak", {})  # of a run that began before there was any: none
+            row |= {f"eval/{mode}_leak_share": table["share"] for mode, table in leak.items()}
             row |= {key: self.latest[name] for key in OPENING_METRICS if (name := key.split("/")[1]) in self.latest}
         return row
 
@@ -428,7 +426,8 @@ class Run:
                 self.watch.phase(title, self.step)
                 results[setting], samples, graded[setting] = evaluate(self.evaluator, benchmark, setting, title)
                 samples_of_all += samples
-            compare(results, graded, self.spec)
+            kept = self.journal.state.setdefault("answer_tokens", {})  # {benchmark: [[question, yardstick]]}
+            kept[benchmark.name] = compare(results, graded, self.spec, kept.get(benchmark.name, []))
             about = {"step": self.step, "benchmark": benchmark.name}
             rows += [{**about, "setting": setting, "result": result} for setting, result in results.items()]
         if not rows:

@@ -92,16 +92,20 @@ class ThinkTemplate:
         n = len(self.nothinking)
         return "nothinking" if tuple(int(i) for i in response_ids[:n]) == self.nothinking else "thinking"
 
-    def leaks(self, response_ids) -> bool:
-        """Return whether a response has NoThinking's parting token, and then does not close the block."""
-        return int(response_ids[0]) == self.nothinking[0] and self.mode_of(response_ids) == "thinking"
-
     def text(self, ids) -> str:
         return prompts.decode(self.tokenizer, ids, ())
 
     def answer(self, response: str) -> str | None:
         """Return the last box behind the one closing tag of a response to x'; tags count behind the opening."""
         return answer_behind(response.removeprefix(self.text(self.thinking)), *self.tags)
+
+    def answer_part(self, response: str, skips: bool) -> str | None:
+        """Return what stands behind NoThinking's opening if a response to x' skips, else behind the first closing tag;
+        None where that is not there yet."""
+        if skips:
+            return response.removeprefix(self.text(self.nothinking))
+        _, closed, answer = response.removeprefix(self.text(self.thinking)).partition(self.tags[1])
+        return answer if closed else None
 
     def row(self, thoughts: str, answer: str) -> tuple[list[int], int]:
         """Return the response ids of a supervised row, end token included, and the number of those of its opening.
