@@ -138,7 +138,11 @@ def test_two_steps_of_adaptthink_resume_and_evaluation(hybrid, tmp_path):
         assert line in said
     assert settings(a, 2) == ["adaptive", "always_think", "never_think", "template_on"]
     last = numbers(a)[-1]
-    assert 0 < last["eval/opening_rest_prob"] < 1 and 0 <= last["leak/nothinking_share"] <= 1
+    assert (
+        0 < last["eval/opening_rest_prob"] < 1
+        and last["eval/unclosed_share"] == 0
+        and 0 <= last["leak/nothinking_share"] <= 1
+    )
     assert last["adapt_think/forced_nothinking_share"] == 0.5
     samples = [row for row in read_jsonl(a / "samples.jsonl") if row["split"] == "train"]
     assert len(samples) == 32

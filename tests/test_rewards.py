@@ -129,7 +129,7 @@ def test_what_every_method_makes_of_a_score():
 
 
 def test_an_evaluation_has_the_mean_score_beside_the_accuracy():
-    row = {"mode": "a", "difficulty": None, "tokens": 3}
+    row = {"mode": "a", "difficulty": None, "tokens": 3, "question": 0}
     rows = [{**row, "correct": s >= 1, "score": s} for s in (1.0, 0.5, 0.0, 0.5)]
     result = summarise(rows, ["a"])
     assert (result["accuracy"], result["mean_score"], result["modes"]["a"]["mean_score"]) == (0.25, 0.5, 0.5)

@@ -295,10 +295,10 @@ def test_the_preflight_says_how_prompts_end():
 def test_the_mode_is_nothinking_where_the_whole_opening_stands():
     found = read(words(TEMPLATES["after"]), ThinkingArgs())
     n0, close, n2 = found.nothinking
-    assert found.mode_of([n0, close, n2, 5]) == "nothinking"
+    assert found.mode_of([n0, close, n2, 5]) == "nothinking" and not found.unclosed([n0, close, n2, 5])
     for ids in ([n0, 5, close], [n0], [n0, close, 5]):
-        assert found.mode_of(ids) == "thinking"
-    assert found.mode_of([*found.thinking, 5]) == "thinking"
+        assert found.mode_of(ids) == "thinking" and found.unclosed(ids)
+    assert found.mode_of([*found.thinking, 5]) == "thinking" and not found.unclosed([*found.thinking, n0])
 
 
 @pytest.mark.parametrize(

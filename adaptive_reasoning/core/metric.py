@@ -55,6 +55,9 @@ OPENING_METRICS = {  # where the opening of NoThinking has more than one token
         "share", "1: whoever skips the thinking also closes the block",
         alarms=(Alarm("the model begins to skip its thinking and does not close the block: warm it up on supervised "
                       "rows with `thinking`, --supervise_opening true", below=0.99),)),
+    "eval/unclosed_share": Metric(
+        "Share of the free responses that begin as NoThinking and go on otherwise, in the newest evaluation.", "share",
+        "0"),
 }  # fmt: skip
 
 

@@ -125,6 +125,7 @@ def evaluate(on: Evaluator, benchmark: Benchmark, setting: str, progress: str = 
     if template and len(template.nothinking) > 1 and setting == next(iter(on.spec.settings)):
         asked = [prompts.render(on.tokenizer, q.problem) for q in benchmark.questions[:ASKED]]
         result["opening_rest_prob"] = probability(on, asked, template.nothinking, 1)
+        result["unclosed_share"] = sum(row["unclosed"] for row in rows) / len(rows)
     if on.spec.script is not None:
         result |= stage_table(rows)
         for level, part in result["by_difficulty"].items():
@@ -170,6 +171,8 @@ def respond(on: Evaluator, jobs: list, setting: str, progress: str) -> tuple[lis
         row = {"question": i, "sample": k, "mode": on.spec.mode_of(said), "difficulty": q.difficulty}
         row |= {"answer": g.answer, "correct": g.correct, "tokens": len(ids)}
         row |= ({"score": g.score} if on.grader.score else {}) | ({"grader": g.trouble} if g.trouble else {})
+        if template and len(template.nothinking) > 1:
+            row["unclosed"] = template.unclosed(ids)
         if on.spec.skips:
             row["traces"] = on.spec.traces(text, row["mode"], len(said), ended)
         if on.spec.extra_tokens is not None:  # prompt, template and response, whose end token the template counts

@@ -92,6 +92,10 @@ class ThinkTemplate:
         n = len(self.nothinking)
         return "nothinking" if tuple(int(i) for i in response_ids[:n]) == self.nothinking else "thinking"
 
+    def unclosed(self, response_ids) -> bool:
+        """Return whether a response has NoThinking's parting token, and then does not close the block."""
+        return int(response_ids[0]) == self.nothinking[0] and self.mode_of(response_ids) == "thinking"
+
     def text(self, ids) -> str:
         return prompts.decode(self.tokenizer, ids, ())
 
