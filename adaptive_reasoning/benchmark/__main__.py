@@ -18,6 +18,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from adaptive_reasoning import formats
 from adaptive_reasoning.benchmark import routers as router
+from adaptive_reasoning.benchmark.curves import CurveArgs, check_curves, curve_numbers, report_curves, with_curves
 from adaptive_reasoning.benchmark.lenient import aime_answer, lenient_answer, lenient_same
 from adaptive_reasoning.benchmark.official import official
 from adaptive_reasoning.benchmark.papers import load_paper, paper_table
@@ -41,11 +42,17 @@ from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.task import Benchmark, load_task
 
 DECODE = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-CONTINUES = MAY_CHANGE | {"settings", "eval_data", "paper"}  # what an evaluation may be continued with other values of
+CONTINUES = MAY_CHANGE | {
+    "settings",
+    "eval_data",
+    "paper",
+    "budgets",
+    "mode_bias",
+}  # what an evaluation may be continued with other values of
 
 
 @dataclass
-class Args(DialogueArgs, ThinkArgs, ThinklessArgs, RunArgs):
+class Args(DialogueArgs, ThinkArgs, ThinklessArgs, CurveArgs, RunArgs):
     """Options of a stand-alone evaluation."""
 
     model: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
@@ -89,6 +96,7 @@ def check_args(args) -> None:
     form = formats.load(args.answer_format)
     if args.paper and (mode := load_paper(args.paper)["mode"]) not in ("", *form.modes):
         raise UserError(f"--paper {args.paper}: its rows have the mode {mode}, {args.answer_format} has no such mode.")
+    check_curves(args, form)
     if issubclass(form, DialogueFormat):
         check_budgets(args)
     if args.scoring == "official" and not issubclass(form, Arm):
@@ -102,7 +110,7 @@ def check_args(args) -> None:
 def spec_of(tokenizer, args, benchmark: str = "") -> EvalSpec:
     """Return how the format is evaluated on a benchmark, with the scoring that was asked for."""
     form = formats.load(args.answer_format)(tokenizer, args)
-    spec = dataclasses.replace(form.eval_spec(), extra_tokens=form.template_tokens())
+    spec = with_curves(dataclasses.replace(form.eval_spec(), extra_tokens=form.template_tokens()), form, args)
     if args.scoring == "official":
         return official(spec, benchmark, partial(tokenizer.decode, **DECODE))
     if args.scoring == "strict":
@@ -123,6 +131,7 @@ def wanted_settings(names: str, spec: EvalSpec) -> list[str]:
     wanted = [name.strip() for name in names.split(",") if name.strip()] or known
     if not set(wanted) <= {*known, *routers}:
         raise UserError(f"--settings {names}: takes {', '.join((*known, *routers))}.")
+    wanted = list(dict.fromkeys((*wanted, *spec.requests)))
     router.check_routers(wanted)
     if "consensus" in wanted:
         others = (w for w in wanted if w != "consensus")
@@ -202,7 +211,8 @@ def measure_setting(
         picks, more = judged[benchmark.name] if setting == "router_judge" else (coin, {})
         rows = router.routed_rows(graded, picks)
     else:
-        return evaluate(on, benchmark, setting, f"evaluate {benchmark.name} {setting}")
+        result, samples, rows = evaluate(on, benchmark, setting, f"evaluate {benchmark.name} {setting}")
+        return result | curve_numbers(on, benchmark, setting, rows), samples, rows
     return summarise(rows, on.spec.modes) | more, [], rows
 
 
@@ -271,6 +281,7 @@ def report(folder: Path, args, spec: EvalSpec, rows: list[dict]) -> None:
     for sample in (sample for line in read_jsonl(folder / "finished.jsonl") for sample in line["samples"]):
         append_jsonl(folder / "samples.jsonl", sample)
     say(evaluation_table(rows))
+    report_curves(folder, rows)
     titles = {"maj_accuracy": f"maj@{args.maj_k}", "fallback_share": f"{spec.modes.get(spec.fallback)} asked"}
     for row in rows:
         for key, title in titles.items():

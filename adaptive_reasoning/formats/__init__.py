@@ -76,6 +76,7 @@ class ResponseFormat(ABC):
     check: ClassVar[Callable[[str, str], bool]] = staticmethod(same_answer)  # (answer, target); graders import it
     consensus: ClassVar[tuple[str, ...]] = ()  # settings whose answers have to agree; else the fallback's answer counts
     fallback: ClassVar[str] = ""
+    bias_mode: ClassVar[str] = ""  # whose token an evaluation moves with --mode_bias unless it names another
     chooses: ClassVar[bool] = False  # whether its modes are the two of a chat template that can think
     Options: ClassVar[type] = NoOptions  # a dataclass, from which the `Args` of a command may inherit
 
@@ -116,6 +117,12 @@ class ResponseFormat(ABC):
     def opening(self, mode: str) -> tuple[int, ...]:
         """Return the token ids that force a mode."""
         raise UserError(f"{type(self).__name__} has no tokens that force the mode {mode!r}.")
+
+    def closing(self) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+        """Return how a thinking is closed at its budget: token ids that open it, those that show that it is closed
+        already, and the text that closes it."""
+        assert self.chooses, "formats with modes of their own say how"
+        return self.template.closing()
 
     def empty_rationale(self, response: str) -> bool | None:
         """Return whether a rationale has nothing in it; None for a response without one."""

@@ -34,7 +34,7 @@ class Arm(ResponseFormat):
         "unknown": "without a known opening",
     }
     malformed = "unknown"
-    check = staticmethod(verified_answer)
+    check, bias_mode = staticmethod(verified_answer), "long_cot"
     consensus, fallback = ("direct", "cot", "code"), "long_cot"
 
     TEMPLATE = chat_template.ARM
@@ -81,6 +81,12 @@ class Arm(ResponseFormat):
     def opening(self, mode: str) -> tuple[int, ...]:
         """Return the tokens of a tag and the newline after it."""
         return tuple(self.tokenizer.encode(f"<{self.tags[mode]}>\n", add_special_tokens=False))
+
+    def closing(self) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+        """Return how a Long CoT is closed; the last sign of a tag may join with what follows in one token."""
+        tag = f"</{self.tags['long_cot']}"
+        closed = tuple(self.tokenizer.encode(tag, add_special_tokens=False))
+        return self.opening("long_cot"), closed, f"\n{tag}>\n<{self.tags['direct']}>\n"
 
     def findings(self) -> dict[str, str]:
         tags = ", ".join(f"<{tag}>" for tag in self.tags.values())

@@ -31,7 +31,7 @@ class Think(ResponseFormat):
     """Two modes by whether a response begins with the template's NoThinking opening, `</think>` in R1's."""
 
     modes = {"thinking": "Thinking", "nothinking": "NoThinking"}
-    Options, chooses = ThinkArgs, True
+    Options, chooses, bias_mode = ThinkArgs, True, "nothinking"
 
     TEMPLATE = ResponseFormat.TEMPLATE.replace("<|Assistant|>{% endif %}", "<|Assistant|><think>\n{% endif %}")
     TOKENS = ("<think>", "</think>")

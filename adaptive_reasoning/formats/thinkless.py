@@ -37,7 +37,7 @@ class Thinkless(ResponseFormat):
     tags = {"think": "think", "short": "short"}
     modes = {"think": "Think", "short": "Short", "malformed": "without a control token"}
     malformed = "malformed"
-    Options = ThinklessArgs
+    Options, bias_mode = ThinklessArgs, "short"
 
     SPECIAL = (*ResponseFormat.SPECIAL, SLOT)
     TOKENS = ("<think>", "</think>")
@@ -94,6 +94,9 @@ class Thinkless(ResponseFormat):
 
     def opening(self, mode: str) -> tuple[int, ...]:
         return (self.tokens[mode],)
+
+    def closing(self) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+        return self.opening("think"), (prompts.control_token(self.tokenizer, "</think>"),), "\n</think>"
 
     def forced_settings(self) -> dict[str, str]:
         return {"never_think" if mode == "short" else f"always_{mode}": mode for mode in self.tags}

@@ -5,7 +5,7 @@ of a mode and bound what the model could reach.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from adaptive_reasoning.run.sampling import sample_and_grade
 from adaptive_reasoning.run.stages import stage_rows, stage_table
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.answers import same_answer
-from adaptive_reasoning.tasks.task import Benchmark
+from adaptive_reasoning.tasks.task import Benchmark, Question
 from adaptive_reasoning.tasks.think_template import ThinkTemplate
 
 EVAL_STREAM = 7_919  # keeps evaluation random numbers apart from those of training
@@ -39,6 +39,7 @@ class EvalSpec:
     script: of dialogues (`rollout.dialogue`): they are held in place of single responses, and mode_of gets their turns.
     extra_tokens: what published tables add to prompt and response for the template; None: they count responses.
     template: of a format with a chat template's own two modes: what opens them, and the template's own prompts.
+    requests: setting -> further arguments of its requests, which replace those that all settings have.
     """
 
     settings: dict[str, tuple[tuple[int, float], ...]]
@@ -51,6 +52,7 @@ class EvalSpec:
     script: object = None
     extra_tokens: int | None = None
     template: ThinkTemplate | None = None
+    requests: dict[str, dict] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,6 +74,12 @@ class Evaluator:
     accelerator: object = None
     instruction: str = ""
     execute_code: bool = False
+
+    def text_of(self, question: Question) -> str:
+        return f"{self.instruction}\n{question.problem}" if self.instruction else question.problem
+
+    def prompt_of(self, question: Question) -> list[int]:
+        return prompts.render(self.tokenizer, self.text_of(question))
 
     @property
     def sampling(self) -> Sampling:
@@ -136,14 +144,15 @@ def respond(on: Evaluator, jobs: list, setting: str, progress: str) -> tuple[lis
         def extract(text: str) -> str | None:
             return on.spec.extract_answer(template.as_response([], text, thinking)[1])
 
+    options = {"max_new_tokens": on.args.max_new_tokens, "forced": on.spec.settings[setting]}
+    options |= on.spec.requests.get(setting, {})
     requests = [
         Request(
-            ask(f"{on.instruction}\n{q.problem}" if on.instruction else q.problem),
-            on.args.max_new_tokens,
-            on.stop_ids,
-            request_seed(on.args.seed, EVAL_STREAM, i, k),
-            forced=on.spec.settings[setting],
+            ask(on.text_of(q)),
+            stop_ids=on.stop_ids,
+            seed=request_seed(on.args.seed, EVAL_STREAM, i, k),
             tag=(q, i),
+            **options,
         )
         for i, q, k in jobs
     ]
@@ -158,6 +167,8 @@ def respond(on: Evaluator, jobs: list, setting: str, progress: str) -> tuple[lis
         row |= {"answer": g.answer, "correct": g.correct, "tokens": len(ids)}
         if template and len(template.nothinking) > 1:
             row["leaks"] = template.leaks(ids)
+        if setting in on.spec.requests:
+            row["closed"] = not g.completion.action_mask.all().item()
         if on.spec.extra_tokens is not None:  # prompt, template and response, whose end token the template counts
             end = g.completion.finish_reason == "stop"
             row["tokens_paper"] = len(g.completion.context_ids) + len(ids) - end + on.spec.extra_tokens
@@ -167,10 +178,15 @@ def respond(on: Evaluator, jobs: list, setting: str, progress: str) -> tuple[lis
 
 def probability(on: Evaluator, asked: list[list[int]], tokens: tuple[int, ...], first: int = 0) -> float:
     """Return the mean probability that tokens[first:] follow prompts and tokens[:first]. On every process alike."""
+    return float(logprobs_of(on, asked, tokens, first).exp().mean())
+
+
+def logprobs_of(on: Evaluator, asked: list[list[int]], tokens: tuple[int, ...], first: int = 0) -> torch.Tensor:
+    """Return the log-probs [B] fp32 that tokens[first:] follow prompts and tokens[:first]."""
     total = torch.zeros(len(asked))
     for j in range(first, len(tokens)):
         total += on.engine.first_logprobs([[*ids, *tokens[:j]] for ids in asked], tokens[j], on.args.temperature or 1.0)
-    return float(total.exp().mean())
+    return total
 
 
 def openings_line(on: Evaluator, benchmark: Benchmark) -> str:
