@@ -30,7 +30,8 @@ def requests_at_random(rng: random.Random) -> list[Request]:
             said = tuple(i for i, _ in forced) if place == 0 else ()
             unless = rng.choice(((), (7,), said[-2:], said[1:3], tokens[0][:1])) if place == 0 else ()
             given = rng.choice(((), said[:1], said[:2], (7,)))[:at] if place == 0 else ()
-            forced.append(Forced(tokens, at, given=given, unless=unless, action=rng.random() < 0.5))
+            room = rng.choice((0, 1, 9)) if given or unless else 0
+            forced.append(Forced(tokens, at, given=given, unless=unless, room=room, action=rng.random() < 0.5))
             at += len(tokens)
         if rng.random() < 0.6:
             forced.append(Forced(pairs(4), after=ids(1, 40), action=rng.random() < 0.5))
@@ -57,12 +58,15 @@ def reference(model, request: Request, temperature: float) -> tuple[list, ...]:
     entries.sort(key=lambda f: f.after is not None)  # those at a position first
     begins = {f: f.at for f in entries if f.after is None}
     ids, rows = [], []
-    for t in range(request.max_new_tokens):
+    end = request.max_new_tokens
+    while (t := len(ids)) < end:
         active = [f for f in entries if f in begins and begins[f] <= t < begins[f] + len(f.tokens)]
         active = [f for f in active if tuple(ids[: len(f.given)]) == f.given and not came(f.unless, ids[: begins[f]])]
         if active:
-            token, q = active[0].tokens[t - begins[active[0]]]
-            rows.append((torch.tensor(q).log().item() if active[0].action else 0.0, active[0].action, True))
+            f = active[0]
+            token, q = f.tokens[t - begins[f]]
+            end = min(end, begins[f] + len(f.tokens) + f.room) if f.room else end
+            rows.append((torch.tensor(q).log().item() if f.action else 0.0, f.action, True))
         else:
             logits = model(torch.tensor([request.prompt_ids + ids])).logits[0, -1:]
             if request.bias and request.bias.opening[:-1] == tuple(ids):

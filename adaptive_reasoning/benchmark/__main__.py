@@ -34,7 +34,7 @@ from adaptive_reasoning.learner.runtime import all_gather, end, make_accelerator
 from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.report.console import evaluation_table
 from adaptive_reasoning.rollout import Decoder, Engine
-from adaptive_reasoning.run.evaluation import EvalSpec, Evaluator, evaluate, summarise
+from adaptive_reasoning.run.evaluation import KEPT_SAMPLES, EvalSpec, Evaluator, evaluate, summarise
 from adaptive_reasoning.run.folder import MAY_CHANGE, check_inputs, data_of, inputs_of, keep_date, open_folder
 from adaptive_reasoning.run.options import NonNegative, PositiveShare, RunArgs, parse_args
 from adaptive_reasoning.run.start import start_of
@@ -82,6 +82,8 @@ class Args(DialogueArgs, ThinkArgs, ThinklessArgs, CurveArgs, RunArgs):
     "official": as ARM's script: no format gate, and a rule for every benchmark."""
     instruction: str = ""
     """Text put before every problem, e.g. to ask for a box."""
+    kept_samples: PositiveInt = KEPT_SAMPLES
+    """Responses of every benchmark and setting that go into samples.jsonl, evenly from all."""
     judge_model: str = ""
     """Judge of router_judge: a folder or hub name; empty: the evaluated model itself."""
     judge_max_new_tokens: PositiveInt = 1024
@@ -268,8 +270,9 @@ def measure(args, accelerator, watch: Watch) -> None:
             for b in group:
                 scored = spec_of(tokenizer, args, b.name)
                 on = Evaluator(
-                    engine, grader, tokenizer, stop_ids, scored, args, accelerator, args.instruction, args.execute_code
-                )
+                    engine, grader, tokenizer, stop_ids, scored, args, accelerator, args.instruction,
+                    args.execute_code, args.kept_samples,
+                )  # fmt: skip
                 rows += measure_benchmark(on, b, wanted, kept, judged, keep, watch)
     on_main(accelerator, partial(report, folder, args, spec, rows))
 

@@ -44,7 +44,7 @@ class CurveArgs:
     closing: str = ""
     """Text that closes a thinking at its budget, "\\n" for a newline; empty: as chat template or format write it."""
     answer_tokens: PositiveInt = 1024
-    """Most tokens of the answer behind a thinking that was closed at its budget."""
+    """Most tokens of the answer behind a thinking that was closed at its budget, within --max_new_tokens."""
     mode_bias: str = ""
     """Numbers added to the logit of the mode's token, comma separated (--mode_bias=-4,0,4, with "=" because of the
     minus): each is measured beside the free setting."""
@@ -88,10 +88,11 @@ def with_curves(spec: EvalSpec, form: ResponseFormat, args) -> EvalSpec:
 
 
 def closed_at(form: ResponseFormat, budget: int, args) -> dict:
-    """Return the options of a request whose thinking is closed behind so many tokens of it.
+    """Return the options of a request whose thinking is closed behind so many tokens of it, none for a budget beyond
+    the longest response. Without a thought no newline stands before the closing.
 
-    The free setting's longest response stays the limit of a thinking that is not closed before; without a thought no
-    newline stands before the closing.
+    Raises:
+        UserError: the closing has no token, or no room.
     """
     given, unless, text = form.closing()
     text = args.closing.replace("\\n", "\n") or text
@@ -99,10 +100,14 @@ def closed_at(form: ResponseFormat, budget: int, args) -> dict:
     if not ids:
         raise UserError(f"--closing {args.closing!r} has no token.")
     at = len(given) + budget
-    if at >= args.max_new_tokens:
+    if budget >= args.max_new_tokens:
         return {}
-    closer = Forced(tuple((i, 1.0) for i in ids), at, given=given, unless=unless, action=False)
-    return {"forced": (closer,), "max_new_tokens": at + len(ids) + args.answer_tokens}
+    if (last := args.max_new_tokens - len(given) - len(ids) - 1) < budget:
+        raise UserError(
+            f"--budgets {budget}: leaves no room for an answer within --max_new_tokens. Take {last} or less."
+        )
+    tokens = tuple((i, 1.0) for i in ids)
+    return {"forced": (Forced(tokens, at, given=given, unless=unless, room=args.answer_tokens, action=False),)}
 
 
 def mode_opening(form: ResponseFormat, mode: str) -> tuple[int, ...]:

@@ -76,6 +76,7 @@ class BatchState:
         self.given = new(S, given, value=ANY)  # free unless the response begins with these
         self.unless = new(S, unless, value=NONE)  # free if these came before, one behind the other
         self.closed = new(S, dtype=torch.bool)  # whether they came
+        self.limit = new(S, value=NEVER)  # the budget once the conditional positions are forced
         self.bias = new(S, dtype=torch.float32)  # on the logit of one token
         self.biased = new(S)
         self.biased_at = new(S, value=NEVER)
@@ -101,7 +102,8 @@ class BatchState:
         kind, force = np.zeros((B, N + 1), dtype=np.uint8), np.zeros((B, N + 1), dtype=np.int32)
         logq, uniform = np.zeros((B, N + 1), dtype=np.float32), np.zeros((B, N + 1), dtype=np.float32)
         given, unless = np.full((B, self.given.shape[1]), ANY), np.full((B, self.unless.shape[1]), NONE)
-        behind, since = np.full((B, self.biased_behind.shape[1]), ANY), np.full(B, NEVER)
+        behind = np.full((B, self.biased_behind.shape[1]), ANY)
+        since, limit = np.full(B, NEVER), np.full(B, NEVER)
         trigger = np.full((B, self.trigger.shape[1]), -1)
         tail, tail_logq = (
             np.zeros((B, self.tail.shape[1]), dtype=np.int64),
@@ -122,6 +124,7 @@ class BatchState:
                 kind[b, here] = FORCED | SILENT * (not f.action) | CONDITIONAL * f.conditional
                 if f.conditional:
                     since[b], given[b, : len(f.given)] = f.at, f.given
+                    limit[b] = min(request.max_new_tokens, here.stop + f.room if f.room else NEVER)
                 if f.unless:
                     unless[b] = [ANY] * (unless.shape[1] - len(f.unless)) + [*f.unless]
             if request.bias:
@@ -133,7 +136,8 @@ class BatchState:
         self.budget[here] = torch.tensor([r.max_new_tokens for r in requests])
         for buffer, values in (
             (self.stop, stop), (self.kind, kind), (self.force, force), (self.force_logq, logq), (self.uniform, uniform),
-            (self.trigger, trigger), (self.tail, tail), (self.tail_logq, tail_logq), (self.since, since),
+            (self.trigger, trigger), (self.tail, tail), (self.tail_logq, tail_logq),
+            (self.since, since), (self.limit, limit),
             (self.given, given), (self.unless, unless), (self.biased_behind, behind),
         ):  # fmt: skip
             buffer[here] = torch.from_numpy(values)
@@ -172,6 +176,8 @@ class BatchState:
             buffer[row, :n] = values.to(buffer.device)
         self.token[row], self.count[row], self.closed[row] = saved.token[-1].item(), n, saved.closed
         self.fired[row] = saved.fired
+        if (since := int(self.since[row])) < n and saved.forced[since]:
+            self.budget[row] = self.limit[row]
         self.position[row] += n  # from the last token of the context to the last token said
 
     def begins(self, here: slice, pattern: torch.Tensor) -> torch.Tensor:
@@ -196,6 +202,8 @@ class BatchState:
         free = self.closed[here] | ~self.begins(here, self.given)
         forced = (kind != FREE) & ~((kind & CONDITIONAL != 0) & free)
         silent = forced & (kind & SILENT != 0)
+        budget = self.budget[here]
+        budget.copy_(torch.where(forced & (count == self.since[here]) & ~done, self.limit[here], budget))
         token, logprob = torch.where(forced, force.long(), token), torch.where(forced, logq, logprob)
         if self.shape[3]:
             fired = self.fired[here]
@@ -222,7 +230,7 @@ class BatchState:
         self.stopped[here].bitwise_or_(stopped & alive)
         self.position[here].add_(alive)
         count.add_(alive)  # a view of the buffer, as `done` is
-        done.bitwise_or_(stopped | (count >= self.budget[here]))
+        done.bitwise_or_(stopped | (count >= budget))
 
 
 @torch.inference_mode()  # cheaper than no_grad; nothing made inside leaves, only the buffers change

@@ -19,6 +19,7 @@ class Forced:
             to stand there too, those stand.
         given: with `at`: only in a response that begins with these tokens.
         unless: with `at`: not if these tokens, one right behind the other, came before.
+        room: with `given` or `unless`: most tokens behind them, where they are forced; 0: what max_new_tokens leaves.
         action: False for tokens that are nobody's choice, such as `</think>` when a budget of thinking runs out: their
             action mask is False and their log-prob 0.
     """
@@ -28,6 +29,7 @@ class Forced:
     after: tuple[int, ...] | None = None
     given: tuple[int, ...] = ()
     unless: tuple[int, ...] = ()
+    room: int = 0
     action: bool = True
 
     @property
@@ -102,11 +104,13 @@ class Request:
         if any(not 0 < q <= 1 for _, q in pairs):
             raise UserError(f"forced tokens {pairs}: each needs a probability in (0, 1].")
         for f in forcing:
-            placed = f.at == 0 and not f.conditional if f.after else f.after is None and f.at >= len(f.given)
-            if not (f.tokens and placed):
+            placed = (
+                f.at == 0 and not (f.conditional or f.room) if f.after else f.after is None and f.at >= len(f.given)
+            )
+            if not (f.tokens and placed and f.room >= 0 and (f.conditional or not f.room)):
                 raise UserError(
                     f"{f}: needs one token or more, and either `at`, 0 or more and behind `given`, which may have "
-                    "`given` and `unless`, or `after`, with one id or more."
+                    "`given` and `unless`, and with them `room`, or `after`, with one id or more."
                 )
         places = [place for f in forcing for place in f.places]
         if max(places, default=0) >= self.max_new_tokens:

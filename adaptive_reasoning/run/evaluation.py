@@ -22,7 +22,7 @@ from adaptive_reasoning.tasks.think_template import ThinkTemplate
 
 EVAL_STREAM = 7_919  # keeps evaluation random numbers apart from those of training
 ASKED = 512  # questions of which the probability of an opening is taken
-KEPT_SAMPLES = 48  # responses per setting and evaluation that go into samples.jsonl
+KEPT_SAMPLES = 48  # responses per benchmark and setting that go into samples.jsonl
 
 
 @dataclass
@@ -63,6 +63,7 @@ class Evaluator:
     accelerator: questions are dealt to its processes, all of which evaluate; None: one process.
     instruction: text put before every problem.
     execute_code: run the programs of CODE blocks, each in a sandboxed process, and read the answer from their output.
+    kept: responses of a benchmark and setting that go into samples.jsonl.
     """
 
     engine: Engine
@@ -74,6 +75,7 @@ class Evaluator:
     accelerator: object = None
     instruction: str = ""
     execute_code: bool = False
+    kept: int = KEPT_SAMPLES
 
     def text_of(self, question: Question) -> str:
         return f"{self.instruction}\n{question.problem}" if self.instruction else question.problem
@@ -105,7 +107,7 @@ def evaluate(on: Evaluator, benchmark: Benchmark, setting: str, progress: str = 
     jobs = everything[rank::ranks]
     hold = respond if on.spec.script is None else hold_dialogues
     rows, texts = hold(on, jobs, setting, progress if rank == 0 else "")
-    every = max(1, len(everything) // KEPT_SAMPLES)  # the same responses are shown whatever the number of processes
+    every = max(1, len(everything) // on.kept)  # the same responses are shown whatever the number of processes
     samples = []
     for j, ((_, q, _), row, (text, reason)) in enumerate(zip(jobs, rows, texts)):
         if (place := rank + j * ranks) % every == 0:
