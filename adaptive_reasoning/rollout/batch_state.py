@@ -42,6 +42,7 @@ class Saved:
     forced: torch.Tensor  # [n] bool
     closed: bool
     fired: int
+    budget: int
 
 
 class BatchState:
@@ -166,7 +167,7 @@ class BatchState:
     def save(self, row: int, n: int) -> Saved:
         """Read back what a row needs to go on later: its n tokens. Its random stream is a function of its seed."""
         said = (buffer[row, :n].cpu().clone() for buffer in self.outputs)
-        return Saved(*said, bool(self.closed[row]), int(self.fired[row]))
+        return Saved(*said, bool(self.closed[row]), int(self.fired[row]), int(self.budget[row]))
 
     def restore(self, row: int, saved: Saved) -> None:
         """Go on with a row that was admitted anew and whose tokens, but for the last, are in the cache."""
@@ -175,9 +176,7 @@ class BatchState:
         for buffer, values in zip(self.outputs, said):
             buffer[row, :n] = values.to(buffer.device)
         self.token[row], self.count[row], self.closed[row] = saved.token[-1].item(), n, saved.closed
-        self.fired[row] = saved.fired
-        if (since := int(self.since[row])) < n and saved.forced[since]:
-            self.budget[row] = self.limit[row]
+        self.fired[row], self.budget[row] = saved.fired, saved.budget
         self.position[row] += n  # from the last token of the context to the last token said
 
     def begins(self, here: slice, pattern: torch.Tensor) -> torch.Tensor:
