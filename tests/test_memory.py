@@ -131,7 +131,7 @@ def test_kv_cache_is_28_kib_a_token(shapes):
 
 def test_buffers_of_a_row_in_the_rollout():
     def size(new):
-        state = BatchState(1, (new, 1, 0, 0), torch.device("cpu"))
+        state = BatchState(1, (new, 1, 0, 0, 0, 0, 0), torch.device("cpu"))
         return sum(buffer.nbytes for buffer in state.all)
 
     assert size(100) - size(99) == memory.ROW_BYTES

@@ -29,7 +29,7 @@ SECOND = Forced(((70, 0.5), (71, 1.0)), after=tuple(range(0, 120, 12)))  # at th
 
 def closer(at):
     """What closes a budget: no action, unless its second token came before."""
-    return Forced(((60, 1.0), (61, 1.0)), at, unless=61, action=False)
+    return Forced(((60, 1.0), (61, 1.0)), at, unless=(61,), action=False)
 
 
 def mixed(n=14, keep=False):

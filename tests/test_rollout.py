@@ -114,7 +114,7 @@ def test_forced_first_tokens_come_back_with_the_log_of_their_probability(model):
     assert free.response_ids[0] != 50 or free.response_ids[1] != 51
 
 
-CLOSER = Forced(((60, 1.0), (61, 1.0)), at=5, unless=61, action=False)
+CLOSER = Forced(((60, 1.0), (61, 1.0)), at=5, unless=(61,), action=False)
 
 
 def test_a_budget_is_closed_at_its_place_by_tokens_that_are_no_actions(model):
@@ -139,7 +139,7 @@ def test_different_budgets_side_by_side_do_not_mix(model):
     p = prompts(1)[0]
     budgets = ((30, 3), (8, 6), (20, 19))
     requests = [
-        Request(p, n, NEVER, 5, forced=(Forced(((60, 1.0),), at, unless=60, action=False),)) for n, at in budgets
+        Request(p, n, NEVER, 5, forced=(Forced(((60, 1.0),), at, unless=(60,), action=False),)) for n, at in budgets
     ]
     for (n, at), c in zip(budgets, engine_of(model, max_rows=2).run(requests, Sampling(1.0))):
         assert len(c.response_ids) == n and c.response_ids[at] == 60
@@ -286,7 +286,7 @@ def test_logprobs_of_a_cut_distribution_are_renormalised(model):
         ({"forced": ((5, 1.0), Forced(((60, 1.0),)))}, "at the same position"),
         ({"forced": (Forced(((60, 1.0),), after=(131,)),)}, "token id 131 does not exist"),
         ({"forced": (Forced(((60, 1.0),), after=(1,)), Forced(((60, 1.0),), after=(2,)))}, "one Forced with"),
-        ({"forced": (Forced(((60, 1.0),), after=(1,), unless=3),)}, "either `at`"),
+        ({"forced": (Forced(((60, 1.0),), after=(1,), unless=(3,)),)}, "either `at`"),
         ({"forced": (Forced(((60, 1.0),), at=2, after=(1,)),)}, "either `at`"),
         ({"forced": (Forced(((60, 1.0),), after=()),)}, "or `after`"),  # it would stand in front
         ({"forced": (Forced(((60, 1.0),), at=-1),)}, "0 or more"),

@@ -115,6 +115,22 @@ def test_openings(name):
     assert found.end == tokenizer.convert_tokens_to_ids("<U>" if name == "user word" else "<E>")
 
 
+@pytest.mark.parametrize(
+    "name, given, unless, text",
+    [
+        ("after", ("\n",), "</think>", "\n</think>\n\n"),
+        ("either", ("<think>",), "</think>", "</think>"),
+        ("user word", (), "</think>", "</think>\n"),
+        ("channel", (), "<channel|>", "<channel|>"),
+        ("prefilled", (), "</think>", "\n</think>"),  # what stands behind the tag is a guess there: the model writes it
+    ],
+)
+def test_a_thinking_is_closed_as_finished_turns_have_it(name, given, unless, text):
+    tokenizer = words(TEMPLATES[name])
+    opening, closed, closing = read(tokenizer, args_of(name)).closing()
+    assert (names(tokenizer, opening), tokenizer.decode(closed), closing) == (given, unless, text)
+
+
 AWKWARD = ["1+1", "<think> or </think>?", "Is 2 <A>the mark?", " 1+1 =\n\n", "\n\nIs one", "What is 1+1?"]
 
 

@@ -21,6 +21,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from adaptive_reasoning import formats
 from adaptive_reasoning.benchmark import routers as router
+from adaptive_reasoning.benchmark.curves import CurveArgs, check_curves, curve_numbers, report_curves, with_curves
 from adaptive_reasoning.benchmark.lenient import aime_answer, lenient_answer, lenient_same
 from adaptive_reasoning.benchmark.official import official
 from adaptive_reasoning.benchmark.papers import load_paper, paper_table
@@ -39,7 +40,7 @@ from adaptive_reasoning.learner.runtime import all_gather, end, make_accelerator
 from adaptive_reasoning.learner.watch import Watch
 from adaptive_reasoning.report.console import evaluation_table
 from adaptive_reasoning.rollout import Decoder, Engine
-from adaptive_reasoning.run.evaluation import EvalSpec, Evaluator, compare, evaluate, summarise
+from adaptive_reasoning.run.evaluation import KEPT_SAMPLES, EvalSpec, Evaluator, compare, evaluate, summarise
 from adaptive_reasoning.run.folder import MAY_CHANGE, check_inputs, data_of, inputs_of, keep_date, open_folder
 from adaptive_reasoning.run.options import NonNegative, PositiveShare, RunArgs, parse_args
 from adaptive_reasoning.run.start import start_of
@@ -47,11 +48,12 @@ from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.task import Benchmark, load_task
 
 DECODE = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-CONTINUES = MAY_CHANGE | {"settings", "eval_data", "paper"}  # what an evaluation may be continued with other values of
+# What an evaluation may be continued with other values of.
+CONTINUES = MAY_CHANGE | {"settings", "eval_data", "paper", "budgets", "mode_bias"}
 
 
 @dataclass
-class Args(DialogueArgs, ThinkArgs, ThinklessArgs, RunArgs):
+class Args(DialogueArgs, ThinkArgs, ThinklessArgs, CurveArgs, RunArgs):
     """Options of a stand-alone evaluation."""
 
     model: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
@@ -81,6 +83,8 @@ class Args(DialogueArgs, ThinkArgs, ThinklessArgs, RunArgs):
     "official": as ARM's script: no format gate, and a rule for every benchmark."""
     instruction: str = ""
     """Text put before every problem, e.g. to ask for a box."""
+    kept_samples: PositiveInt = KEPT_SAMPLES
+    """Responses of every benchmark and setting that go into samples.jsonl, evenly from all."""
     judge_model: str = ""
     """Judge of router_judge: a folder or hub name; empty: the evaluated model itself."""
     judge_max_new_tokens: PositiveInt = 1024
@@ -95,6 +99,7 @@ def check_args(args) -> None:
     form = formats.load(args.answer_format)
     if args.paper and (mode := load_paper(args.paper)["mode"]) not in ("", *form.modes):
         raise UserError(f"--paper {args.paper}: its rows have the mode {mode}, {args.answer_format} has no such mode.")
+    check_curves(args, form)
     if issubclass(form, DialogueFormat):
         check_budgets(args)
     if args.scoring == "official" and not issubclass(form, Arm):
@@ -108,7 +113,7 @@ def check_args(args) -> None:
 def spec_of(tokenizer, args, benchmark: str = "") -> EvalSpec:
     """Return how the format is evaluated on a benchmark, with the scoring that was asked for."""
     form = formats.load(args.answer_format)(tokenizer, args)
-    spec = dataclasses.replace(form.eval_spec(), extra_tokens=form.template_tokens())
+    spec = with_curves(dataclasses.replace(form.eval_spec(), extra_tokens=form.template_tokens()), form, args)
     if args.scoring == "official":
         return official(spec, benchmark, partial(tokenizer.decode, **DECODE))
     if args.scoring == "strict":
@@ -129,6 +134,7 @@ def wanted_settings(names: str, spec: EvalSpec) -> list[str]:
     wanted = [name.strip() for name in names.split(",") if name.strip()] or known
     if not set(wanted) <= {*known, *routers}:
         raise UserError(f"--settings {names}: takes {', '.join((*known, *routers))}.")
+    wanted = list(dict.fromkeys((*wanted, *spec.requests)))
     router.check_routers(wanted)
     if "consensus" in wanted:
         others = (w for w in wanted if w != "consensus")
@@ -208,7 +214,8 @@ def measure_setting(
         picks, more = judged[benchmark.name] if setting == "router_judge" else (coin, {})
         rows = router.routed_rows(graded, picks)
     else:
-        return evaluate(on, benchmark, setting, f"evaluate {benchmark.name} {setting}")
+        result, samples, rows = evaluate(on, benchmark, setting, f"evaluate {benchmark.name} {setting}")
+        return result | curve_numbers(on, benchmark, setting, rows), samples, rows
     return summarise(rows, on.spec.modes) | more, [], rows
 
 
@@ -267,8 +274,9 @@ def measure(args, accelerator, watch: Watch) -> None:
             for b in group:
                 scored = spec_of(tokenizer, args, b.name)
                 on = Evaluator(
-                    engine, grader, tokenizer, stop_ids, scored, args, accelerator, args.instruction, args.execute_code
-                )
+                    engine, grader, tokenizer, stop_ids, scored, args, accelerator, args.instruction,
+                    args.execute_code, args.kept_samples,
+                )  # fmt: skip
                 rows += measure_benchmark(on, b, wanted, kept, judged, keep, watch)
     on_main(accelerator, partial(report, folder, args, spec, rows))
 
@@ -281,6 +289,7 @@ def report(folder: Path, args, spec: EvalSpec, rows: list[dict]) -> None:
     for sample in (sample for line in read_jsonl(folder / "finished.jsonl") for sample in line["samples"]):
         append_jsonl(folder / "samples.jsonl", sample)
     say(evaluation_table(rows))
+    report_curves(folder, rows)
     for row in rows:
         if "fallback_share" in row["result"]:
             asked = f"{spec.modes.get(spec.fallback)} asked {row['result']['fallback_share']:.3f}"

@@ -77,6 +77,7 @@ class ResponseFormat(ABC):
     check: ClassVar[Callable[[str, str], bool]] = staticmethod(same_answer)  # (answer, target); graders import it
     consensus: ClassVar[tuple[str, ...]] = ()  # settings whose answers have to agree; else the fallback's answer counts
     fallback: ClassVar[str] = ""
+    bias_mode: ClassVar[str] = ""  # whose token an evaluation moves with --mode_bias unless it names another
     chooses: ClassVar[bool] = False  # whether its modes are the two of a chat template that can think
     skips: ClassVar[tuple[str, ...]] = ()  # modes that say they skip the thinking, or the long one
     Options: ClassVar[type] = NoOptions  # a dataclass, from which the `Args` of a command may inherit
@@ -150,6 +151,12 @@ class ResponseFormat(ABC):
         if len(before) < len(answer):
             return tokens - len(self.tokenizer.encode(before, add_special_tokens=False))
         return len(self.tokenizer.encode(answer, add_special_tokens=False)) + ended
+
+    def closing(self) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+        """Return how a thinking is closed at its budget: token ids that open it, those that show that it is closed
+        already, and the text that closes it."""
+        assert self.chooses, "formats with modes of their own say how"
+        return self.template.closing()
 
     def empty_rationale(self, response: str) -> bool | None:
         """Return whether a rationale has nothing in it; None for a response without one."""

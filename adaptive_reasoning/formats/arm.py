@@ -35,7 +35,7 @@ class Arm(ResponseFormat):
         "unknown": "without a known opening",
     }
     malformed = "unknown"
-    check = staticmethod(verified_answer)
+    check, bias_mode = staticmethod(verified_answer), "long_cot"
     skips = ("direct", "cot")  # a Short CoT has its rationale, but not the long one
     consensus, fallback = ("direct", "cot", "code"), "long_cot"
 
@@ -103,6 +103,12 @@ class Arm(ResponseFormat):
 
     def hidden_in(self, response: str, mode: str) -> tuple[str, tuple[str, ...]]:
         return response, self.foreign_tags(mode)
+
+    def closing(self) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+        """Return how a Long CoT is closed; the last sign of a tag may join with what follows in one token."""
+        tag = f"</{self.tags['long_cot']}"
+        closed = tuple(self.tokenizer.encode(tag, add_special_tokens=False))
+        return self.opening("long_cot"), closed, f"\n{tag}>\n<{self.tags['direct']}>\n"
 
     def findings(self) -> dict[str, str]:
         tags = ", ".join(f"<{tag}>" for tag in self.tags.values())

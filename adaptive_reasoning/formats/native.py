@@ -16,7 +16,7 @@ class Native(Thinkless):
 
     chooses = True
     response = ResponseFormat.response  # no cold start on chains, whose template has no switch
-    template_tokens = ResponseFormat.template_tokens
+    template_tokens, closing = ResponseFormat.template_tokens, ResponseFormat.closing
 
     def __init__(self, tokenizer, args):
         ResponseFormat.__init__(self, tokenizer, args)

@@ -32,7 +32,7 @@ class Think(ResponseFormat):
 
     modes = {"thinking": "Thinking", "nothinking": "NoThinking"}
     skips = ("nothinking",)
-    Options, chooses = ThinkArgs, True
+    Options, chooses, bias_mode = ThinkArgs, True, "nothinking"
 
     TEMPLATE = ResponseFormat.TEMPLATE.replace("<|Assistant|>{% endif %}", "<|Assistant|><think>\n{% endif %}")
     TOKENS = ("<think>", "</think>")

@@ -37,7 +37,7 @@ class Thinkless(ResponseFormat):
     tags = {"think": "think", "short": "short"}
     modes = {"think": "Think", "short": "Short", "malformed": "without a control token"}
     malformed, skips = "malformed", ("short",)
-    Options = ThinklessArgs
+    Options, bias_mode = ThinklessArgs, "short"
 
     SPECIAL = (*ResponseFormat.SPECIAL, SLOT)
     TOKENS = ("<think>", "</think>")
@@ -104,6 +104,9 @@ class Thinkless(ResponseFormat):
 
     def hidden_in(self, response: str, mode: str) -> tuple[str, tuple[str, ...]]:
         return self.answer_part(response, mode), ("<think>", "</think>")
+
+    def closing(self) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+        return self.opening("think"), (prompts.control_token(self.tokenizer, "</think>"),), "\n</think>"
 
     def forced_settings(self) -> dict[str, str]:
         return {"never_think" if mode == "short" else f"always_{mode}": mode for mode in self.tags}

@@ -6,11 +6,30 @@ import numpy as np
 import torch
 
 from adaptive_reasoning.rollout.decoder import Decoder
-from adaptive_reasoning.rollout.request import Request
+from adaptive_reasoning.rollout.request import Bias, Request
 from adaptive_reasoning.rollout.sampler import Sampling, sample, uniforms
 
 FREE, FORCED, SILENT, CONDITIONAL = 0, 1, 2, 4  # in `kind`: bits; 0: this position is sampled
 NEVER = 1 << 30  # position that no response reaches
+ANY, NONE = -1, -2  # ids in a pattern of tokens: every token fits, no token fits
+
+
+def shape_of(requests: list[Request]) -> tuple[int, ...]:
+    """Return what sizes the buffers of a batch: the longest response, most stop ids, most ids of `Forced.after`, most
+    tokens forced behind one of them, the longest `given` and `unless`, and the longest opening of a `Bias`."""
+    forcing = [f for r in requests for f in r.forcing()]
+    return tuple(
+        max(lengths, default=0)
+        for lengths in (
+            [r.max_new_tokens for r in requests],
+            [len(r.stop_ids) for r in requests],
+            [len(f.after) for f in forcing if f.after],
+            [len(f.tokens) for f in forcing if f.after],
+            [len(f.given) for f in forcing],
+            [len(f.unless) for f in forcing],
+            [len(r.bias.opening) for r in requests if r.bias],
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -23,6 +42,7 @@ class Saved:
     forced: torch.Tensor  # [n] bool
     closed: bool
     fired: int
+    budget: int
 
 
 class BatchState:
@@ -32,15 +52,15 @@ class BatchState:
     forced tokens, stop ids and random numbers are looked up by (row, count).
 
     Args:
-        shape: (longest response, most stop ids, most ids of `Forced.after`, most tokens forced behind one of them).
+        shape: of `shape_of`.
     """
 
-    def __init__(self, rows: int, shape: tuple[int, int, int, int], device: torch.device):
+    def __init__(self, rows: int, shape: tuple[int, ...], device: torch.device):
         def new(*shape, dtype=torch.int64, value=0):
             return torch.full(shape, value, dtype=dtype, device=device)
 
         S, self.shape = rows, shape
-        N, stops, triggers, tail = shape
+        N, stops, triggers, tail, given, unless, opening = shape
         self.max_new_tokens = N
         self.token = new(S)  # last token, not yet in the cache
         self.position = new(S)  # where that token goes in the cache
@@ -53,9 +73,15 @@ class BatchState:
         self.kind = new(S, N + 1, dtype=torch.uint8)  # of a forced position
         self.force = new(S, N + 1, dtype=torch.int32)  # the token
         self.force_logq = new(S, N + 1, dtype=torch.float32)
-        self.unless = new(S, value=-1)  # the token that makes the conditional positions, from `since` on, free
-        self.since = new(S, value=NEVER)
-        self.closed = new(S, dtype=torch.bool)  # whether it came
+        self.since = new(S, value=NEVER)  # where the conditional positions begin
+        self.given = new(S, given, value=ANY)  # free unless the response begins with these
+        self.unless = new(S, unless, value=NONE)  # free if these came before, one behind the other
+        self.closed = new(S, dtype=torch.bool)  # whether they came
+        self.limit = new(S, value=NEVER)  # the budget once the conditional positions are forced
+        self.bias = new(S, dtype=torch.float32)  # on the logit of one token
+        self.biased = new(S)
+        self.biased_at = new(S, value=NEVER)
+        self.biased_behind = new(S, max(opening - 1, 0), value=ANY)  # in a response that begins with these
         self.trigger = new(S, triggers, value=-1)  # what the tail is forced behind
         self.tail = new(S, tail)
         self.tail_logq = new(S, tail, dtype=torch.float32)
@@ -76,7 +102,9 @@ class BatchState:
         stop = np.full((B, self.stop.shape[1]), -1)
         kind, force = np.zeros((B, N + 1), dtype=np.uint8), np.zeros((B, N + 1), dtype=np.int32)
         logq, uniform = np.zeros((B, N + 1), dtype=np.float32), np.zeros((B, N + 1), dtype=np.float32)
-        condition = np.tile([-1, NEVER], (B, 1))
+        given, unless = np.full((B, self.given.shape[1]), ANY), np.full((B, self.unless.shape[1]), NONE)
+        behind = np.full((B, self.biased_behind.shape[1]), ANY)
+        since, limit = np.full(B, NEVER), np.full(B, NEVER)
         trigger = np.full((B, self.trigger.shape[1]), -1)
         tail, tail_logq = (
             np.zeros((B, self.tail.shape[1]), dtype=np.int64),
@@ -94,9 +122,14 @@ class BatchState:
                     continue
                 here = slice(f.at, f.at + len(ids))
                 force[b, here], logq[b, here] = ids, logqs
-                kind[b, here] = FORCED | SILENT * (not f.action) | CONDITIONAL * (f.unless >= 0)
-                if f.unless >= 0:
-                    condition[b] = f.unless, f.at
+                kind[b, here] = FORCED | SILENT * (not f.action) | CONDITIONAL * f.conditional
+                if f.conditional:
+                    since[b], given[b, : len(f.given)] = f.at, f.given
+                    limit[b] = min(request.max_new_tokens, here.stop + f.room if f.room else NEVER)
+                if f.unless:
+                    unless[b] = [ANY] * (unless.shape[1] - len(f.unless)) + [*f.unless]
+            if request.bias:
+                behind[b, : len(request.bias.opening) - 1] = request.bias.opening[:-1]
             if sampling.temperature > 0:
                 uniform[b, : request.max_new_tokens] = uniforms(request.seed, request.max_new_tokens)
         here = slice(first, first + B)
@@ -105,9 +138,14 @@ class BatchState:
         for buffer, values in (
             (self.stop, stop), (self.kind, kind), (self.force, force), (self.force_logq, logq), (self.uniform, uniform),
             (self.trigger, trigger), (self.tail, tail), (self.tail_logq, tail_logq),
+            (self.since, since), (self.limit, limit),
+            (self.given, given), (self.unless, unless), (self.biased_behind, behind),
         ):  # fmt: skip
             buffer[here] = torch.from_numpy(values)
-        self.unless[here], self.since[here] = torch.from_numpy(condition).T
+        biases = [r.bias or Bias((0,), 0.0) for r in requests]
+        self.bias[here] = torch.tensor([b.amount for b in biases])
+        self.biased[here] = torch.tensor([b.opening[-1] for b in biases])
+        self.biased_at[here] = torch.tensor([len(b.opening) - 1 for b in biases])
         self.tail_length[here], self.tail_action[here] = torch.from_numpy(about).T
         self.count[here], self.fired[here] = 0, NEVER
         self.done[here] = self.stopped[here] = self.closed[here] = False
@@ -117,7 +155,7 @@ class BatchState:
         for buffer in self.all:
             buffer[target] = buffer[source]
 
-    def fit(self, shape: tuple[int, int, int, int]) -> bool:
+    def fit(self, shape: tuple[int, ...]) -> bool:
         """Return whether there is room for such responses."""
         return all(need <= room for need, room in zip(shape, self.shape))
 
@@ -129,7 +167,7 @@ class BatchState:
     def save(self, row: int, n: int) -> Saved:
         """Read back what a row needs to go on later: its n tokens. Its random stream is a function of its seed."""
         said = (buffer[row, :n].cpu().clone() for buffer in self.outputs)
-        return Saved(*said, bool(self.closed[row]), int(self.fired[row]))
+        return Saved(*said, bool(self.closed[row]), int(self.fired[row]), int(self.budget[row]))
 
     def restore(self, row: int, saved: Saved) -> None:
         """Go on with a row that was admitted anew and whose tokens, but for the last, are in the cache."""
@@ -138,8 +176,13 @@ class BatchState:
         for buffer, values in zip(self.outputs, said):
             buffer[row, :n] = values.to(buffer.device)
         self.token[row], self.count[row], self.closed[row] = saved.token[-1].item(), n, saved.closed
-        self.fired[row] = saved.fired
+        self.fired[row], self.budget[row] = saved.fired, saved.budget
         self.position[row] += n  # from the last token of the context to the last token said
+
+    def begins(self, here: slice, pattern: torch.Tensor) -> torch.Tensor:
+        """Return [B] bool: whether rows begin with the tokens of a pattern [S, K], which they are long enough for."""
+        said = self.out_token[here, : pattern.shape[1]]
+        return ((said == pattern[here]) | (pattern[here] == ANY)).all(1)
 
     def advance(self, first: int, logits: torch.Tensor, sampling: Sampling) -> None:
         """Take one token for each of the rows first, first + 1 ... from logits [B, V].
@@ -149,11 +192,17 @@ class BatchState:
         here = slice(first, first + len(logits))
         count, done = self.count[here], self.done[here]
         column = count.masked_fill(done, self.max_new_tokens).unsqueeze(1)  # finished rows write the spare column
+        if self.shape[6]:
+            now = (count == self.biased_at[here]) & self.begins(here, self.biased_behind)
+            logits.scatter_add_(1, self.biased[here].unsqueeze(1), (self.bias[here] * now).unsqueeze(1))
         token, logprob = sample(logits, self.uniform[here].gather(1, column).squeeze(1), sampling)
 
         kind, force, logq = (x[here].gather(1, column).squeeze(1) for x in (self.kind, self.force, self.force_logq))
-        forced = (kind != FREE) & ~((kind & CONDITIONAL != 0) & self.closed[here])
+        free = self.closed[here] | ~self.begins(here, self.given)
+        forced = (kind != FREE) & ~((kind & CONDITIONAL != 0) & free)
         silent = forced & (kind & SILENT != 0)
+        budget = self.budget[here]
+        budget.copy_(torch.where(forced & (count == self.since[here]) & ~done, self.limit[here], budget))
         token, logprob = torch.where(forced, force.long(), token), torch.where(forced, logq, logprob)
         if self.shape[3]:
             fired = self.fired[here]
@@ -170,13 +219,17 @@ class BatchState:
         for buffer, values in zip(self.outputs, (token, logprob, ~silent, forced)):
             buffer[here].scatter_(1, column, values.unsqueeze(1))
         alive = ~done
-        self.closed[here].bitwise_or_((token == self.unless[here]) & alive & (count < self.since[here]))
+        if self.shape[5]:
+            place = column + torch.arange(1 - self.shape[5], 1, device=column.device)  # [B, U] of the newest tokens
+            newest = self.out_token[here].gather(1, place.clamp(min=0))
+            fits = ((newest == self.unless[here]) & (place >= 0)) | (self.unless[here] == ANY)
+            self.closed[here].bitwise_or_(fits.all(1) & alive & (count < self.since[here]))
         last = self.token[here]
         last.copy_(torch.where(done, last, token))
         self.stopped[here].bitwise_or_(stopped & alive)
         self.position[here].add_(alive)
         count.add_(alive)  # a view of the buffer, as `done` is
-        done.bitwise_or_(stopped | (count >= self.budget[here]))
+        done.bitwise_or_(stopped | (count >= budget))
 
 
 @torch.inference_mode()  # cheaper than no_grad; nothing made inside leaves, only the buffers change

@@ -6,7 +6,7 @@ of a mode and bound what the model could reach.
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -21,12 +21,12 @@ from adaptive_reasoning.run.sampling import sample_and_grade
 from adaptive_reasoning.run.stages import stage_rows, stage_table
 from adaptive_reasoning.tasks import prompts
 from adaptive_reasoning.tasks.answers import same_answer
-from adaptive_reasoning.tasks.task import Benchmark
+from adaptive_reasoning.tasks.task import Benchmark, Question
 from adaptive_reasoning.tasks.think_template import ThinkTemplate
 
 EVAL_STREAM = 7_919  # keeps evaluation random numbers apart from those of training
 ASKED = 512  # questions of which the probability of an opening is taken
-KEPT_SAMPLES = 48  # responses per setting and evaluation that go into samples.jsonl
+KEPT_SAMPLES = 48  # responses per benchmark and setting that go into samples.jsonl
 
 
 @dataclass
@@ -44,6 +44,7 @@ class EvalSpec:
     extra_tokens: what published tables add to prompt and response for the template; None: they count responses.
     template: of a format with a chat template's own two modes: what opens them, and the template's own prompts.
     skips, traces: modes that skip the thinking, and (text, mode, tokens, whether it ended) -> what `run.leak` needs.
+    requests: setting -> further arguments of its requests, which replace those that all settings have.
     """
 
     settings: dict[str, tuple[tuple[int, float], ...]]
@@ -58,6 +59,7 @@ class EvalSpec:
     template: ThinkTemplate | None = None
     skips: tuple[str, ...] = ()
     traces: Callable[[str, str, int, bool], dict] | None = None
+    requests: dict[str, dict] = field(default_factory=dict)
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Evaluator:
     accelerator: questions are dealt to its processes, all of which evaluate; None: one process.
     instruction: text put before every problem.
     execute_code: run the programs of CODE blocks, each in a sandboxed process, and read the answer from their output.
+    kept: responses of a benchmark and setting that go into samples.jsonl.
     """
 
     engine: Engine
@@ -79,6 +82,13 @@ class Evaluator:
     accelerator: object = None
     instruction: str = ""
     execute_code: bool = False
+    kept: int = KEPT_SAMPLES
+
+    def text_of(self, question: Question) -> str:
+        return f"{self.instruction}\n{question.problem}" if self.instruction else question.problem
+
+    def prompt_of(self, question: Question) -> list[int]:
+        return prompts.render(self.tokenizer, self.text_of(question))
 
     @property
     def sampling(self) -> Sampling:
@@ -104,7 +114,7 @@ def evaluate(on: Evaluator, benchmark: Benchmark, setting: str, progress: str = 
     jobs = everything[rank::ranks]
     hold = respond if on.spec.script is None else hold_dialogues
     rows, texts = hold(on, jobs, setting, progress if rank == 0 else "")
-    every = max(1, len(everything) // KEPT_SAMPLES)  # the same responses are shown whatever the number of processes
+    every = max(1, len(everything) // on.kept)  # the same responses are shown whatever the number of processes
     failed = next((j for j, row in enumerate(rows) if "grader" in row), None)  # one more sample: its reason is in it
     samples = []
     for j, ((_, q, _), row, (text, reason)) in enumerate(zip(jobs, rows, texts)):
@@ -149,14 +159,15 @@ def respond(on: Evaluator, jobs: list, setting: str, progress: str) -> tuple[lis
         def extract(text: str) -> str | None:
             return on.spec.extract_answer(template.as_response([], text, thinking)[1])
 
+    options = {"max_new_tokens": on.args.max_new_tokens, "forced": on.spec.settings[setting]}
+    options |= on.spec.requests.get(setting, {})
     requests = [
         Request(
-            ask(f"{on.instruction}\n{q.problem}" if on.instruction else q.problem),
-            on.args.max_new_tokens,
-            on.stop_ids,
-            request_seed(on.args.seed, EVAL_STREAM, i, k),
-            forced=on.spec.settings[setting],
+            ask(on.text_of(q)),
+            stop_ids=on.stop_ids,
+            seed=request_seed(on.args.seed, EVAL_STREAM, i, k),
             tag=(q, i),
+            **options,
         )
         for i, q, k in jobs
     ]
@@ -175,6 +186,8 @@ def respond(on: Evaluator, jobs: list, setting: str, progress: str) -> tuple[lis
             row["unclosed"] = template.unclosed(ids)
         if on.spec.skips:
             row["traces"] = on.spec.traces(text, row["mode"], len(said), ended)
+        if setting in on.spec.requests:
+            row["closed"] = not g.completion.action_mask.all().item()
         if on.spec.extra_tokens is not None:  # prompt, template and response, whose end token the template counts
             row["tokens_paper"] = len(g.completion.context_ids) + len(ids) - ended + on.spec.extra_tokens
         rows.append(row)
@@ -183,10 +196,15 @@ def respond(on: Evaluator, jobs: list, setting: str, progress: str) -> tuple[lis
 
 def probability(on: Evaluator, asked: list[list[int]], tokens: tuple[int, ...], first: int = 0) -> float:
     """Return the mean probability that tokens[first:] follow prompts and tokens[:first]. On every process alike."""
+    return float(logprobs_of(on, asked, tokens, first).exp().mean())
+
+
+def logprobs_of(on: Evaluator, asked: list[list[int]], tokens: tuple[int, ...], first: int = 0) -> torch.Tensor:
+    """Return the log-probs [B] fp32 that tokens[first:] follow prompts and tokens[:first]."""
     total = torch.zeros(len(asked))
     for j in range(first, len(tokens)):
         total += on.engine.first_logprobs([[*ids, *tokens[:j]] for ids in asked], tokens[j], on.args.temperature or 1.0)
-    return float(total.exp().mean())
+    return total
 
 
 def openings_line(on: Evaluator, benchmark: Benchmark) -> str:

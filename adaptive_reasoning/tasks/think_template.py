@@ -111,6 +111,15 @@ class ThinkTemplate:
         _, closed, answer = response.removeprefix(self.text(self.thinking)).partition(self.tags[1])
         return answer if closed else None
 
+    def closing(self) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+        """Return what opens thinking behind x', the closing tag, and the text between thoughts and answer.
+
+        Where only the prompt shows the tags, that ends with the tag, as NoThinking does: the model goes on by itself.
+        """
+        tag = self.tags[1]
+        text = self.close if self.kind == "switch" else "".join(self.close.partition(tag)[:2])
+        return self.thinking, tuple(encode(self.tokenizer, tag)), text
+
     def row(self, thoughts: str, answer: str) -> tuple[list[int], int]:
         """Return the response ids of a supervised row, end token included, and the number of those of its opening.
 
