@@ -25,6 +25,7 @@ HEALTHY = {  # what a run that is well may log for as long as it likes
     "check/logprob_gap_mean": [0.008], "check/logprob_gap_max": [0.2, 1.4, 0.3], "check/ratio_mean": [1.0, 1.003],
     "check/ratio_max": [1.2, 11.0, 1.6], "rollout/truncated_share": [0.3, 0.05], "reward/accuracy": [0.4, 0.0, 0.7],
     "learner/zero_advantage_share": [0.5, 0.92, 0.7], "grader/timeout_rate": [0.0, 0.01], "grader/error_rate": [0.0],
+    "reward/failed_share": [0.0],
     "group/all_wrong_share": [0.3, 0.95, 0.2], "adapt_think/forced_share_gap": [0.0], "thinker/slow_share": [0.4, 0.0],
     "adapt_think/first_eot_prob": [0.001, 0.4, 0.8], "degrpo/first_think_prob": [0.5, 0.9, 0.6],
     "thinker/verify_unparsable_share": [0.01, 0.3],
@@ -46,7 +47,7 @@ ALARMS = [(key, rule) for key in HEALTHY for rule in DECLARED[key].alarms]
 
 def broken_values(key: str, rule: Alarm) -> list[float | None]:
     """Return the values just beyond each bound of a rule."""
-    values = [rule.below and rule.below * 0.99, rule.above and rule.above * 1.01 + 1e-6]
+    values = [rule.below and rule.below * 0.99, None if rule.above is None else rule.above * 1.01 + 1e-6]
     values += [rule.of_start and rule.of_start * HEALTHY[key][0] * 0.99]
     return [value for value in values if value is not None] + [None] * rule.null
 

@@ -216,7 +216,9 @@ def test_lenient_scoring_of_numbers_ends_in_a_verdict(answer, gold):
 
 
 def turn(answer, correct):
-    return SimpleNamespace(answer=answer, correct=correct, summary_logprob=None, num_tokens=3, cut=False)
+    return SimpleNamespace(
+        answer=answer, correct=correct, score=float(correct), summary_logprob=None, num_tokens=3, cut=False
+    )
 
 
 @FAST

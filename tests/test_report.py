@@ -89,6 +89,7 @@ def metric_row(step: int, steps: int, rng: random.Random) -> dict:
         "check/logprob_gap_mean": 1.2e-6 * rng.uniform(0.8, 1.4),
         "grader/timeout_rate": 0.0,
         "grader/error_rate": 0.0,
+        "reward/failed_share": 0.0,
         "learner/zero_advantage_share": 0.1,
         "adapt_think/forced_share_gap": 0.0,
         "adapt_think/nothinking_accuracy": None if step == 3 else 0.55 + 0.15 * progress + rng.gauss(0, 0.03),
