@@ -162,7 +162,8 @@ def begin(folder: Path, args, task, tokenizer, accelerator) -> tuple[dict[str, s
     """Open the folder on the main process; return (what is read beside the options, what was measured before)."""
 
     def read():
-        inputs = inputs_of(data_of(task), tokenizer, args.model)
+        code = task.code(sys.modules[formats.load(args.answer_format).__module__])
+        inputs = inputs_of(data_of(task) | code, tokenizer, args.model)
         return inputs, finished(folder, args, inputs)
 
     inputs, kept = all_gather(accelerator, on_main(accelerator, read))[0]

@@ -25,7 +25,6 @@ import torch
 
 from adaptive_reasoning.core.episode import Episode, sample_row
 from adaptive_reasoning.core.metric import GAP_LIMIT, OPENING_METRICS, Metric
-from adaptive_reasoning.core.named import own_code
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.critic import Critic, load_critic
@@ -168,8 +167,7 @@ class Run:
             args, journal = self.args, self.journal
             self.watch.phase("load")
             read_again = args.model if self.has_reference or args.lora_rank else None  # by a continued run
-            scored = [sys.modules[self.task.score.__module__]] if self.task.score else []
-            self.code = own_code(*self.modules, self.task.module, *scored)
+            self.code = self.task.code(*self.modules)
             journal.open(inputs_of(data_of(self.task) | self.code, self.tokenizer, read_again))
             self.learner = Learner(args, load_model(self.model, args)[0], self.accelerator)
             self.reference = self.critic = None

@@ -1,12 +1,13 @@
 """Task: the questions of one run, their prompts, and how an answer to them is checked."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 
 import numpy as np
 
-from adaptive_reasoning.core.named import module_of, named
+from adaptive_reasoning.core.named import module_of, named, own_code
 from adaptive_reasoning.core.question import Benchmark, Question, Source
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.tasks import prompts
@@ -24,6 +25,11 @@ class Task:
     exact: bool = False  # answers are compared as text, in this process
     score: Callable[[str, Question], float] | None = None  # the task's own, in place of a comparison
     module: ModuleType | None = None  # where the task comes from
+
+    def code(self, *modules: ModuleType) -> dict[str, list[str]]:
+        """Return the user's own files in these modules and where the task and its score come from (`own_code`)."""
+        scored = [sys.modules[self.score.__module__]] if self.score else []
+        return own_code(*modules, *filter(None, [self.module]), *scored)
 
     def batch(self, step: int, size: int, seed: int) -> list[int]:
         """Return the indices of the questions of training step 1, 2, ...: an epoch is a permutation, its rest dropped.
