@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -273,8 +274,12 @@ def on_terminal(*argv, stop=None) -> tuple[str, int]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
     )  # fmt: skip
     os.close(theirs)
-    out, end = b"", time.monotonic() + 300
+    out, end, sent = b"", time.monotonic() + 300, False
     while time.monotonic() < end:
+        if not select.select([ours], [], [], 1)[0]:
+            if sent:  # it came between the prompt and the reading of the line, where Python holds it until there is one
+                child.send_signal(signal.SIGINT)
+            continue
         try:
             part = os.read(ours, 1 << 16)
         except OSError as error:
@@ -283,9 +288,9 @@ def on_terminal(*argv, stop=None) -> tuple[str, int]:
         if not part:
             break
         out += part
-        if stop and stop in out.decode(errors="replace"):
+        if stop and not sent and stop in out.decode(errors="replace"):
             child.send_signal(signal.SIGINT)
-            stop = None
+            sent = True
     else:
         child.kill()
     os.close(ours)
