@@ -184,12 +184,13 @@ METHODS = {  # options behind the experiment's own, settings of the evaluation
     "grpo": ("grpo_3b", f"{RL} --kl_coef 0 --answer_format boxed --thinking on", ["adaptive"]),
     "ada_grpo": (
         "ada_grpo_3b", f"{RL} --kl_coef 0 --chat_template plain",
-        ["adaptive", "direct", "short_cot", "code", "long_cot"],
+        ["adaptive", "direct", "cot", "code", "long_cot"],
     ),
     "thinker": (
         "thinker_q1_5b",
-        f"{OPTIONS} --num_generations 2 --critic_minibatches 2 --fast_budget 8 --verify_budget 12 --slow_budget 12 "
-        "--summary_budget 8 --qa_budget 16 --max_new_tokens 40", ["adaptive"],
+        f"{OPTIONS} --chat_template plain --num_generations 2 --critic_minibatches 2 --fast_budget 8 "
+        "--verify_budget 12 --slow_budget 12 --summary_budget 8 --qa_budget 16 --max_new_tokens 40",
+        ["adaptive", "fast", "slow", "qa"],
     ),
 }  # fmt: skip
 

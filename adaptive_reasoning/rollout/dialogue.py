@@ -67,7 +67,8 @@ def turn_marks(tokenizer, template: str = "auto") -> Marks:
     if not header or not last.startswith(header) or end not in prompts.stop_tokens(tokenizer):
         raise UserError(
             f"the chat template of {tokenizer.name_or_path!r} does not show how a dialogue goes on after a response "
-            f"(EOS, user's mark, message, assistant's mark): a probe gave {text!r}. Take --template chatml, or mend it."
+            f"(EOS, user's mark, message, assistant's mark): a probe gave {text!r}. Take --chat_template "
+            "plain, which keeps its turn marks alone, or --template chatml."
         )
     think = prompts.THINK_OPEN + "\n"
     think = think if last.endswith(think) else ""
