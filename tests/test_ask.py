@@ -276,7 +276,7 @@ def on_terminal(*argv, stop=None) -> tuple[str, int]:
     os.close(theirs)
     out, end, sent = b"", time.monotonic() + 300, False
     while time.monotonic() < end:
-        if not select.select([ours], [], [], 1)[0]:
+        if not select.select([ours], [], [], 20)[0]:
             if sent:  # it came between the prompt and the reading of the line, where Python holds it until there is one
                 child.send_signal(signal.SIGINT)
             continue
