@@ -22,7 +22,8 @@ from test_hybrid import hybrid  # noqa: F401
 from adaptive_reasoning import formats
 from adaptive_reasoning.ask import paint
 from adaptive_reasoning.ask.paint import BRIGHT, DIM, PLAIN, Painter
-from adaptive_reasoning.ask.session import Session, found, hold, parse
+from adaptive_reasoning.ask.session import Session, hold, parse
+from adaptive_reasoning.benchmark.run_folder import found
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.rollout import Request, request_seed
 from adaptive_reasoning.tasks import chain, prompts
@@ -43,6 +44,7 @@ def make_run(tmp_path_factory):
         torch.manual_seed(1)
         chain.tiny_model(tokenizer, hidden=32, layers=2).save_pretrained(model)
         (run / "checkpoints" / "step_000001").mkdir()
+        (model.parent / "state.json").write_text(json.dumps({"state": {"state": {}}}))
         options = {"task": "chain", "temperature": 1.0, "eval_top_p": 1.0, "max_new_tokens": 64, **options}
         (run / "config.yaml").write_text(yaml.safe_dump({"algorithm": "mine", "answer_format": name, **options}))
         return run
@@ -113,7 +115,8 @@ def painted(monkeypatch, capsys, terminal, tokenizer, text, behind, no_color=Fal
     for n in range(1, len(ids) + 1):
         painter.step(ids[:n])
         writes.append(capsys.readouterr().out)
-    assert painter.end([*ids, tokenizer.eos_token_id]) == text
+    painter.end([*ids, tokenizer.eos_token_id])
+    assert painter.text == text
     return "".join([*writes, capsys.readouterr().out]), writes
 
 
@@ -139,7 +142,8 @@ def test_characters_come_whole_and_escape_sequences_do_not_reach_the_terminal(mo
     out, writes = painted(monkeypatch, capsys, False, tokenizer, text, lambda ids, text: text)
     assert out == text and "".join(writes) == text and not any("\ufffd" in w for w in writes)
     cut = Painter(tokenizer, (), lambda ids, text: text)
-    assert cut.end(ids[:1]) == capsys.readouterr().out == "\ufffd", "one that is cut shows at the end"
+    cut.end(ids[:1])
+    assert cut.text == capsys.readouterr().out == "\ufffd", "one that is cut shows at the end"
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(paint.sys.stdout, "isatty", lambda: True, raising=False)
     paint.write("a\033]0;title\007\r\n\tb")
@@ -161,7 +165,10 @@ def test_where_a_model_is_found(run, tmp_path):
     shutil.copytree(alone, kept / "model")  # the one that a supervised start keeps
     assert found(str(kept))[0] == str(kept / "model")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    for place, message in (("", "--model is empty"), (str(tmp_path / "empty"), f"--model {tmp_path}/empty: no model")):
+    for place, message in (
+        ("", "--model is empty"),
+        (str(tmp_path / "empty"), f"--model {tmp_path}/empty: no model is saved there yet"),
+    ):
         with pytest.raises(UserError, match=message):
             found(place)
 
@@ -177,7 +184,7 @@ def test_a_run_says_how_it_samples_and_the_command_line_wins(run):
 
 @pytest.mark.parametrize(
     "config, name",
-    [({"control": "native", "answer_format": "thinkless"}, "native"), ({"formats": "arm", "task": "chain"}, "arm"),
+    [({"format": "my.Native", "answer_format": "thinkless"}, "my.Native"), ({"formats": "arm", "task": "chain"}, "arm"),
      ({"formats": "think", "task": "math"}, ""), ({"answer_format": "boxed", "formats": "x"}, "boxed")],
 )  # fmt: skip
 def test_the_format_of_a_run(tmp_path, config, name):

@@ -43,12 +43,10 @@ class Painter:
         chunks = (self.decoding.step(self.tokenizer.backend_tokenizer, i) for i in new)
         self._write(ids, "".join(filter(None, chunks)))
 
-    def end(self, ids: list[int]) -> str:
-        """Print what is left, characters that were cut too; return the text, that of `prompts.decode`."""
+    def end(self, ids: list[int]) -> None:
+        """Print what is left, characters that were cut too: the text is then that of `prompts.decode`."""
         self.step(ids)
-        text = prompts.decode(self.tokenizer, ids, self.stop_ids)
-        self._write(ids, text.removeprefix(self.text))
-        return text
+        self._write(ids, prompts.decode(self.tokenizer, ids, self.stop_ids).removeprefix(self.text))
 
     def _write(self, ids: list[int], new: str) -> None:
         begun, self.text = len(self.text), self.text + new

@@ -12,26 +12,25 @@ from transformers.utils.logging import disable_progress_bar
 
 from adaptive_reasoning import formats
 from adaptive_reasoning.ask.paint import DIM, Painter, write
+from adaptive_reasoning.benchmark.run_folder import found
 from adaptive_reasoning.core.question import Question
 from adaptive_reasoning.errors import UserError
-from adaptive_reasoning.formats import MAKERS, ResponseFormat
+from adaptive_reasoning.formats import ResponseFormat
 from adaptive_reasoning.formats.dialogue import DialogueArgs
 from adaptive_reasoning.formats.think import ThinkArgs
 from adaptive_reasoning.formats.thinkless import ThinklessArgs
-from adaptive_reasoning.learner.checkpoint import newest_checkpoint
 from adaptive_reasoning.learner.model import ADAPTER, load_config, load_model, load_tokenizer
 from adaptive_reasoning.report.run_folder import DEAR
 from adaptive_reasoning.rollout import Completion, Decoder, Engine, Request, Sampling, request_seed
 from adaptive_reasoning.rollout.dialogue import Dialogue, converse
 from adaptive_reasoning.run.evaluation import Evaluator, probability
-from adaptive_reasoning.run.folder import read_config
 from adaptive_reasoning.run.options import NonNegative, PositiveShare, parse_args
 from adaptive_reasoning.run.start import from_adapter, from_gguf, is_gguf
 from adaptive_reasoning.tasks import chat_template, prompts
 from adaptive_reasoning.tasks.task import ExactGrader
 from adaptive_reasoning.tasks.think_template import ThinkingArgs
 
-OWN = ("model", "question", "mode", "seed", "rollout_rows")  # options that no run decides
+OWN = ("model", "question", "mode", "seed")  # options that no run decides
 QUICK = "fast"  # the stage that skips in a dialogue
 
 
@@ -57,8 +56,8 @@ class Args(DialogueArgs, ThinkArgs, ThinklessArgs, ThinkingArgs):
     """Another seed, another answer."""
     dtype: Literal["bf16", "fp32"] = "fp32"
     """Compute type."""
-    rollout_rows: PositiveInt = 1
-    """Answers at a time; there is one."""
+
+    rollout_rows = 1  # of a dialogue: one answer at a time
 
     def holds(self):
         raise UserError("--preflight plans training runs: those of a method.")
@@ -73,37 +72,9 @@ def parse(argv: list[str]) -> tuple[Args, str]:
     argv = argv if not argv or argv[0].startswith("-") else ["--model", *argv]
     model, config = found(parse_args(Args, argv).model)
     config["top_p"] = config.get("eval_top_p")
-    if config.get("control") == "native":
-        config["answer_format"] = "native"
-    elif config.get("task") in MAKERS:  # a cold start; what rows of data were like, the tokenizer shows
-        config.setdefault("answer_format", config.get("formats"))
     known = {f.name: config.get(f.name) for f in fields(Args) if f.name not in OWN}
     texts = {key: str(value).lower() if isinstance(value, bool) else value for key, value in known.items()}
     return parse_args(Args, [*(f"--{key}={text}" for key, text in texts.items() if text is not None), *argv]), model
-
-
-def found(place: str) -> tuple[str, dict]:
-    """Return the model in a place (a GGUF file and a hub name are one) and the options of the run it is from.
-
-    Raises:
-        UserError: a folder without a model, or no place.
-    """
-    if not place:
-        raise UserError("--model is empty: name the folder of a run, a model folder, a hub name or a GGUF file.")
-    path = Path(place).expanduser()
-    if not path.is_dir():
-        return place, {}
-    newest = newest_checkpoint(path / "checkpoints")
-    inside = [folder / name for folder in (path, newest) if folder for name in ("", "model", "adapter")]
-    model = next((p for p in inside if (p / "config.json").is_file() or (p / ADAPTER).is_file()), None)
-    if model is None:
-        raise UserError(
-            f"--model {place}: no model in it (looked for config.json there, in model/ and in the newest of "
-            "checkpoints/). Give the folder of a run that has saved a checkpoint, or of a model."
-        )
-    above = (path, *path.resolve().parents[:3])
-    run = next((p for p in above if (p / "config.yaml").is_file() and (p / "checkpoints").is_dir()), None)
-    return str(model), read_config(run / "config.yaml") if run else {}
 
 
 def load(model: str, args) -> tuple:
