@@ -18,7 +18,7 @@ from adaptive_reasoning import ada_grpo, adaptthink, degrpo, grpo, rft, sft, thi
 from adaptive_reasoning.benchmark import __main__ as benchmark
 from adaptive_reasoning.errors import UserError
 from adaptive_reasoning.learner.runtime import offloads_optimizer
-from adaptive_reasoning.rollout.batch_state import BatchState
+from adaptive_reasoning.rollout.batch_state import BatchState, Shape
 from adaptive_reasoning.run import memory
 from adaptive_reasoning.run.memory import (
     GIB,
@@ -131,7 +131,7 @@ def test_kv_cache_is_28_kib_a_token(shapes):
 
 def test_buffers_of_a_row_in_the_rollout():
     def size(new):
-        state = BatchState(1, (new, 1, 0, 0, 0, 0, 0), torch.device("cpu"))
+        state = BatchState(1, Shape(new, 1, 0, 0, 0, 0, 0), torch.device("cpu"))
         return sum(buffer.nbytes for buffer in state.all)
 
     assert size(100) - size(99) == memory.ROW_BYTES

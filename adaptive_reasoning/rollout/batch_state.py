@@ -1,6 +1,7 @@
 """Batch state: static buffers of all responses that decode side by side, and the step that moves them on by a token."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +15,21 @@ NEVER = 1 << 30  # position that no response reaches
 ANY, NONE = -1, -2  # ids in a pattern of tokens: every token fits, no token fits
 
 
-def shape_of(requests: list[Request]) -> tuple[int, ...]:
-    """Return what sizes the buffers of a batch: the longest response, most stop ids, most ids of `Forced.after`, most
-    tokens forced behind one of them, the longest `given` and `unless`, and the longest opening of a `Bias`."""
-    forcing = [f for r in requests for f in r.forcing()]
-    return tuple(
-        max(lengths, default=0)
-        for lengths in (
+class Shape(NamedTuple):
+    """What sizes the buffers of a batch: the longest of each over its requests."""
+
+    response: int  # max_new_tokens
+    stops: int  # stop ids
+    triggers: int  # ids of `Forced.after`
+    tail: int  # tokens forced behind one of them
+    given: int  # tokens of `Forced.given`
+    unless: int  # and of `Forced.unless`
+    opening: int  # tokens of `Bias.opening`
+
+    @classmethod
+    def of(cls, requests: list[Request]) -> "Shape":
+        forcing = [f for r in requests for f in r.forcing()]
+        lengths = (
             [r.max_new_tokens for r in requests],
             [len(r.stop_ids) for r in requests],
             [len(f.after) for f in forcing if f.after],
@@ -29,7 +38,7 @@ def shape_of(requests: list[Request]) -> tuple[int, ...]:
             [len(f.unless) for f in forcing],
             [len(r.bias.opening) for r in requests if r.bias],
         )
-    )
+        return cls(*(max(each, default=0) for each in lengths))
 
 
 @dataclass(frozen=True)
@@ -52,10 +61,10 @@ class BatchState:
     forced tokens, stop ids and random numbers are looked up by (row, count).
 
     Args:
-        shape: of `shape_of`.
+        shape: the least that they hold.
     """
 
-    def __init__(self, rows: int, shape: tuple[int, ...], device: torch.device):
+    def __init__(self, rows: int, shape: Shape, device: torch.device):
         def new(*shape, dtype=torch.int64, value=0):
             return torch.full(shape, value, dtype=dtype, device=device)
 
@@ -155,7 +164,7 @@ class BatchState:
         for buffer in self.all:
             buffer[target] = buffer[source]
 
-    def fit(self, shape: tuple[int, ...]) -> bool:
+    def fit(self, shape: Shape) -> bool:
         """Return whether there is room for such responses."""
         return all(need <= room for need, room in zip(shape, self.shape))
 
@@ -192,7 +201,7 @@ class BatchState:
         here = slice(first, first + len(logits))
         count, done = self.count[here], self.done[here]
         column = count.masked_fill(done, self.max_new_tokens).unsqueeze(1)  # finished rows write the spare column
-        if self.shape[6]:
+        if self.shape.opening:
             now = (count == self.biased_at[here]) & self.begins(here, self.biased_behind)
             logits.scatter_add_(1, self.biased[here].unsqueeze(1), (self.bias[here] * now).unsqueeze(1))
         token, logprob = sample(logits, self.uniform[here].gather(1, column).squeeze(1), sampling)
@@ -204,11 +213,11 @@ class BatchState:
         budget = self.budget[here]
         budget.copy_(torch.where(forced & (count == self.since[here]) & ~done, self.limit[here], budget))
         token, logprob = torch.where(forced, force.long(), token), torch.where(forced, logq, logprob)
-        if self.shape[3]:
+        if self.shape.tail:
             fired = self.fired[here]
             place = count - fired
             inside = (place >= 0) & (place < self.tail_length[here]) & ~forced
-            place = place.clamp(0, self.shape[3] - 1).unsqueeze(1)
+            place = place.clamp(0, self.shape.tail - 1).unsqueeze(1)
             token = torch.where(inside, self.tail[here].gather(1, place).squeeze(1), token)
             logprob = torch.where(inside, self.tail_logq[here].gather(1, place).squeeze(1), logprob)
             silent, forced = silent | (inside & ~self.tail_action[here]), forced | inside
@@ -219,8 +228,8 @@ class BatchState:
         for buffer, values in zip(self.outputs, (token, logprob, ~silent, forced)):
             buffer[here].scatter_(1, column, values.unsqueeze(1))
         alive = ~done
-        if self.shape[5]:
-            place = column + torch.arange(1 - self.shape[5], 1, device=column.device)  # [B, U] of the newest tokens
+        if self.shape.unless:
+            place = column + torch.arange(1 - self.shape.unless, 1, device=column.device)  # [B, U] of the newest tokens
             newest = self.out_token[here].gather(1, place.clamp(min=0))
             fits = ((newest == self.unless[here]) & (place >= 0)) | (self.unless[here] == ANY)
             self.closed[here].bitwise_or_(fits.all(1) & alive & (count < self.since[here]))

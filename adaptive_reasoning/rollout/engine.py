@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from tqdm import tqdm
 
-from adaptive_reasoning.rollout.batch_state import BatchState, decode_step, shape_of
+from adaptive_reasoning.rollout.batch_state import BatchState, Shape, decode_step
 from adaptive_reasoning.rollout.decoder import Decoder, varlen_attention
 from adaptive_reasoning.rollout.graphs import Graphs, buckets
 from adaptive_reasoning.rollout.kv_cache import Pages, Slots
@@ -189,13 +189,13 @@ class Engine:
             self.kv_cache.cache_bytes = measured_bytes(self.decoder, self.max_rows, self.prefill_tokens)
         size = self.kv_cache.open(self.max_rows, len(sequences), longest)
         self.decoder.reserve_positions(longest)
-        need = shape_of(requests)
+        need = Shape.of(requests)
         paged = self.kv_cache.table is not None
         if not paged:
             self.rows = BatchState(size, need, self.decoder.device)
         elif self.rows is None or not self.rows.fit(need):  # else kept where they are, for the graphs
             there = self.rows.shape if self.rows else [0] * len(need)
-            self.rows = BatchState(self.max_rows, tuple(map(max, need, there)), self.decoder.device)
+            self.rows = BatchState(self.max_rows, Shape(*map(max, need, there)), self.decoder.device)
         else:
             self.rows.clear(0, self.max_rows)
         if self.graphs is not None:
