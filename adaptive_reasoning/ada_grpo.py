@@ -38,10 +38,10 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from adaptive_reasoning import formats, kernels
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.metric import Alarm, Metric
+from adaptive_reasoning.core.metric import Alarm, Metric, mean
 from adaptive_reasoning.errors import UserError, run_cli
 from adaptive_reasoning.formats.arm import Arm
-from adaptive_reasoning.formats.statistics import mean, mode_metrics, mode_rows, mode_statistics
+from adaptive_reasoning.formats.statistics import mode_metrics, mode_rows, mode_statistics
 from adaptive_reasoning.kernels.group_advantage import Groups
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, request_seed
@@ -218,7 +218,7 @@ def metrics(episodes: list[Episode], form, run) -> dict[str, float | None]:
     """Return the metrics of the step over all processes: modes and groups, and whether the modes are labels alone."""
     own = mode_statistics(run.gather(mode_rows(episodes)), form.modes)
     empty = run.gather([form.empty_rationale(e.text) for e in episodes])
-    return own | {"rollout/empty_rationale_share": mean(x for x in empty if x is not None)}
+    return own | {"rollout/empty_rationale_share": mean(empty)}
 
 
 def main() -> None:

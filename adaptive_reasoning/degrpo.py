@@ -37,9 +37,9 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from adaptive_reasoning import formats, kernels
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.metric import Alarm, Metric
+from adaptive_reasoning.core.metric import Alarm, Metric, mean
 from adaptive_reasoning.errors import UserError, run_cli
-from adaptive_reasoning.formats.statistics import mean, mode_metrics, mode_rows, mode_statistics
+from adaptive_reasoning.formats.statistics import mode_metrics, mode_rows, mode_statistics
 from adaptive_reasoning.formats.thinkless import Thinkless, ThinklessArgs
 from adaptive_reasoning.kernels.group_advantage import Groups
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
@@ -265,7 +265,7 @@ def metrics(episodes: list[Episode], form: Thinkless, run) -> dict[str, float | 
     modes = run.gather([e.mode for e in episodes])
     own |= {f"degrpo/num_{mode}": modes.count(mode) for mode in form.modes}
     think = run.gather([think_prob(e, form) for e in episodes])
-    return own | {"degrpo/first_think_prob": mean(p for p in think if p is not None)}
+    return own | {"degrpo/first_think_prob": mean(think)}
 
 
 def main() -> None:

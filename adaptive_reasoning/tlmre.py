@@ -35,9 +35,9 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 from adaptive_reasoning import formats, kernels
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.metric import Alarm, Metric
+from adaptive_reasoning.core.metric import Alarm, Metric, mean
 from adaptive_reasoning.errors import UserError, run_cli
-from adaptive_reasoning.formats.statistics import mean, mode_metrics, mode_rows, mode_statistics
+from adaptive_reasoning.formats.statistics import mode_metrics, mode_rows, mode_statistics
 from adaptive_reasoning.kernels.group_advantage import Groups
 from adaptive_reasoning.learner.packing import Counts, MicroBatch
 from adaptive_reasoning.rollout import Request, request_seed

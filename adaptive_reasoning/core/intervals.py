@@ -10,6 +10,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+from adaptive_reasoning.core.metric import mean
+
 Z = NormalDist().inv_cdf(0.975)
 FLIPS = 10_000  # random signs of the paired test
 
@@ -34,10 +36,6 @@ def freedom(values: np.ndarray) -> float:
     """
     d2, n = (values - values.mean()) ** 2, len(values)
     return 2 * n / ((d2**2).mean() / d2.mean() ** 2 - (n - 3) / (n - 1)) if d2.any() else math.inf
-
-
-def mean(row: Sequence[float]) -> float:
-    return sum(row) / len(row)
 
 
 def accuracy_interval(scores: Scores) -> list[float] | None:

@@ -1,6 +1,13 @@
 """Metric: what one number of a run means, and when it calls for attention."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+
+
+def mean(values: Iterable) -> float | None:
+    """Return the mean of the values that are there, None where there is none."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
 
 
 @dataclass(frozen=True)

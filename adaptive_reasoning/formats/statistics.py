@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.metric import Alarm, Metric
+from adaptive_reasoning.core.metric import Alarm, Metric, mean
 from adaptive_reasoning.formats import ResponseFormat
 
 BY_MODE = "Responses of this step, by the mode they were sampled in."
@@ -11,12 +11,6 @@ SHARES = f"Share of the modes in training | {BY_MODE}"
 ACCURACIES = f"Accuracy per mode in training | {BY_MODE}"
 TOKENS = f"Tokens per mode in training | {BY_MODE}"
 SOLVED = f"Questions all right in one mode | {BY_MODE}"
-
-
-def mean(values: Iterable) -> float | None:
-    """Return the mean, None of no values."""
-    values = list(values)
-    return sum(values) / len(values) if values else None
 
 
 def mode_rows(episodes: list[Episode]) -> list[dict]:

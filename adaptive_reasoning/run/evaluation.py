@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from adaptive_reasoning.core.intervals import accuracy_interval, hybrid_accuracy, paired_difference, pass_at
+from adaptive_reasoning.core.metric import mean
 from adaptive_reasoning.errors import say
 from adaptive_reasoning.learner.runtime import all_gather
 from adaptive_reasoning.rollout import Engine, Request, Sampling, request_seed
@@ -133,7 +134,7 @@ def evaluate(on: Evaluator, benchmark: Benchmark, setting: str, progress: str = 
             say(f"warning: {len(reasons)} of {len(rows)} answers could not be graded, the first: {reasons[0]}")
     template = on.spec.template
     if template and len(template.nothinking) > 1 and setting == next(iter(on.spec.settings)):
-        asked = [prompts.render(on.tokenizer, q.problem) for q in benchmark.questions[:ASKED]]
+        asked = [on.prompt_of(q) for q in benchmark.questions[:ASKED]]
         result["opening_rest_prob"] = probability(on, asked, template.nothinking, 1)
         result["unclosed_share"] = sum(row["unclosed"] for row in rows) / len(rows)
     if on.spec.script is not None:
@@ -244,10 +245,6 @@ def summarise(rows: list[dict], modes: Iterable[str]) -> dict:
     A question has the same number of samples everywhere, so means over responses are means over questions. `interval`
     is the 95 % interval of an accuracy, clustered by question; `pass_at` has k = 2, 4, ... up to that number.
     """
-
-    def mean(values):
-        values = list(values)
-        return sum(values) / len(values) if values else None
 
     def accuracy_and_tokens(part):
         out = {"accuracy": mean(r["correct"] for r in part), "mean_tokens": mean(r["tokens"] for r in part)}

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable
 
 from adaptive_reasoning.core.episode import Episode
-from adaptive_reasoning.core.metric import Alarm, Metric
+from adaptive_reasoning.core.metric import Alarm, Metric, mean
 
 WORDS = ("wait", "hmm", "okay", "alternatively", "let me think")
 FOUND = re.compile(rf"\b(?:{'|'.join(WORDS)})\b")
@@ -65,12 +65,6 @@ def leaks(rows: list[dict], skips: Iterable[str], yardstick: dict[int, float]) -
             **{key: mean(values) for key, values in found.items()},
         }
     return out
-
-
-def mean(values: Iterable) -> float | None:
-    """Return the mean of the values that are there, None where there is none."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
 
 
 def add_leaks(
