@@ -191,7 +191,7 @@ def test_the_task_and_the_reward_of_the_page_from_files_anywhere(folder):
     for code in blocks(ROOT / "docs" / "add_a_task_or_reward.md", "python"):
         (folder / "elsewhere" / code.split()[1]).write_text(code)
     own = ["--task", "elsewhere/my_task.py:doubling", "--reward", "elsewhere/my_reward.py:reward"]
-    own += ["--max_new_tokens", "32"]  # an untrained model seldom says a digit
+    own += ["--max_new_tokens", "32", "--chain_eval_questions", "100"]  # an untrained model seldom says a digit
     path, said = train(folder, form, *GRPO, *own)
     page, rows = page_of(path), read_jsonl(path / "metrics.jsonl")
     assert "declared nowhere" not in said and "--reward returned" in page and "doubling" in page
@@ -199,7 +199,7 @@ def test_the_task_and_the_reward_of_the_page_from_files_anywhere(folder):
     assert all(row["reward/failed_share"] == 0 for row in rows)
     assert all(row["reward/mean"] == row["reward/score_mean"] > row["reward/accuracy"] for row in rows)
     results = [row["result"] for row in read_jsonl(path / "evaluations.jsonl")]
-    assert all(0 <= r["accuracy"] <= r["mean_score"] for r in results)
+    assert results and all(r["accuracy"] < r["mean_score"] for r in results)
 
     done = run(folder, form, *GRPO, *own, "--max_steps", "3")
     assert done.returncode == 0 and "continuing run after step 2" in done.stdout, done.stderr[-3000:]
@@ -250,10 +250,5 @@ def test_reasoning_gym(folder):
     evaluate = [sys.executable, "-m", "adaptive_reasoning.benchmark", "--model", "run/checkpoints/step_000003/model"]
     evaluate += ["--answer_format", "mine.Digit", "--task", task, "--chain_eval_questions", "6", "--output_dir", "eval"]
     evaluate += ["--max_new_tokens", "8", "--dtype", "fp32", "--max_prompt_tokens", "300"]
-    env = os.environ | {
-        "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(evaluate, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(evaluate, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "num_terms 2" in done.stdout, done.stderr[-3000:]
